@@ -1,0 +1,99 @@
+"""EmojiCanvas, the embedded default: a small text-to-image world with 20 objects in 6 styles, loaded offline.
+
+The weights lie in ``lbdt/canvas/weights``; ``lbdt.canvas.train`` made them (see docs/canvas.md).
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = Path(__file__).parent / "weights"
+ERASERS = ("saeuron",)
+
+
+def __getattr__(name: str):
+    if name in ("OBJECTS", "STYLES", "prompt", "render"):
+        from . import scenes
+
+        return getattr(scenes, name)
+    raise AttributeError(f"module 'lbdt.canvas' has no attribute {name!r}")
+
+
+def load_pipeline(dtype: torch.dtype | None = None):
+    """The embedded ``StableDiffusionPipeline``: 128 x 128 pixels, 4 x 32 x 32 latents, float32 unless ``dtype`` is given.
+
+    Raises:
+        FileNotFoundError: the installation lacks the weights.
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(
+        _folder("pipeline"),
+        torch_dtype=dtype or torch.float32,
+        local_files_only=True,
+        safety_checker=None,
+        requires_safety_checker=False,
+    )
+    return pipe
+
+
+def load_eraser(kind: str = "saeuron"):
+    """The embedded eraser of one kind, trained on the embedded pipeline.
+
+    Args:
+        kind: ``"saeuron"``: TopK SAE with score-based concept dictionary.
+
+    Raises:
+        ValueError: unknown kind.
+        FileNotFoundError: the installation lacks the weights.
+    """
+    if kind not in ERASERS:
+        raise ValueError(f"kind={kind!r}: EmojiCanvas has erasers of kind {', '.join(ERASERS)}")
+    from ..eraser import ConceptEraser
+
+    return ConceptEraser.from_pretrained(_folder(f"eraser-{kind}"))
+
+
+def classify(images) -> tuple[torch.Tensor, torch.Tensor]:
+    """Judge pictures by the two embedded classifiers.
+
+    Args:
+        images: float tensor [B, 3, 128, 128] in [-1, 1], or a list of PIL pictures of 128 x 128.
+
+    Returns:
+        object and style indices, int64 [B] each, into ``OBJECTS`` and ``STYLES``.
+
+    Raises:
+        ValueError: another shape.
+    """
+    import torch
+
+    if not isinstance(images, torch.Tensor):
+        import numpy as np
+
+        images = torch.stack([torch.from_numpy(np.array(im.convert("RGB"))) for im in images])
+        images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, 128, 128):
+        raise ValueError(f"images has shape {tuple(images.shape)}, expected [B, 3, 128, 128]: EmojiCanvas pictures")
+    with torch.inference_mode():
+        return tuple(net(images.float().cpu()).argmax(-1) for net in _classifiers())
+
+
+@functools.lru_cache(maxsize=1)
+def _classifiers():
+    from .models import load_classifiers
+
+    return load_classifiers(_folder("judges"))
+
+
+def _folder(name: str) -> Path:
+    path = WEIGHTS / name
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is missing: reinstall lbdt with its package data, or train it (lbdt/canvas/train.py)")
+    return path

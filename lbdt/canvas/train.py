@@ -1,0 +1,177 @@
+"""Trains EmojiCanvas from nothing: ``python -m lbdt.canvas.train vae|classifiers|latents|unet --work DIR``.
+
+Every stage is seeded and resumable: run the same command again after it was stopped. ``docs/canvas.md`` has the settings
+of the shipped weights and what was tried beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from . import models
+from .scenes import OBJECTS, STYLES, prompt
+from .training import HELD_OUT_SEED, JUDGE_SEED, TRAIN_SEED, run, scenes, to_float
+
+STYLE_DROP, PROMPT_DROP = 0.1, 0.1
+
+
+def train_vae(work: Path, steps: int, count: int) -> None:
+    """Autoencoder by L1 + MSE, with noise of 0.05 on the latents so that the decoder forgives the UNet's errors."""
+    images, _, _ = scenes(work, count, TRAIN_SEED)
+    torch.manual_seed(0)
+    vae = models.build_vae().to(memory_format=torch.channels_last)
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        x = to_float(images[torch.randint(len(images), (16,), generator=generator)])
+        with torch.autocast("cpu", torch.bfloat16):
+            z = vae.encode(x).latents
+            y = vae.decode(z + 0.05 * torch.randn(z.shape, generator=generator)).sample.float()
+        return F.l1_loss(y, x) + F.mse_loss(y, x)
+
+    run("vae", work, vae, steps, loss, lr=2e-3, ema=0.995)
+    held_out = to_float(scenes(work, 240, HELD_OUT_SEED)[0])
+    with torch.no_grad():
+        z = torch.cat([vae.encode(b).latents for b in held_out.split(16)])
+        y = torch.cat([vae.decode(b).sample for b in z.split(16)]).clamp(-1, 1)
+    psnr = -10 * ((y - held_out) / 2).square().mean(dim=(1, 2, 3)).log10().mean().item()
+    vae.register_to_config(scaling_factor=1.0 / z.std().item())
+    print(f"vae: {psnr:.2f} dB on held-out scenes, latent std {z.std().item():.3f}, mean {z.mean().item():.3f}")
+    vae.save_pretrained(work / "vae")
+
+
+def train_classifiers(work: Path, steps: int, count: int) -> None:
+    """The two judges, on their own rendering seeds, with noise, blur and small shifts as augmentation."""
+    images, objects, styles = scenes(work, count, JUDGE_SEED)
+    held_images, held_objects, held_styles = scenes(work, 1200, HELD_OUT_SEED)
+    for name, labels, held, classes in (
+        ("object", objects, held_objects, len(OBJECTS)),
+        ("style", styles, held_styles, len(STYLES)),
+    ):
+        torch.manual_seed(0)
+        net = models.Classifier(classes).to(memory_format=torch.channels_last)
+
+        def loss(step: int, generator: torch.Generator, net=net, labels=labels) -> torch.Tensor:
+            index = torch.randint(len(images), (48,), generator=generator)
+            x = augment(to_float(images[index]), generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = net(x)
+            return F.cross_entropy(logits.float(), labels[index], label_smoothing=0.05)
+
+        run(f"{name}_classifier", work, net, steps if name == "object" else steps // 3, loss, lr=2e-3, ema=0.99)
+        with torch.no_grad():
+            right = torch.cat([net(to_float(b)).argmax(-1) for b in held_images.split(100)]) == held
+        print(f"{name} classifier: {right.float().mean().item():.4f} right on {len(held)} held-out scenes")
+        save_file({k: v.half().contiguous() for k, v in net.state_dict().items()}, work / f"{name}_classifier.safetensors")
+
+
+def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Blur of half the pictures and noise of random strength, as a generator's pictures have: [B, 3, H, W] in [-1, 1]."""
+    soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear", align_corners=False)
+    weight = torch.rand(len(x), 1, 1, 1, generator=generator) * (torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5)
+    noise = 0.15 * torch.rand(len(x), 1, 1, 1, generator=generator)
+    return torch.lerp(x, soft, weight) + noise * torch.randn(x.shape, generator=generator)
+
+
+def encode_scenes(work: Path, count: int) -> None:
+    """Scaled latents of the training scenes, float16 [count, 4, 32, 32], with their labels."""
+    from diffusers import AutoencoderTiny
+
+    images, objects, styles = scenes(work, count, TRAIN_SEED)
+    vae = AutoencoderTiny.from_pretrained(work / "vae").eval().to(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        z = torch.cat([vae.encode(to_float(b)).latents.float() for b in images.split(64)]) * vae.config.scaling_factor
+    print(f"latents: mean {z.mean().item():.3f}, std {z.std().item():.3f}")
+    save_file({"latents": z.half().contiguous(), "objects": objects, "styles": styles}, work / "latents.safetensors")
+
+
+class TextToLatent(torch.nn.Module):
+    """Text encoder and UNet, trained together."""
+
+    def __init__(self, text_encoder: torch.nn.Module, unet: torch.nn.Module) -> None:
+        super().__init__()
+        self.text_encoder, self.unet = text_encoder, unet
+
+
+def train_unet(work: Path, name: str, layout: str, widths: tuple[int, ...], steps: int, objects_kept: int, batch: int) -> None:
+    """UNet and text encoder by v-prediction with min-SNR-5 weights; conditions dropped 10 %, the style alone 10 %."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    data = load_file(work / "latents.safetensors")
+    keep = data["objects"] < objects_kept
+    latents, objects, styles = (data[k][keep] for k in ("latents", "objects", "styles"))
+    tokenizer = models.build_tokenizer(work / "tokenizer")
+    scheduler = models.build_scheduler()
+    torch.manual_seed(0)
+    unet = models.build_unet(layout, widths).to(memory_format=torch.channels_last)
+    # On CPU the fused attention's backward pass costs more than the plain products at 64 patches.
+    unet.set_attn_processor(AttnProcessor())
+    text_encoder = models.build_text_encoder(len(tokenizer), tokenizer.eos_token_id)
+    net = TextToLatent(text_encoder, unet)
+    texts = [prompt(c, s) for c in OBJECTS for s in (*STYLES, None)] + [""]
+    ids = tokenizer(texts, padding="max_length", max_length=models.TOKENS, return_tensors="pt").input_ids
+    alphas = scheduler.alphas_cumprod
+    snr = alphas / (1 - alphas)
+    weights = snr.clamp(max=5) / (snr + 1)
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        index = torch.randint(len(latents), (batch,), generator=generator)
+        x, row = latents[index].float(), objects[index] * (len(STYLES) + 1)
+        u = torch.rand(batch, generator=generator)
+        row = row + torch.where(u < STYLE_DROP, len(STYLES), styles[index])
+        row = torch.where(u > 1 - PROMPT_DROP, len(texts) - 1, row)
+        # One timestep per equal slice of the schedule: less variance between batches than independent draws.
+        t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) * (1000 / batch)).long().clamp(max=999)
+        noise = torch.randn(x.shape, generator=generator)
+        noisy, target = scheduler.add_noise(x, noise, t), scheduler.get_velocity(x, noise, t)
+        with torch.autocast("cpu", torch.bfloat16):
+            context = text_encoder(ids).last_hidden_state[row]
+            v = unet(noisy.contiguous(memory_format=torch.channels_last), t, context).sample
+        # v-prediction's share of min-SNR-5, floored so that the noisiest steps, which place the object, are learned too
+        return ((v.float() - target).square().mean(dim=(1, 2, 3)) * weights[t].clamp(min=0.25)).mean()
+
+    run(name, work, net, steps, loss, lr=1.5e-3, ema=0.999)
+    unet.set_attn_processor(AttnProcessor2_0())
+    from diffusers import AutoencoderTiny
+
+    StableDiffusionPipeline(
+        vae=AutoencoderTiny.from_pretrained(work / "vae"),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(work / f"pipeline-{name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("vae", "classifiers", "latents", "unet"))
+    parser.add_argument("--work", type=Path, required=True, help="folder for caches, checkpoints and results")
+    parser.add_argument("--steps", type=int, help="optimiser steps")
+    parser.add_argument("--count", type=int, default=18000, help="training scenes")
+    parser.add_argument("--name", default="unet")
+    parser.add_argument("--layout", default="bottleneck", choices=("bottleneck", "two_levels", "up_only"))
+    parser.add_argument("--widths", type=int, nargs=3, default=(32, 96, 192))
+    parser.add_argument("--objects", type=int, default=len(OBJECTS), help="train on the first N classes only")
+    parser.add_argument("--batch", type=int, default=48)
+    args = parser.parse_args()
+    if args.stage == "vae":
+        train_vae(args.work, args.steps or 1600, args.count)
+    elif args.stage == "classifiers":
+        train_classifiers(args.work, args.steps or 900, 6000)
+    elif args.stage == "latents":
+        encode_scenes(args.work, args.count)
+    else:
+        train_unet(args.work, args.name, args.layout, tuple(args.widths), args.steps or 6000, args.objects, args.batch)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What the EmojiCanvas trainers share: cached scenes, seeded batches, checkpoints that resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from .scenes import render_batch
+
+TRAIN_SEED, JUDGE_SEED, HELD_OUT_SEED = 1, 2, 3
+
+
+def scenes(cache: Path, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rendered scenes, cached on disk: images uint8 [count, 3, 128, 128] (channels_last memory), objects, styles [count]."""
+    path = cache / f"scenes-{seed}-{count}.npz"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        images, objects, styles = render_batch(count, seed)
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, images=images, objects=objects, styles=styles)
+        os.replace(partial, path)
+    with np.load(path) as data:
+        images = torch.from_numpy(data["images"]).permute(0, 3, 1, 2)
+        return images, torch.from_numpy(data["objects"]), torch.from_numpy(data["styles"])
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, 3, H, W] -> float32 in [-1, 1], channels_last."""
+    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def run(
+    name: str,
+    folder: Path,
+    model: torch.nn.Module,
+    steps: int,
+    loss_fn: Callable[[int, torch.Generator], torch.Tensor],
+    *,
+    lr: float,
+    warmup: int = 200,
+    ema: float = 0.0,
+    seed: int = 0,
+    save_every: int = 200,
+    weight_decay: float = 0.01,
+) -> torch.nn.Module:
+    """AdamW with warm-up, linear decay and clipping at 1; resumes from ``folder/name.ckpt``.
+
+    The batch of a step depends on ``(seed, step)`` only, so a run that was killed goes on exactly where its last
+    checkpoint stood. With ``ema`` > 0 the averaged weights are returned.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.ckpt"
+    params = dict(model.named_parameters())
+    average = {k: p.detach().clone() for k, p in params.items()} if ema else {}
+    optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), foreach=True)
+    first = _load(path, params, average, optimizer) if path.exists() else 0
+    log = open(folder / f"{name}.jsonl", "a")  # noqa: SIM115 - closed below, shared by the loop
+    bar = tqdm(_steps(first, steps), total=steps, initial=first, desc=name, mininterval=10)
+    running = None
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min((step + 1) / warmup, max(0.02, (steps - step) / max(1, steps - warmup)))
+        loss = loss_fn(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema:
+            decay = min(ema, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in params.values()], 1 - decay)
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        if (step + 1) % 50 == 0:
+            bar.set_postfix(loss=f"{running:.4f}")
+            log.write(json.dumps({"step": step + 1, "loss": running}) + "\n")
+            log.flush()
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            _save(path, params, average, optimizer, step + 1)
+    log.close()
+    with torch.no_grad():
+        for k, value in average.items():
+            params[k].copy_(value)
+    return model.eval()
+
+
+def _steps(first: int, last: int) -> Iterator[int]:
+    yield from range(first, last)
+
+
+def _save(path: Path, params: dict, average: dict, optimizer: torch.optim.Optimizer, step: int) -> None:
+    tensors = {f"model.{k}": p.detach() for k, p in params.items()} | {f"ema.{k}": v for k, v in average.items()}
+    for k, p in params.items():
+        state = optimizer.state.get(p, {})
+        tensors |= {f"optim.{field}.{k}": state[field] for field in ("exp_avg", "exp_avg_sq", "step") if field in state}
+    partial = path.with_suffix(".partial")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"step": str(step)})
+    os.replace(partial, path)
+
+
+def _load(path: Path, params: dict, average: dict, optimizer: torch.optim.Optimizer) -> int:
+    from safetensors import safe_open
+
+    tensors = load_file(path)
+    with torch.no_grad():
+        for k, p in params.items():
+            p.copy_(tensors[f"model.{k}"])
+            if k in average:
+                average[k].copy_(tensors[f"ema.{k}"])
+            if f"optim.exp_avg.{k}" in tensors:
+                optimizer.state[p] = {f: tensors[f"optim.{f}.{k}"] for f in ("exp_avg", "exp_avg_sq", "step")}
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
