@@ -1,0 +1,144 @@
+"""Configuration of a sparse autoencoder, and its form in a `cfg.json` file."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+ACTIVATIONS = ("topk", "topk_sigmoid", "relu", "jumprelu", "batch_topk")
+RANKED_ACTIVATIONS = ("topk", "topk_sigmoid")
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """Sizes and activation function of a sparse autoencoder.
+
+    The first nine of SAeUron's own keys (`SAE/config.py` of cywinski/SAeUron) keep their names, so one `cfg.json`
+    serves both programs; `activation`, `threshold`, `update` and `encoder_only` are lbdt's.
+
+    Raises:
+        TypeError: a field of another type.
+        ValueError: a field out of range, fields that contradict each other, or `input_unit_norm`.
+    """
+
+    d_in: int
+    """Width d of the activations, > 0."""
+    num_latents: int = 0
+    """Dictionary size L; 0 means `d_in * expansion_factor`."""
+    k: int = 0
+    """Latents kept per patch; needed by topk, topk_sigmoid and batch_topk (there the average), ignored otherwise."""
+    activation: str = "topk"
+    """Activation at inference: topk | topk_sigmoid | relu | jumprelu | batch_topk (table of method.md)."""
+    threshold: float | None = None
+    """Of batch_topk: the pre-activation above which a latent is active."""
+    update: bool = False
+    """The SAE was trained on the block's update (output - input) instead of its output."""
+    expansion_factor: int | None = None
+    """`num_latents / d_in`, as SAeUron's file states it."""
+    normalize_decoder: bool = True
+    """Decoder rows are kept at unit norm while training."""
+    batch_topk: bool = False
+    """Trained with the k * rows largest latents of a batch (BatchTopK); inference is by `activation`."""
+    sample_topk: bool = False
+    """Trained with the k largest latents of a sample (SAeUron's option); inference is by `activation`."""
+    multi_topk: bool = False
+    """Trained with SAeUron's Multi-TopK loss."""
+    input_unit_norm: bool = False
+    """Inputs normalised patch by patch. Refused: detection is defined on an affine encoder."""
+    encoder_only: bool = False
+    """The file holds no `W_dec`; decoding raises."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "num_latents", "k"):
+            _require_int(name, getattr(self, name))
+        for name in ("update", "normalize_decoder", "batch_topk", "sample_topk", "multi_topk", "input_unit_norm",
+                     "encoder_only"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+        if self.d_in <= 0:
+            raise ValueError(f"d_in: expected an integer > 0, got {self.d_in}")
+        if self.expansion_factor is not None:
+            _require_int("expansion_factor", self.expansion_factor)
+        if self.num_latents == 0 and self.expansion_factor:
+            object.__setattr__(self, "num_latents", self.d_in * self.expansion_factor)
+        if self.num_latents <= 0:
+            raise ValueError(
+                f"num_latents: expected an integer > 0 (or 0 and an expansion_factor > 0), got {self.num_latents} and "
+                f"expansion_factor {self.expansion_factor}"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
+        if self.activation in (*RANKED_ACTIVATIONS, "batch_topk") and not 0 < self.k <= self.num_latents:
+            raise ValueError(
+                f"k: activation {self.activation!r} expects 1 <= k <= num_latents ({self.num_latents}), got {self.k}"
+            )
+        if self.k < 0:
+            raise ValueError(f"k: expected an integer >= 0, got {self.k}")
+        if self.threshold is not None:
+            if self.activation != "batch_topk":
+                raise ValueError(
+                    f"threshold: only activation 'batch_topk' has one, got {self.threshold!r} with "
+                    f"{self.activation!r}; jumprelu keeps its thresholds in the tensor 'theta'"
+                )
+            if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+                raise TypeError(f"threshold: expected a number, got {self.threshold!r}")
+            if not math.isfinite(self.threshold) or self.threshold < 0:
+                raise ValueError(f"threshold: expected a finite number >= 0, got {self.threshold}")
+        if self.input_unit_norm:
+            raise ValueError(
+                "input_unit_norm: true is not supported (each patch would be normalised before encoding, and detection "
+                "is defined on an affine encoder); use an SAE trained without it"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The dictionary written to `cfg.json`: SAeUron's keys, then lbdt's."""
+        return {
+            "expansion_factor": self.expansion_factor or max(1, self.num_latents // self.d_in),
+            "normalize_decoder": self.normalize_decoder,
+            "num_latents": self.num_latents,
+            "k": self.k,
+            "batch_topk": self.batch_topk,
+            "sample_topk": self.sample_topk,
+            "input_unit_norm": self.input_unit_norm,
+            "multi_topk": self.multi_topk,
+            "d_in": self.d_in,
+            "activation": self.activation,
+            "threshold": self.threshold,
+            "update": self.update,
+            "encoder_only": self.encoder_only,
+        }
+
+    @classmethod
+    def from_json(cls, values: Any, source: str = "cfg.json") -> SAEConfig:
+        """A config from a parsed `cfg.json` (SAeUron's or lbdt's). `source` names the file in errors.
+
+        A file without `activation` is SAeUron's: whatever it was trained with (`batch_topk` included), inference is
+        per-patch TopK (protocols.md 3.1).
+
+        Raises:
+            ValueError: not an object, an unknown or missing key, or a value that `SAEConfig` refuses.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}")
+        known = list(cls.__dataclass_fields__)
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; nearest known key: {near[0]}" if near else ""
+                raise ValueError(f"{source}: unknown key {key!r}{hint} (known: {', '.join(known)})")
+        if "d_in" not in values:
+            raise ValueError(f"{source}: missing key 'd_in' (the width of the activations)")
+        try:
+            config = cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {error}") from error
+        if config.activation == "batch_topk" and config.threshold is None:
+            raise ValueError(f"{source}: activation 'batch_topk' needs a 'threshold' to run at inference")
+        return config
+
+
+def _require_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
