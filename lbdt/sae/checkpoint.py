@@ -192,11 +192,16 @@ def _finite(tensor: Tensor) -> str | None:
     return f"expected finite values, got {bad} NaN or infinite of {tensor.numel()}" if bad else None
 
 
-def tensor_bytes(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> bytes:
-    """A safetensors file's bytes, floating-point tensors cast to `dtype`. Raises ValueError on NaN, inf, overflow."""
+def tensor_bytes(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None, keep: tuple[str, ...] = ()
+) -> bytes:
+    """A safetensors file's bytes, floating-point tensors but those of `keep` cast to `dtype`.
+
+    Raises ValueError on NaN, infinity and overflow.
+    """
     cast = {}
     for name, tensor in tensors.items():
-        if dtype is not None and torch.is_floating_point(tensor):
+        if dtype is not None and torch.is_floating_point(tensor) and name not in keep:
             complaint = _finite(tensor)
             tensor, source = tensor.to(dtype), tensor
             if not complaint and _finite(tensor):

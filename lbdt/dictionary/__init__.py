@@ -1,0 +1,8 @@
+"""The concept-latent dictionary: which latents carry a concept at which timestep, and above which activation."""
+
+from lbdt.dictionary.calibration import Calibration
+from lbdt.dictionary.concepts import ConceptDictionary, Histograms
+from lbdt.dictionary.selection import DetectionRates, Selection
+from lbdt.dictionary.statistics import ConceptStatistics
+
+__all__ = ["Calibration", "ConceptDictionary", "ConceptStatistics", "DetectionRates", "Histograms", "Selection"]

@@ -1,0 +1,101 @@
+"""Second pass over the validation prompts: histograms of the candidate latents' activations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lbdt.dictionary.concepts import ConceptDictionary, Histograms
+from lbdt.dictionary.statistics import check_place, checked_code, require_same
+
+if TYPE_CHECKING:
+    from lbdt.sae import SparseCode
+
+_SPAN = 1e-4
+"""First positive edge as a fraction of the last: activations below it count as zeros."""
+
+
+class Calibration:
+    """Histograms of the M best-scoring latents of each concept and bin, over patches of the concept's own prompts
+    (`on`) and of all others (`off`): [C, T, M, K] int64, zero activations counted (method.md, "Calibrated thresholds").
+    """
+
+    def __init__(self, dictionary: ConceptDictionary, candidates: int = 4, bins: int = 256) -> None:
+        """`candidates` M and `bins` K per histogram, log-spaced after the first, which holds the zeros.
+
+        Raises:
+            ValueError: fewer than 2 concepts, sizes out of range, or a dictionary with places without patches.
+        """
+        if len(dictionary.concepts) < 2:
+            raise ValueError("calibration needs patches of other concepts: expected >= 2 concepts, got 1")
+        if not 1 <= candidates <= dictionary.num_latents or bins < 2:
+            raise ValueError(
+                f"expected 1 <= candidates <= {dictionary.num_latents} and bins >= 2, got {candidates} and {bins}"
+            )
+        chosen = dictionary.scores().topk(candidates, dim=-1).indices
+        if dictionary.peak <= 0:
+            raise ValueError("dictionary: its largest activation is 0; add prompts to the statistics, or check the SAE")
+        edges = torch.cat([torch.zeros(1), torch.logspace(0, 1, bins, base=1 / _SPAN) * (dictionary.peak * _SPAN)])
+        edges[-1] = dictionary.peak
+        shape = (*chosen.shape, bins)
+        zeros = torch.zeros(shape, dtype=torch.int64)
+        self._start(dictionary, Histograms(chosen, zeros, zeros.clone(), edges))
+
+    def _start(self, dictionary: ConceptDictionary, histograms: Histograms) -> None:
+        self.dictionary, self.histograms = dictionary, histograms
+        self._slots = [chosen.unique(return_inverse=True) for chosen in histograms.candidates.unbind(1)]
+
+    @classmethod
+    def from_dictionary(cls, dictionary: ConceptDictionary) -> Calibration:
+        """Continues from the histograms of a calibrated dictionary (a file of another process, for instance)."""
+        if dictionary.histograms is None:
+            raise ValueError("dictionary: has no calibration histograms; start with Calibration(dictionary)")
+        calibration = cls.__new__(cls)
+        calibration._start(dictionary, dictionary.histograms.clone())
+        return calibration
+
+    def add(self, concept: int, bin: int, code: SparseCode) -> None:
+        """Counts the patches of `code` ([B, N, k] or [N, k]) of images of a concept at a bin."""
+        values, indices, patches = checked_code(code, self.dictionary.num_latents)
+        on, off = self.histograms.on, self.histograms.off
+        check_place(concept, bin, on)
+        latents, slots = self._slots[bin]
+        counts = self._count(values, indices, latents, patches)[slots]  # [C, M, K]
+        on[concept, bin] += counts[concept]
+        off[:, bin] += counts
+        off[concept, bin] -= counts[concept]
+
+    def _count(self, values: Tensor, indices: Tensor, latents: Tensor, patches: int) -> Tensor:
+        """[len(latents), K] histograms of `patches` patches; patches without an entry are zeros."""
+        edges = self.histograms.edges
+        bins = edges.numel() - 1
+        slot_of = torch.full((self.dictionary.num_latents,), -1)
+        slot_of[latents] = torch.arange(latents.numel())
+        slot = slot_of[indices]
+        kept = (slot >= 0) & (values > 0)
+        slot = slot[kept]
+        bucket = torch.bucketize(values[kept], edges[1:-1])
+        counts = torch.bincount(slot * bins + bucket, minlength=latents.numel() * bins).view(-1, bins)
+        counts[:, 0] += patches - counts.sum(-1)
+        return counts
+
+    def merge(self, other: Calibration) -> Calibration:
+        """The histograms of both sets of prompts, as a new object over this one's dictionary.
+
+        Raises:
+            ValueError: other concepts, timesteps, latents, candidates or edges (both must start from one dictionary).
+        """
+        require_same(self.dictionary, other.dictionary)
+        merged = Calibration.__new__(Calibration)
+        merged._start(self.dictionary, self.histograms.merge(other.histograms))
+        return merged
+
+    def build(self) -> ConceptDictionary:
+        """The dictionary with these histograms."""
+        source = self.dictionary
+        return ConceptDictionary(
+            source.concepts, source.timesteps, source.mean, source.counts, self.histograms.clone(),
+            source.bank, source.peak
+        )

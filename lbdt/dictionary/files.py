@@ -1,0 +1,97 @@
+"""Dictionary files: `dictionary.json` + `dictionary.safetensors`, strict to read, atomic to write."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from lbdt.dictionary.concepts import ConceptDictionary, Histograms
+from lbdt.sae.checkpoint import json_bytes, read_json, read_tensors, resolve_folder, tensor_bytes, write_files
+
+INFO_FILE = "dictionary.json"
+TENSORS_FILE = "dictionary.safetensors"
+_VERSION = 1
+_KEYS = ("version", "concepts", "timesteps", "num_latents", "peak", "calibrated", "bank")
+
+
+def save(dictionary: ConceptDictionary, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    """Writes `dictionary` to `directory` (made if needed); both files appear whole or not at all.
+
+    `dtype` float16 halves the means and the bank; thresholds then round by up to 0.05 %, and means below 6e-8 become 0.
+    Histogram edges stay float32; counts are stored as int32 where they fit.
+
+    Raises:
+        ValueError: values that overflow `dtype`.
+    """
+    tensors = {"mean": dictionary.mean, "counts": dictionary.counts}
+    histograms = dictionary.histograms
+    if histograms is not None:
+        tensors |= {
+            "candidates": histograms.candidates,
+            "on": histograms.on,
+            "off": histograms.off,
+            "edges": histograms.edges,
+        }
+        for name in ("candidates", "on", "off"):
+            if int(tensors[name].max()) < 2**31:
+                tensors[name] = tensors[name].int()
+    if dictionary.bank is not None:
+        tensors["bank"] = dictionary.bank
+    info = {
+        "version": _VERSION,
+        "concepts": list(dictionary.concepts),
+        "timesteps": dictionary.timesteps.tolist(),
+        "num_latents": dictionary.num_latents,
+        "peak": dictionary.peak,
+        "calibrated": histograms is not None,
+        "bank": dictionary.bank is not None,
+    }
+    write_files(
+        Path(directory),
+        {INFO_FILE: json_bytes(info), TENSORS_FILE: tensor_bytes(tensors, dtype, keep=("edges",))},
+    )
+
+
+def load(path_or_repo: str | os.PathLike[str], subfolder: str | None = None) -> ConceptDictionary:
+    """The dictionary in a folder or Hugging Face repository, as float32 and int64.
+
+    Raises:
+        ValueError: anything absent, unreadable, of another shape, NaN or infinite, naming file and tensor.
+    """
+    folder = resolve_folder(path_or_repo, subfolder, marker=INFO_FILE, files=(INFO_FILE, TENSORS_FILE))
+    path = folder / INFO_FILE
+    info = read_json(path)
+    if not isinstance(info, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(info).__name__}")
+    if info.get("version") != _VERSION:
+        raise ValueError(f"{path}: expected version {_VERSION}, got {info.get('version')!r}; use a matching lbdt")
+    wrong = sorted(set(info) ^ set(_KEYS))
+    if wrong:
+        raise ValueError(f"{path}: expected exactly the keys {', '.join(_KEYS)}; missing or unknown: {', '.join(wrong)}")
+    concepts, timesteps = info["concepts"], info["timesteps"]
+    if not isinstance(concepts, list) or not isinstance(timesteps, list):
+        raise ValueError(f"{path}: expected lists 'concepts' and 'timesteps'")
+    peak = info["peak"]
+    if isinstance(peak, bool) or not isinstance(peak, (int, float)) or not math.isfinite(peak):
+        raise ValueError(f"{path}: peak: expected a finite number, got {peak!r}")
+    place = (len(concepts), len(timesteps))
+    shapes: dict[str, tuple[int | None, ...]] = {"mean": (*place, info["num_latents"]), "counts": place}
+    if info["calibrated"]:
+        shapes |= {"candidates": (*place, None), "on": (*place, None, None), "off": (*place, None, None), "edges": (None,)}
+    if info["bank"]:
+        shapes["bank"] = (place[1], None, None)
+    tensors = read_tensors(folder / TENSORS_FILE, shapes)
+    histograms = None
+    if info["calibrated"]:
+        histograms = Histograms(
+            *(tensors[name].long() for name in ("candidates", "on", "off")), edges=tensors["edges"].float()
+        )
+    try:
+        return ConceptDictionary(
+            concepts, timesteps, tensors["mean"], tensors["counts"], histograms, tensors.get("bank"), peak
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder}: not a valid dictionary: {error}") from error
