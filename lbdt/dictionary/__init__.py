@@ -1,8 +1,16 @@
-"""The concept-latent dictionary: which latents carry a concept at which timestep, and above which activation."""
+"""The concept-latent dictionary: which latents carry a concept at which timestep, and above which
+activation."""
 
 from lbdt.dictionary.calibration import Calibration
 from lbdt.dictionary.concepts import ConceptDictionary, Histograms
 from lbdt.dictionary.selection import DetectionRates, Selection
 from lbdt.dictionary.statistics import ConceptStatistics
 
-__all__ = ["Calibration", "ConceptDictionary", "ConceptStatistics", "DetectionRates", "Histograms", "Selection"]
+__all__ = [
+    "Calibration",
+    "ConceptDictionary",
+    "ConceptStatistics",
+    "DetectionRates",
+    "Histograms",
+    "Selection",
+]

@@ -18,26 +18,33 @@ _SPAN = 1e-4
 
 
 class Calibration:
-    """Histograms of the M best-scoring latents of each concept and bin, over patches of the concept's own prompts
-    (`on`) and of all others (`off`): [C, T, M, K] int64, zero activations counted (method.md, "Calibrated thresholds").
+    """Histograms of the M best-scoring latents of each concept and bin, over patches of the concept's own
+    prompts (`on`) and of all others (`off`): [C, T, M, K] int64, zero activations counted (method.md,
+    "Calibrated thresholds").
     """
 
     def __init__(self, dictionary: ConceptDictionary, candidates: int = 4, bins: int = 256) -> None:
         """`candidates` M and `bins` K per histogram, log-spaced after the first, which holds the zeros.
 
         Raises:
-            ValueError: fewer than 2 concepts, sizes out of range, or a dictionary with places without patches.
+            ValueError: fewer than 2 concepts, sizes out of range, or a dictionary with places without
+            patches.
         """
         if len(dictionary.concepts) < 2:
             raise ValueError("calibration needs patches of other concepts: expected >= 2 concepts, got 1")
         if not 1 <= candidates <= dictionary.num_latents or bins < 2:
             raise ValueError(
-                f"expected 1 <= candidates <= {dictionary.num_latents} and bins >= 2, got {candidates} and {bins}"
+                f"expected 1 <= candidates <= {dictionary.num_latents} and bins >= 2, got {candidates} and "
+                f"{bins}"
             )
         chosen = dictionary.scores().topk(candidates, dim=-1).indices
         if dictionary.peak <= 0:
-            raise ValueError("dictionary: its largest activation is 0; add prompts to the statistics, or check the SAE")
-        edges = torch.cat([torch.zeros(1), torch.logspace(0, 1, bins, base=1 / _SPAN) * (dictionary.peak * _SPAN)])
+            raise ValueError(
+                "dictionary: its largest activation is 0; add prompts to the statistics, or check the SAE"
+            )
+        edges = torch.cat(
+            [torch.zeros(1), torch.logspace(0, 1, bins, base=1 / _SPAN) * (dictionary.peak * _SPAN)]
+        )
         edges[-1] = dictionary.peak
         shape = (*chosen.shape, bins)
         zeros = torch.zeros(shape, dtype=torch.int64)
@@ -49,7 +56,8 @@ class Calibration:
 
     @classmethod
     def from_dictionary(cls, dictionary: ConceptDictionary) -> Calibration:
-        """Continues from the histograms of a calibrated dictionary (a file of another process, for instance)."""
+        """Continues from the histograms of a calibrated dictionary (a file of another process, for
+        instance)."""
         if dictionary.histograms is None:
             raise ValueError("dictionary: has no calibration histograms; start with Calibration(dictionary)")
         calibration = cls.__new__(cls)
@@ -85,7 +93,8 @@ class Calibration:
         """The histograms of both sets of prompts, as a new object over this one's dictionary.
 
         Raises:
-            ValueError: other concepts, timesteps, latents, candidates or edges (both must start from one dictionary).
+            ValueError: other concepts, timesteps, latents, candidates or edges (both must start from one
+            dictionary).
         """
         require_same(self.dictionary, other.dictionary)
         merged = Calibration.__new__(Calibration)
@@ -96,6 +105,11 @@ class Calibration:
         """The dictionary with these histograms."""
         source = self.dictionary
         return ConceptDictionary(
-            source.concepts, source.timesteps, source.mean, source.counts, self.histograms.clone(),
-            source.bank, source.peak
+            source.concepts,
+            source.timesteps,
+            source.mean,
+            source.counts,
+            self.histograms.clone(),
+            source.bank,
+            source.peak,
         )

@@ -1,4 +1,5 @@
-"""`ConceptDictionary`: mean activations per concept, timestep and latent, and the selections made from them."""
+"""`ConceptDictionary`: mean activations per concept, timestep and latent, and the selections made from
+them."""
 
 from __future__ import annotations
 
@@ -37,14 +38,15 @@ class Histograms:
         """Summed counts; ValueError where candidates or edges differ."""
         if not torch.equal(self.candidates, other.candidates) or not torch.equal(self.edges, other.edges):
             raise ValueError(
-                "cannot merge: the calibrations have other candidates or edges; merge the statistics first, then "
-                "calibrate every part with the one dictionary built from them"
+                "cannot merge: the calibrations have other candidates or edges; merge the statistics first, "
+                "then calibrate every part with the one dictionary built from them"
             )
         return Histograms(self.candidates, self.on + other.on, self.off + other.off, self.edges)
 
 
 class ConceptDictionary:
-    """Which latents of an SAE carry a concept, per denoising timestep (method.md, "Concept-latent dictionary").
+    """Which latents of an SAE carry a concept, per denoising timestep (method.md, "Concept-latent
+    dictionary").
 
     Bins are keyed by timestep VALUE (what the UNet is called with), never by the number of a step, so another
     scheduler or number of steps finds its bins with `nearest_bin`.
@@ -60,7 +62,8 @@ class ConceptDictionary:
         bank: Tensor | None = None,  # [T, M, d] embeddings of undetected patches
         peak: float | None = None,  # largest activation seen; None: the largest mean
     ) -> None:
-        """Raises ValueError on shapes that do not fit, negative, NaN or infinite values, or candidates out of range."""
+        """Raises ValueError on shapes that do not fit, negative, NaN or infinite values, or candidates out of
+        range."""
         self.concepts = checked_concepts(concepts)
         self.timesteps = checked_timesteps(timesteps)
         place = (len(self.concepts), len(self.timesteps))
@@ -95,7 +98,8 @@ class ConceptDictionary:
         _require_range("candidates", histograms.candidates)
         if int(histograms.candidates.max()) >= self.num_latents:
             raise ValueError(
-                f"candidates: expected latents in [0, {self.num_latents}), got {int(histograms.candidates.max())}"
+                f"candidates: expected latents in [0, {self.num_latents}), got "
+                f"{int(histograms.candidates.max())}"
             )
 
     @property
@@ -106,8 +110,8 @@ class ConceptDictionary:
     def __repr__(self) -> str:
         kind = "calibrated" if self.histograms is not None else "uncalibrated"
         return (
-            f"ConceptDictionary({len(self.concepts)} concepts, {len(self.timesteps)} timesteps, {self.num_latents} "
-            f"latents, {kind})"
+            f"ConceptDictionary({len(self.concepts)} concepts, {len(self.timesteps)} timesteps, "
+            f"{self.num_latents} latents, {kind})"
         )
 
     def index(self, concept: str) -> int:
@@ -120,7 +124,8 @@ class ConceptDictionary:
         raise ValueError(f"unknown concept {concept!r}{hint} Known concepts: {', '.join(self.concepts)}")
 
     def scores(self) -> Tensor:
-        """[C, T, L] float32, see `lbdt.dictionary.selection.scores`. ValueError where a place has no patches."""
+        """[C, T, L] float32, see `lbdt.dictionary.selection.scores`. ValueError where a place has no
+        patches."""
         return self._scores(range(len(self.concepts)))
 
     def _scores(self, concepts: Sequence[int]) -> Tensor:
@@ -128,8 +133,9 @@ class ConceptDictionary:
         if empty.numel():
             concept, bin = empty[0].tolist()
             raise ValueError(
-                f"the dictionary has no patches of {self.concepts[concept]!r} at timestep {int(self.timesteps[bin])} "
-                f"({len(empty)} such places); run those prompts, or merge the dictionary that has them"
+                f"the dictionary has no patches of {self.concepts[concept]!r} at timestep "
+                f"{int(self.timesteps[bin])} ({len(empty)} such places); run those prompts, or merge the "
+                "dictionary that has them"
             )
         return _select.scores(self.mean, self.counts, concepts)
 
@@ -149,15 +155,16 @@ class ConceptDictionary:
     ) -> Selection:
         """The latents of a concept and, per bin, the activation above which a patch carries it.
 
-        `percentile` takes, bin by bin, the latents that score above it; `top_k` the best ones (default: top_k=2).
-        `thresholds` "published" is the mean over concepts; "calibrated" (the default where there are histograms) the
-        activation that a fraction `false_positive` of other concepts' patches exceeds, never below the published one
-        unless `allow_below_published`. Calibrated, `top_k` takes those of the M candidates that detect most of the
-        concept's own patches at their thresholds. The rate holds per latent: several latents add up.
+        `percentile` takes, bin by bin, the latents that score above it; `top_k` the best ones (default:
+        top_k=2). `thresholds` "published" is the mean over concepts; "calibrated" (the default where there
+        are histograms) the activation that a fraction `false_positive` of other concepts' patches exceeds,
+        never below the published one unless `allow_below_published`. Calibrated, `top_k` takes those of the M
+        candidates that detect most of the concept's own patches at their thresholds. The rate holds per
+        latent: several latents add up.
 
         Raises:
-            ValueError: unknown concept, both or bad criteria, more latents than calibrated candidates, no histograms,
-                or a selection without any latent.
+            ValueError: unknown concept, both or bad criteria, more latents than calibrated candidates, no
+                histograms, or a selection without any latent.
         """
         place = self.index(concept)
         if percentile is not None and top_k is not None:
@@ -171,15 +178,22 @@ class ConceptDictionary:
             raise ValueError(f"thresholds: expected 'published' or 'calibrated', got {thresholds!r}")
         score = self._scores([place])[0]
         if kind == "published":
-            chosen = _select.by_rank(score, top_k) if percentile is None else _select.by_percentile(score, percentile)
+            chosen = (
+                _select.by_rank(score, top_k)
+                if percentile is None
+                else _select.by_percentile(score, percentile)
+            )
             latents = chosen.any(0).nonzero().squeeze(1)
             table = torch.where(chosen[:, latents], self.published_thresholds()[:, latents], torch.inf)
         else:
-            latents, table = self._calibrated(place, score, percentile, top_k, false_positive, allow_below_published)
+            latents, table = self._calibrated(
+                place, score, percentile, top_k, false_positive, allow_below_published
+            )
         if not latents.numel():
             raise ValueError(
-                f"no latent of {concept!r} passes the criterion at any timestep (percentile {percentile}, top_k {top_k}, "
-                f"thresholds {kind}); lower the percentile, raise false_positive, or use another SAE"
+                f"no latent of {concept!r} passes the criterion at any timestep (percentile {percentile}, "
+                f"top_k {top_k}, thresholds {kind}); lower the percentile, raise false_positive, or use "
+                "another SAE"
             )
         return Selection(latents, table, concept, kind)
 
@@ -199,13 +213,13 @@ class ConceptDictionary:
         h = self.histograms
         if h is None:
             raise ValueError(
-                "thresholds 'calibrated' need histograms, which this dictionary lacks; run Calibration over the "
-                "validation prompts, or pass thresholds='published'"
+                "thresholds 'calibrated' need histograms, which this dictionary lacks; run Calibration over "
+                "the validation prompts, or pass thresholds='published'"
             )
         if not bool((h.on[place].sum(-1) > 0).all()) or not bool((h.off[place].sum(-1) > 0).all()):
             raise ValueError(
-                f"the calibration has no patches of {self.concepts[place]!r} or of other concepts at some timesteps; run "
-                "it over the prompts of every concept"
+                f"the calibration has no patches of {self.concepts[place]!r} or of other concepts at some "
+                f"timesteps; run it over the prompts of every concept"
             )
         candidates = h.candidates[place]
         limits = _select.calibrated(h.off[place], h.edges, false_positive)
@@ -219,12 +233,13 @@ class ConceptDictionary:
             usable &= rates > 0
             order = rates.where(usable, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(-1)
         else:
-            # By place and not by score: candidates come best first, and a float16 file may reorder near-equal scores.
+            # By place, not by score: candidates come best first, and float16 may reorder near-equal scores.
             wanted = _select.by_percentile(score, percentile).sum(-1, keepdim=True)
         if int(wanted.max()) > self._candidates:
             raise ValueError(
-                f"{int(wanted.max())} latents wanted at a timestep, but the calibration keeps {self._candidates} "
-                "candidates; calibrate with more candidates, select fewer, or pass thresholds='published'"
+                f"{int(wanted.max())} latents wanted at a timestep, but the calibration keeps "
+                f"{self._candidates} candidates; calibrate with more candidates, select fewer, or pass "
+                "thresholds='published'"
             )
         chosen = usable & (order < wanted)
         latents = candidates[chosen].unique()
@@ -234,7 +249,8 @@ class ConceptDictionary:
         return latents, table
 
     def detection_rates(self, selection: Selection) -> DetectionRates:
-        """How often each selected latent passes its threshold, on the concept and off it, from the histograms.
+        """How often each selected latent passes its threshold, on the concept and off it, from the
+        histograms.
 
         Thresholds inside a histogram bin give a lower bound on the concept and an upper bound off it.
 
@@ -256,7 +272,8 @@ class ConceptDictionary:
         return DetectionRates(*rates)
 
     def nearest_bin(self, timesteps: Tensor) -> Tensor:
-        """The bin of each timestep value (any shape, integer or float) -> int64 on its device, without a host sync.
+        """The bin of each timestep value (any shape, integer or float) -> int64 on its device, without a host
+        sync.
 
         The nearest bin by value; halfway between two, the one of the higher timestep.
         """
@@ -271,20 +288,22 @@ class ConceptDictionary:
         return (values[:-1] + values[1:]) / 2
 
     def merge(self, other: ConceptDictionary) -> ConceptDictionary:
-        """The dictionary over both sets of prompts (which must be disjoint), concepts of either, as a new object.
+        """The dictionary over both sets of prompts (which must be disjoint), concepts of either, as a new
+        object.
 
         Histograms merge where both have them for the same concepts and candidates; banks are joined.
 
         Raises:
-            ValueError: other timesteps or latents, or histograms that do not merge (`without_histograms()` drops them).
+            ValueError: other timesteps or latents, or histograms that do not merge (`without_histograms()`
+            drops them).
         """
         require_same_bins(self, other)
         if (self.histograms is None) != (other.histograms is None) or (
             self.histograms is not None and self.concepts != other.concepts
         ):
             raise ValueError(
-                "cannot merge: calibrations of other concepts, or of one side only; merge without_histograms() of both, "
-                "then calibrate again"
+                "cannot merge: calibrations of other concepts, or of one side only; merge "
+                "without_histograms() of both, then calibrate again"
             )
         histograms = None if self.histograms is None else self.histograms.merge(other.histograms)
         concepts = (*self.concepts, *(name for name in other.concepts if name not in self.concepts))

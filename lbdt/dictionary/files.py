@@ -17,11 +17,13 @@ _VERSION = 1
 _KEYS = ("version", "concepts", "timesteps", "num_latents", "peak", "calibrated", "bank")
 
 
-def save(dictionary: ConceptDictionary, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+def save(
+    dictionary: ConceptDictionary, directory: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> None:
     """Writes `dictionary` to `directory` (made if needed); both files appear whole or not at all.
 
-    `dtype` float16 halves the means and the bank; thresholds then round by up to 0.05 %, and means below 6e-8 become 0.
-    Histogram edges stay float32; counts are stored as int32 where they fit.
+    `dtype` float16 halves the means and the bank; thresholds then round by up to 0.05 %, and means below 6e-8
+    become 0. Histogram edges stay float32; counts are stored as int32 where they fit.
 
     Raises:
         ValueError: values that overflow `dtype`.
@@ -67,10 +69,14 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None = None) -> 
     if not isinstance(info, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(info).__name__}")
     if info.get("version") != _VERSION:
-        raise ValueError(f"{path}: expected version {_VERSION}, got {info.get('version')!r}; use a matching lbdt")
+        raise ValueError(
+            f"{path}: expected version {_VERSION}, got {info.get('version')!r}; use a matching lbdt"
+        )
     wrong = sorted(set(info) ^ set(_KEYS))
     if wrong:
-        raise ValueError(f"{path}: expected exactly the keys {', '.join(_KEYS)}; missing or unknown: {', '.join(wrong)}")
+        raise ValueError(
+            f"{path}: expected exactly the keys {', '.join(_KEYS)}; missing or unknown: {', '.join(wrong)}"
+        )
     concepts, timesteps = info["concepts"], info["timesteps"]
     if not isinstance(concepts, list) or not isinstance(timesteps, list):
         raise ValueError(f"{path}: expected lists 'concepts' and 'timesteps'")
@@ -80,7 +86,12 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None = None) -> 
     place = (len(concepts), len(timesteps))
     shapes: dict[str, tuple[int | None, ...]] = {"mean": (*place, info["num_latents"]), "counts": place}
     if info["calibrated"]:
-        shapes |= {"candidates": (*place, None), "on": (*place, None, None), "off": (*place, None, None), "edges": (None,)}
+        shapes |= {
+            "candidates": (*place, None),
+            "on": (*place, None, None),
+            "off": (*place, None, None),
+            "edges": (None,),
+        }
     if info["bank"]:
         shapes["bank"] = (place[1], None, None)
     tensors = read_tensors(folder / TENSORS_FILE, shapes)

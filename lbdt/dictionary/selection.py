@@ -19,14 +19,16 @@ class Selection:
     latents: Tensor
     """[U] int64, ascending: those selected in at least one bin."""
     thresholds: Tensor
-    """[T, U] float32 on ACTIVATIONS: detected iff `z > threshold`; +inf where the latent is not selected in the bin."""
+    """[T, U] float32 on ACTIVATIONS: detected iff `z > threshold`; +inf where the latent is not selected in
+    the bin."""
     concept: str
     kind: str
     """published | calibrated."""
 
 
 class DetectionRates(NamedTuple):
-    """Fraction of patches above the threshold, per bin and latent; NaN where not selected or without a histogram."""
+    """Fraction of patches above the threshold, per bin and latent; NaN where not selected or without a
+    histogram."""
 
     on: Tensor
     """[T, U] float32, over patches of the concept's own prompts."""
@@ -38,7 +40,8 @@ def scores(mean: Tensor, counts: Tensor, concepts: Sequence[int]) -> Tensor:
     """SAeUron's score of some concepts, [len(concepts), T, L]:
     `a / (sum_j a + eps) - o / (sum_j o + eps)`, eps 1e-8 (arXiv 2501.18052).
 
-    `o` is the mean over all patches of the other concepts (weighted by `counts` [C, T]); 0 with a single concept.
+    `o` is the mean over all patches of the other concepts (weighted by `counts` [C, T]); 0 with a single
+    concept.
     """
     total = torch.einsum("ctl,ct->tl", mean, counts.to(mean.dtype))
     all_counts = counts.sum(0)
@@ -47,12 +50,15 @@ def scores(mean: Tensor, counts: Tensor, concepts: Sequence[int]) -> Tensor:
         own, weight = mean[concept], counts[concept].unsqueeze(-1)
         # The subtraction can leave a small negative sum where no other concept fires.
         other = (total - own * weight).clamp(min=0) / (all_counts.unsqueeze(-1) - weight).clamp(min=1)
-        result[place] = own / (own.sum(-1, keepdim=True) + _EPS) - other / (other.sum(-1, keepdim=True) + _EPS)
+        result[place] = own / (own.sum(-1, keepdim=True) + _EPS) - other / (
+            other.sum(-1, keepdim=True) + _EPS
+        )
     return result
 
 
 def by_percentile(score: Tensor, percentile: float) -> Tensor:
-    """[T, L] bool: scores > 0 above the percentile of their bin's L scores (linear interpolation, as numpy)."""
+    """[T, L] bool: scores > 0 above the percentile of their bin's L scores (linear interpolation, as
+    numpy)."""
     if not 0 <= percentile < 100:
         raise ValueError(f"percentile: expected a number in [0, 100) such as 99.99, got {percentile}")
     limit = torch.quantile(score.double(), percentile / 100, dim=-1, keepdim=True)
@@ -70,21 +76,26 @@ def by_rank(score: Tensor, top_k: int) -> Tensor:
 
 
 def tail_counts(histogram: Tensor) -> Tensor:
-    """[..., K] counts -> [..., K + 1]: patches with activation > edges[j]. Bins are (edges[j], edges[j+1]]."""
+    """[..., K] counts -> [..., K + 1]: patches with activation > edges[j]. Bins are (edges[j],
+    edges[j+1]]."""
     tail = histogram.flip(-1).cumsum(-1).flip(-1)
     return torch.cat([tail, tail.new_zeros(*tail.shape[:-1], 1)], dim=-1)
 
 
 def rates_above(histogram: Tensor, edges: Tensor, thresholds: Tensor, overstate: bool = False) -> Tensor:
-    """Fraction of a histogram's patches above `thresholds` [...], with histograms [..., K]: [...] float32, NaN without
-    patches.
+    """Fraction of a histogram's patches above `thresholds` [...], with histograms [..., K]: [...] float32,
+    NaN without patches.
 
-    Exact for a threshold that is an edge. Inside a bin, the bin's patches count as below it, or with `overstate` as
-    above it (but never the first bin's, which are the zeros).
+    Exact for a threshold that is an edge. Inside a bin, the bin's patches count as below it, or with
+    `overstate` as above it (but never the first bin's, which are the zeros).
     """
     tail = tail_counts(histogram)
     thresholds = thresholds.contiguous()
-    index = torch.bucketize(thresholds, edges, right=True) - 1 if overstate else torch.bucketize(thresholds, edges)
+    index = (
+        torch.bucketize(thresholds, edges, right=True) - 1
+        if overstate
+        else torch.bucketize(thresholds, edges)
+    )
     index = index.clamp(1, edges.numel() - 1)
     above = tail.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     return (above.double() / tail[..., 0].double()).float()
@@ -93,7 +104,8 @@ def rates_above(histogram: Tensor, edges: Tensor, thresholds: Tensor, overstate:
 def calibrated(off: Tensor, edges: Tensor, false_positive: float) -> Tensor:
     """The (1 - f) quantile of off-concept activations, zeros counted: [...] float32 from histograms [..., K].
 
-    The smallest edge above which at most a fraction f of the patches lies; +inf where even the last bin holds more.
+    The smallest edge above which at most a fraction f of the patches lies; +inf where even the last bin holds
+    more.
     """
     if not 0 < false_positive < 1:
         raise ValueError(f"false_positive: expected a rate in (0, 1) such as 0.02, got {false_positive}")

@@ -1,4 +1,5 @@
-"""First pass over the validation prompts: running sums of activations (method.md, "Concept-latent dictionary")."""
+"""First pass over the validation prompts: running sums of activations (method.md, "Concept-latent
+dictionary")."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ if TYPE_CHECKING:
 
 
 class ConceptStatistics:
-    """Sums of `z` per (concept, timestep bin, latent): [C, T, L] float32, and patch counts [C, T] int64; `peak` is the largest activation seen.
+    """Sums of `z` per (concept, timestep bin, latent): [C, T, L] float32, and patch counts [C, T] int64;
+    `peak` is the largest activation seen.
 
     No activations are kept, one pass suffices, and sums of several processes merge.
     """
 
     def __init__(self, concepts: Sequence[str], timesteps: Tensor | Sequence[int], num_latents: int) -> None:
-        """`timesteps`: the T timestep values of the bins, strictly descending, as the UNet is called with them."""
+        """`timesteps`: the T timestep values of the bins, strictly descending, as the UNet is called with
+        them."""
         self.concepts = checked_concepts(concepts)
         self.timesteps = checked_timesteps(timesteps)
         if num_latents < 1:
@@ -34,7 +37,8 @@ class ConceptStatistics:
         return self.sums.shape[2]
 
     def add(self, concept: int, bin: int, code: SparseCode) -> None:
-        """Adds the patches of `code` (values and indices [B, N, k] or [N, k]) of images of a concept at a bin."""
+        """Adds the patches of `code` (values and indices [B, N, k] or [N, k]) of images of a concept at a
+        bin."""
         values, indices, patches = checked_code(code, self.num_latents)
         check_place(concept, bin, self.counts)
         # Summed over the batch first: a long float32 running sum would lose the small addends.
@@ -95,14 +99,15 @@ def checked_code(code: SparseCode, num_latents: int) -> tuple[Tensor, Tensor, in
     values, indices = code
     if values.shape != indices.shape or values.dim() < 2:
         raise ValueError(
-            f"code: expected values and indices of one shape [B, N, k], got {tuple(values.shape)} and {tuple(indices.shape)}"
+            f"code: expected values and indices of one shape [B, N, k], got {tuple(values.shape)} and "
+            f"{tuple(indices.shape)}"
         )
     patches = values[..., 0].numel() if values.shape[-1] else 0
     values, indices = values.detach().reshape(-1).float().cpu(), indices.reshape(-1).long().cpu()
     if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= num_latents):
         raise ValueError(
-            f"code: expected indices in [0, {num_latents}), got {int(indices.min())} to {int(indices.max())}; "
-            "the SAE is not the one that these statistics were made for"
+            f"code: expected indices in [0, {num_latents}), got {int(indices.min())} to "
+            f"{int(indices.max())}; the SAE is not the one that these statistics were made for"
         )
     if not bool((values >= 0).all()) or not bool(torch.isfinite(values).all()):
         raise ValueError("code: expected finite activations >= 0, got negative, infinite or NaN values")
@@ -113,7 +118,8 @@ def check_place(concept: int, bin: int, counts: Tensor) -> None:
     """Negative numbers would silently count from the end."""
     if not 0 <= concept < counts.shape[0] or not 0 <= bin < counts.shape[1]:
         raise ValueError(
-            f"expected concept in [0, {counts.shape[0]}) and bin in [0, {counts.shape[1]}), got {concept} and {bin}"
+            f"expected concept in [0, {counts.shape[0]}) and bin in [0, {counts.shape[1]}), got {concept} "
+            f"and {bin}"
         )
 
 
@@ -128,8 +134,10 @@ def require_same_bins(first, second) -> None:
     """Both have the same timesteps and number of latents."""
     if not torch.equal(first.timesteps, second.timesteps):
         raise ValueError(
-            f"cannot merge: timesteps {first.timesteps.tolist()} and {second.timesteps.tolist()} differ; collect both "
-            "with the same scheduler and number of steps"
+            f"cannot merge: timesteps {first.timesteps.tolist()} and {second.timesteps.tolist()} differ; "
+            f"collect both with the same scheduler and number of steps"
         )
     if first.num_latents != second.num_latents:
-        raise ValueError(f"cannot merge: {first.num_latents} and {second.num_latents} latents; one SAE per dictionary")
+        raise ValueError(
+            f"cannot merge: {first.num_latents} and {second.num_latents} latents; one SAE per dictionary"
+        )

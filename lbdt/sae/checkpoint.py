@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,12 @@ def save(
     encoder_only: bool = False,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes `sae` to `directory` (made if needed), readable by SAeUron's own loader when the activation is topk.
+    """Writes `sae` to `directory` (made if needed), readable by SAeUron's own loader when the activation is
+    topk.
 
-    `encoder_only` leaves `W_dec` out; `dtype` (float16, bfloat16, float32) casts the weights. Both files are written
-    beside their final names first and then renamed, so a crash leaves the old files or the new ones, no half file.
+    `encoder_only` leaves `W_dec` out; `dtype` (float16, bfloat16, float32) casts the weights. Both files are
+    written beside their final names first and then renamed, so a crash leaves the old files or the new ones,
+    no half file.
 
     Raises:
         ValueError: NaN or infinite weights, or weights that overflow `dtype`.
@@ -63,8 +65,8 @@ def load(
     whatever the file's dtype, without gradients; cast with `.half()` where the pipeline is in half precision.
 
     Raises:
-        ValueError: anything absent, unreadable, of another shape, NaN or infinite; the text names it and says what
-            was expected. sdxl-unbox checkpoints (pickles) are refused.
+        ValueError: anything absent, unreadable, of another shape, NaN or infinite; the text names it and says
+            what was expected. sdxl-unbox checkpoints (pickles) are refused.
     """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}; got {format!r}")
@@ -72,8 +74,8 @@ def load(
     pickled = sorted(path.name for path in folder.glob("state_dict.pth"))
     if format == "sdxl-unbox" or (pickled and not (folder / CONFIG_FILE).exists()):
         raise ValueError(
-            f"{folder}: sdxl-unbox checkpoints (config.json + state_dict.pth, a pickle) are not read here; expected "
-            f"{CONFIG_FILE} and {WEIGHTS_FILE}. Convert the checkpoint to safetensors first"
+            f"{folder}: sdxl-unbox checkpoints (config.json + state_dict.pth, a pickle) are not read here; "
+            f"expected {CONFIG_FILE} and {WEIGHTS_FILE}. Convert the checkpoint to safetensors first"
         )
     config = SAEConfig.from_json(read_json(folder / CONFIG_FILE), source=str(folder / CONFIG_FILE))
     with torch.device("meta"):
@@ -89,18 +91,21 @@ def resolve_folder(
 ) -> Path:
     """The local folder of a path or Hub repository and its optional subfolder.
 
-    Only `files` (of the subfolder, if named) are downloaded. Raises ValueError when there is nothing to read; names
-    the subfolders that hold `marker` when one has to be chosen.
+    Only `files` (of the subfolder, if named) are downloaded. Raises ValueError when there is nothing to read;
+    names the subfolders that hold `marker` when one has to be chosen.
     """
     if hookpoint is not None and (hookpoint in ("", ".", "..") or "/" in hookpoint or "\\" in hookpoint):
         raise ValueError(
-            f"hookpoint: expected the name of a subfolder such as 'unet.up_blocks.1.attentions.1', got {hookpoint!r}"
+            f"hookpoint: expected the name of a subfolder such as 'unet.up_blocks.1.attentions.1', got "
+            f"{hookpoint!r}"
         )
     name = os.fspath(path_or_repo)
     root = Path(name)
     if not root.is_dir():
         if root.exists():
-            raise ValueError(f"{name}: expected a folder holding {marker}, got a file; pass the folder that contains it")
+            raise ValueError(
+                f"{name}: expected a folder holding {marker}, got a file; pass the folder that contains it"
+            )
         if not isinstance(path_or_repo, str) or not _REPO_ID.fullmatch(name):
             raise ValueError(
                 f"{name}: no such folder, and not a Hugging Face repository id (owner/name); check the path"
@@ -130,8 +135,8 @@ def _download(repo: str, hookpoint: str | None, marker: str, files: tuple[str, .
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{repo}: no such folder, and the Hugging Face repository of that name could not be read ({reason}); check "
-            "the name, the network, and HF_HUB_OFFLINE"
+            f"{repo}: no such folder, and the Hugging Face repository of that name could not be read "
+            f"({reason}); check the name, the network, and HF_HUB_OFFLINE"
         ) from error
 
 
@@ -148,11 +153,11 @@ def read_json(path: Path) -> Any:
 def read_tensors(
     path: Path,
     shapes: Mapping[str, tuple[int | None, ...]],  # None: any size
-    check: Callable[[str, Tensor], str | None] | None = None,
 ) -> dict[str, Tensor]:
-    """Exactly the tensors `shapes` names, on the CPU, from a safetensors file; floating-point ones must be finite.
+    """Exactly the tensors `shapes` names, on the CPU, from a safetensors file; floating-point ones must be
+    finite.
 
-    `check(name, tensor)` may return a further complaint. Raises ValueError naming file, tensor, expected and got.
+    Raises ValueError naming file, tensor, expected and got.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected tensors {', '.join(shapes)} in it")
@@ -167,7 +172,9 @@ def read_tensors(
                 )
             unknown = sorted(names - set(shapes))
             if unknown:
-                raise ValueError(f"{path}: unknown tensor {', '.join(unknown)}; expected only {', '.join(shapes)}")
+                raise ValueError(
+                    f"{path}: unknown tensor {', '.join(unknown)}; expected only {', '.join(shapes)}"
+                )
             tensors = {name: file.get_tensor(name) for name in shapes}
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
@@ -176,10 +183,12 @@ def read_tensors(
     for name, tensor in tensors.items():
         expected = shapes[name]
         got = tuple(tensor.shape)
-        if len(got) != len(expected) or any(e is not None and e != g for e, g in zip(expected, got, strict=True)):
+        if len(got) != len(expected) or any(
+            e is not None and e != g for e, g in zip(expected, got, strict=True)
+        ):
             wanted = ", ".join("any" if size is None else str(size) for size in expected)
             raise ValueError(f"{path}: tensor {name}: expected shape [{wanted}], got {list(got)}")
-        complaint = _finite(tensor) or (check(name, tensor) if check else None)
+        complaint = _finite(tensor)
         if complaint:
             raise ValueError(f"{path}: tensor {name}: {complaint}")
     return tensors
@@ -205,7 +214,9 @@ def tensor_bytes(
             complaint = _finite(tensor)
             tensor, source = tensor.to(dtype), tensor
             if not complaint and _finite(tensor):
-                complaint = f"values up to {float(source.abs().max()):.3g} overflow {dtype}; save with a wider dtype"
+                complaint = (
+                    f"values up to {float(source.abs().max()):.3g} overflow {dtype}; save with a wider dtype"
+                )
         else:
             complaint = _finite(tensor)
         if complaint:

@@ -15,8 +15,8 @@ RANKED_ACTIVATIONS = ("topk", "topk_sigmoid")
 class SAEConfig:
     """Sizes and activation function of a sparse autoencoder.
 
-    The first nine of SAeUron's own keys (`SAE/config.py` of cywinski/SAeUron) keep their names, so one `cfg.json`
-    serves both programs; `activation`, `threshold`, `update` and `encoder_only` are lbdt's.
+    SAeUron's keys (`SAE/config.py` of cywinski/SAeUron) keep their names, so one `cfg.json` serves both
+    programs; `activation`, `threshold`, `update` and `encoder_only` are lbdt's.
 
     Raises:
         TypeError: a field of another type.
@@ -28,7 +28,8 @@ class SAEConfig:
     num_latents: int = 0
     """Dictionary size L; 0 means `d_in * expansion_factor`."""
     k: int = 0
-    """Latents kept per patch; needed by topk, topk_sigmoid and batch_topk (there the average), ignored otherwise."""
+    """Latents kept per patch; needed by topk, topk_sigmoid and batch_topk (there the average), ignored
+    otherwise."""
     activation: str = "topk"
     """Activation at inference: topk | topk_sigmoid | relu | jumprelu | batch_topk (table of method.md)."""
     threshold: float | None = None
@@ -53,8 +54,15 @@ class SAEConfig:
     def __post_init__(self) -> None:
         for name in ("d_in", "num_latents", "k"):
             _require_int(name, getattr(self, name))
-        for name in ("update", "normalize_decoder", "batch_topk", "sample_topk", "multi_topk", "input_unit_norm",
-                     "encoder_only"):
+        for name in (
+            "update",
+            "normalize_decoder",
+            "batch_topk",
+            "sample_topk",
+            "multi_topk",
+            "input_unit_norm",
+            "encoder_only",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         if self.d_in <= 0:
@@ -65,14 +73,15 @@ class SAEConfig:
             object.__setattr__(self, "num_latents", self.d_in * self.expansion_factor)
         if self.num_latents <= 0:
             raise ValueError(
-                f"num_latents: expected an integer > 0 (or 0 and an expansion_factor > 0), got {self.num_latents} and "
-                f"expansion_factor {self.expansion_factor}"
+                f"num_latents: expected an integer > 0 (or 0 and an expansion_factor > 0), got "
+                f"{self.num_latents} and expansion_factor {self.expansion_factor}"
             )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
         if self.activation in (*RANKED_ACTIVATIONS, "batch_topk") and not 0 < self.k <= self.num_latents:
             raise ValueError(
-                f"k: activation {self.activation!r} expects 1 <= k <= num_latents ({self.num_latents}), got {self.k}"
+                f"k: activation {self.activation!r} expects 1 <= k <= num_latents ({self.num_latents}), got "
+                f"{self.k}"
             )
         if self.k < 0:
             raise ValueError(f"k: expected an integer >= 0, got {self.k}")
@@ -88,8 +97,8 @@ class SAEConfig:
                 raise ValueError(f"threshold: expected a finite number >= 0, got {self.threshold}")
         if self.input_unit_norm:
             raise ValueError(
-                "input_unit_norm: true is not supported (each patch would be normalised before encoding, and detection "
-                "is defined on an affine encoder); use an SAE trained without it"
+                "input_unit_norm: true is not supported (each patch would be normalised before encoding, and "
+                "detection is defined on an affine encoder); use an SAE trained without it"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -114,8 +123,8 @@ class SAEConfig:
     def from_json(cls, values: Any, source: str = "cfg.json") -> SAEConfig:
         """A config from a parsed `cfg.json` (SAeUron's or lbdt's). `source` names the file in errors.
 
-        A file without `activation` is SAeUron's: whatever it was trained with (`batch_topk` included), inference is
-        per-patch TopK (protocols.md 3.1).
+        A file without `activation` is SAeUron's: whatever it was trained with (`batch_topk` included),
+        inference is per-patch TopK (protocols.md 3.1).
 
         Raises:
             ValueError: not an object, an unknown or missing key, or a value that `SAEConfig` refuses.

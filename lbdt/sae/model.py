@@ -16,7 +16,8 @@ _CHUNK_ELEMENTS = 1 << 24
 
 
 class SparseCode(NamedTuple):
-    """Sparse activations: per patch the kept latents. Entries of value 0 are padding, whatever their index."""
+    """Sparse activations: per patch the kept latents. Entries of value 0 are padding, whatever their
+    index."""
 
     values: Tensor
     """[..., k] float32, >= 0."""
@@ -60,8 +61,8 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x: Tensor) -> SparseCode:
         """The sparse code of `x` ([..., d], any float dtype) -> values float32 and indices int64, [..., k].
 
-        For kinds without a rank test the width is that of the patch with most active latents (at least 1); the rest
-        is padding of value 0. Works in chunks: pre-activations of more than 64 MiB are never held.
+        For kinds without a rank test the width is that of the patch with most active latents (at least 1);
+        the rest is padding of value 0. Works in chunks: pre-activations of more than 64 MiB are never held.
 
         Raises:
             ValueError: last dimension other than d, or batch_topk without a threshold.
@@ -84,7 +85,8 @@ class SparseAutoencoder(nn.Module):
         """
         if self.W_dec is None:
             raise ValueError(
-                "this SAE has no decoder (encoder_only); load the full checkpoint (sae.safetensors with W_dec) to decode"
+                "this SAE has no decoder (encoder_only); load the full checkpoint (sae.safetensors with "
+                "W_dec) to decode"
             )
         width = code.values.shape[-1]
         out = F.embedding_bag(
@@ -102,19 +104,24 @@ class SparseAutoencoder(nn.Module):
     def to_pre_activation(self, thresholds: Tensor, latents: Tensor) -> Tensor:
         """Thresholds on activations, `z_i > mu`, as thresholds on pre-activations (the table of method.md).
 
-        `thresholds` [T, U] (any leading shape), +inf where a latent is not selected; `latents` [U] int64. Returns
-        float32 of the same shape, +inf staying +inf. For topk kinds the rank test `rank_i < rank_k` comes on top.
+        `thresholds` [T, U] (any leading shape), +inf where a latent is not selected; `latents` [U] int64.
+        Returns float32 of the same shape, +inf staying +inf. For topk kinds the rank test `rank_i < rank_k`
+        comes on top.
 
         Raises:
-            ValueError: NaN or negative thresholds (no detection is defined below 0), latents out of range, shapes.
+            ValueError: NaN or negative thresholds (no detection is defined below 0), latents out of range,
+            shapes.
         """
         thresholds = torch.as_tensor(thresholds, dtype=torch.float32)
         if thresholds.dim() == 0 or latents.dim() != 1 or thresholds.shape[-1] != latents.shape[0]:
             raise ValueError(
-                f"thresholds {tuple(thresholds.shape)} and latents {tuple(latents.shape)}: expected [T, U] and [U]"
+                f"thresholds {tuple(thresholds.shape)} and latents {tuple(latents.shape)}: expected [T, U] "
+                f"and [U]"
             )
         if not bool((thresholds >= 0).all()):
-            raise ValueError("thresholds: expected values >= 0 and no NaN (detection is z_i > mu_i with mu_i >= 0)")
+            raise ValueError(
+                "thresholds: expected values >= 0 and no NaN (detection is z_i > mu_i with mu_i >= 0)"
+            )
         if latents.numel() and (int(latents.min()) < 0 or int(latents.max()) >= self.config.num_latents):
             raise ValueError(
                 f"latents: expected values in [0, {self.config.num_latents}), got {int(latents.min())} to "
@@ -125,7 +132,9 @@ class SparseAutoencoder(nn.Module):
             # sigmoid never exceeds 1, so from there on no pre-activation passes.
             return torch.logit(thresholds.double().clamp(max=1.0)).float()
         if kind == "jumprelu":
-            return torch.maximum(thresholds, self.theta.detach().float()[latents.to(self.theta.device)].to(thresholds))
+            return torch.maximum(
+                thresholds, self.theta.detach().float()[latents.to(self.theta.device)].to(thresholds)
+            )
         if kind == "batch_topk":
             return thresholds.clamp(min=self._threshold())
         return thresholds
@@ -162,7 +171,7 @@ class SparseAutoencoder(nn.Module):
             z = h.relu()
         else:
             floor = self.theta.float() if kind == "jumprelu" else self._threshold()
-            # A negative jump threshold would let negative values through, and detection is defined for z > 0 only.
+            # A negative jump threshold would let negative values through; detection needs z > 0.
             z = torch.where(h > floor, h, 0.0).relu()
         width = max(1, int((z > 0).sum(-1).amax())) if z.shape[0] else 1
         return SparseCode(*z.topk(width, dim=-1))
@@ -170,8 +179,8 @@ class SparseAutoencoder(nn.Module):
     def _threshold(self) -> float:
         if self.config.threshold is None:
             raise ValueError(
-                "activation 'batch_topk' has no threshold yet: train it (lbdt.sae.training.train stores one) or give "
-                "SAEConfig(threshold=...)"
+                "activation 'batch_topk' has no threshold yet: train it (lbdt.sae.training.train stores one) "
+                "or give SAEConfig(threshold=...)"
             )
         return float(self.config.threshold)
 
@@ -180,7 +189,7 @@ class SparseAutoencoder(nn.Module):
             raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] != self.config.d_in:
             raise ValueError(
-                f"x: expected [..., {self.config.d_in}] (the SAE's d_in in the last dimension), got {tuple(x.shape)}; "
-                "for [B, d, H, W] pass x.flatten(2).transpose(1, 2)"
+                f"x: expected [..., {self.config.d_in}] (the SAE's d_in in the last dimension), got "
+                f"{tuple(x.shape)}; for [B, d, H, W] pass x.flatten(2).transpose(1, 2)"
             )
         return x

@@ -1,8 +1,9 @@
-"""Training of TopK and BatchTopK sparse autoencoders by SAeUron's recipe (protocols.md 3.1, arXiv 2501.18052).
+"""Training of TopK and BatchTopK sparse autoencoders by SAeUron's recipe (protocols.md 3.1, arXiv
+2501.18052).
 
-Loss: `FVU + auxk_alpha * AuxK`. The gradients are written out instead of left to autograd: an activation is nonzero
-for k of L latents, so every product but the encoder's has n * k * d terms and not n * L * d. On a CPU core a step at
-n 4096, d 256, L 4096, k 32 takes as long as the encoder's product and its top-k.
+Loss: `FVU + auxk_alpha * AuxK`. The gradients are written out instead of left to autograd: an activation is
+nonzero for k of L latents, so every product but the encoder's has n * k * d terms and not n * L * d. On a CPU
+core a step at n 4096, d 256, L 4096, k 32 takes as long as the encoder's product and its top-k.
 """
 
 from __future__ import annotations
@@ -46,28 +47,36 @@ def train(
 ) -> SparseAutoencoder:
     """Trains an SAE on `batches(step) -> x [n, d]` (cast to float32) and returns it on the batches' device.
 
-    Activation topk, with per-patch TopK or, where `sae_config.batch_topk`, BatchTopK (inference stays per patch, as in
-    SAeUron); activation batch_topk trains with BatchTopK and stores the mean smallest kept activation as threshold.
-    Tied init with unit decoder rows, `b_dec` at the geometric median of the first batch, Adam, linear decay to 0,
-    gradient norm clipped at 1, decoder gradient kept orthogonal to the rows, rows renormalised.
+    Activation topk, with per-patch TopK or, where `sae_config.batch_topk`, BatchTopK (inference stays per
+    patch, as in SAeUron); activation batch_topk trains with BatchTopK and stores the mean smallest kept
+    activation as threshold. Tied init with unit decoder rows, `b_dec` at the geometric median of the first
+    batch, Adam, linear decay to 0, gradient norm clipped at 1, decoder gradient kept orthogonal to the rows,
+    rows renormalised.
 
-    Differences from the released trainer: the AuxK target is the residual `x - x_hat` (there it has the opposite sign
-    and `b_dec` added), and an index kept with value 0 does not count as fired.
+    Differences from the released trainer: the AuxK target is the residual `x - x_hat` (there it has the
+    opposite sign and `b_dec` added), and an index kept with value 0 does not count as fired.
 
     Args:
         batches: must depend on the step only for a resumed run to equal an uninterrupted one.
         log: called after each step with `fvu`, `auxk`, `l0` (active latents a row) and `dead` (latents).
-        checkpoint: a safetensors file, replaced atomically every `checkpoint_every` steps and at the end. When it
-            exists the run continues from it, bit for bit as if it had not stopped.
-        dead_after: rows without firing after which a latent counts as dead; None: SAeUron's 10 million, or a tenth of
-            the run where that is less.
+        checkpoint: a safetensors file, replaced atomically every `checkpoint_every` steps and at the end.
+            When it exists the run continues from it, bit for bit as if it had not stopped.
+        dead_after: rows without firing after which a latent counts as dead; None: SAeUron's 10 million, or a
+            tenth of the run where that is less.
 
     Raises:
-        ValueError: an activation without a recipe, a batch of the wrong shape or with NaN, a checkpoint of other
-            settings.
+        ValueError: an activation without a recipe, a batch of the wrong shape or with NaN, a checkpoint of
+            other settings.
     """
     _validate(sae_config, steps, lr, checkpoint_every)
-    settings = {"config": sae_config.to_json(), "steps": steps, "lr": lr, "auxk_alpha": auxk_alpha, "seed": seed}
+    settings = {
+        "config": sae_config.to_json(),
+        "steps": steps,
+        "lr": lr,
+        "auxk_alpha": auxk_alpha,
+        "seed": seed,
+        "dead_after": dead_after,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sae = SparseAutoencoder(sae_config)
@@ -111,8 +120,8 @@ def train(
 
 @torch.no_grad()
 def explain_variance(sae: SparseAutoencoder, x: Tensor) -> dict[str, float]:
-    """How well `sae` explains `x` [n, d] at inference: `fvu` (squared error over squared deviation from the mean row),
-    `l0` (active latents a row), `dead` (latents that fire on no row)."""
+    """How well `sae` explains `x` [n, d] at inference: `fvu` (squared error over squared deviation from the
+    mean row), `l0` (active latents a row), `dead` (latents that fire on no row)."""
     x = x.reshape(-1, x.shape[-1]).float()
     fired = torch.zeros(sae.config.num_latents, dtype=torch.bool, device=x.device)
     error = active = 0.0
@@ -142,7 +151,8 @@ class _State:
     idle: Tensor
     """Rows since each latent last fired, [L] int64."""
     threshold: Tensor
-    """Running mean of the smallest activation that BatchTopK kept, scalar float32; NaN before the first step."""
+    """Running mean of the smallest activation that BatchTopK kept, scalar float32; NaN before the first
+    step."""
 
     @classmethod
     def create(cls, sae: SparseAutoencoder) -> _State:
@@ -165,7 +175,8 @@ class _State:
 
 
 class _Code:
-    """Active entries of a batch in row order: `rows`, `cols` int64 and `values` float32, [E], and row offsets [n]."""
+    """Active entries of a batch in row order: `rows`, `cols` int64 and `values` float32, [E], and row offsets
+    [n]."""
 
     def __init__(self, rows: Tensor, cols: Tensor, values: Tensor, n: int) -> None:
         self.rows, self.cols, self.n = rows, cols, n
@@ -173,9 +184,7 @@ class _Code:
         self.offsets = _offsets(rows, n)
 
     def decode(self, weight: Tensor) -> Tensor:
-        return F.embedding_bag(
-            self.cols, weight, self.offsets, per_sample_weights=self.values, mode="sum"
-        )
+        return F.embedding_bag(self.cols, weight, self.offsets, per_sample_weights=self.values, mode="sum")
 
     def backward(self, sae: SparseAutoencoder, centred: Tensor, decoded: Tensor, gradient: Tensor) -> None:
         """Adds to the parameters' gradients, given that of the decoded rows (without `b_dec`), [n, d]."""
@@ -235,7 +244,8 @@ def accumulate_gradients(
     dead: Tensor | None = None,  # [L] bool
     guess: float = 0.0,
 ) -> tuple[dict[str, float], _Code]:
-    """Adds the gradient of `FVU + auxk_alpha * AuxK` to the parameters' `.grad`; returns the losses and the code.
+    """Adds the gradient of `FVU + auxk_alpha * AuxK` to the parameters' `.grad`; returns the losses and the
+    code.
 
     AuxK (arXiv 2406.04093, appendix A.2): the d/2 most active dead latents predict the residual, which is a
     constant; scaled by min(dead / (d/2), 1).
@@ -299,34 +309,44 @@ def _step(
         if batch_topk and code.cols.numel():
             smallest = code.values.detach().min()
             known = not torch.isnan(state.threshold)
-            state.threshold.copy_(torch.lerp(smallest, state.threshold, _THRESHOLD_DECAY) if known else smallest)
+            state.threshold.copy_(
+                torch.lerp(smallest, state.threshold, _THRESHOLD_DECAY) if known else smallest
+            )
     return metrics
 
 
 def _validate(config: SAEConfig, steps: int, lr: float, checkpoint_every: int) -> None:
     if config.activation not in ("topk", "batch_topk"):
         raise ValueError(
-            f"activation {config.activation!r}: no training recipe; expected 'topk' (with batch_topk true for BatchTopK) "
-            "or 'batch_topk'"
+            f"activation {config.activation!r}: no training recipe; expected 'topk' (with batch_topk true "
+            f"for BatchTopK) or 'batch_topk'"
         )
     for name in ("sample_topk", "multi_topk", "encoder_only"):
         if getattr(config, name):
             raise ValueError(f"{name}: true is not supported in training; set it to false")
     if steps < 1 or checkpoint_every < 1 or not lr > 0:
-        raise ValueError(f"expected steps >= 1, checkpoint_every >= 1 and lr > 0; got {steps}, {checkpoint_every}, {lr}")
+        raise ValueError(
+            f"expected steps >= 1, checkpoint_every >= 1 and lr > 0; got {steps}, {checkpoint_every}, {lr}"
+        )
 
 
 def _batch(batches: Callable[[int], Tensor], step: int, d_in: int) -> Tensor:
     x = batches(step)
     if x.dim() != 2 or x.shape[1] != d_in or x.shape[0] < 2:
-        raise ValueError(f"batches({step}): expected [n >= 2, {d_in}] (d_in of the config), got {tuple(x.shape)}")
+        raise ValueError(
+            f"batches({step}): expected [n >= 2, {d_in}] (d_in of the config), got {tuple(x.shape)}"
+        )
     x = x.detach().float()
     if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"batches({step}): expected finite values, got NaN or infinity; clean the activations")
+        raise ValueError(
+            f"batches({step}): expected finite values, got NaN or infinity; clean the activations"
+        )
     return x
 
 
-def _write_checkpoint(path: Path, settings: dict[str, Any], sae: SparseAutoencoder, state: _State, step: int) -> None:
+def _write_checkpoint(
+    path: Path, settings: dict[str, Any], sae: SparseAutoencoder, state: _State, step: int
+) -> None:
     threshold = state.threshold if state.threshold >= 0 else torch.tensor(-1.0)
     tensors = {"step": torch.tensor(step), "idle": state.idle, "threshold": threshold}
     for name, parameter in sae.named_parameters():
@@ -341,7 +361,11 @@ def _write_checkpoint(path: Path, settings: dict[str, Any], sae: SparseAutoencod
 
 
 def _read_checkpoint(path: Path, settings: dict[str, Any], sae: SparseAutoencoder) -> dict[str, Tensor]:
-    shapes: dict[str, tuple[int | None, ...]] = {"step": (), "idle": (sae.config.num_latents,), "threshold": ()}
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "step": (),
+        "idle": (sae.config.num_latents,),
+        "threshold": (),
+    }
     for name, parameter in sae.named_parameters():
         for prefix in ("", "exp_avg.", "exp_avg_sq."):
             shapes[prefix + name] = tuple(parameter.shape)
@@ -349,12 +373,14 @@ def _read_checkpoint(path: Path, settings: dict[str, Any], sae: SparseAutoencode
         with safetensors.safe_open(str(path), framework="pt") as file:
             written = json.loads((file.metadata() or {}).get("lbdt_training", "{}"))
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable training checkpoint ({error}); delete it to start again") from error
+        raise ValueError(
+            f"{path}: not a readable training checkpoint ({error}); delete it to start again"
+        ) from error
     wanted = json.loads(json.dumps(settings))
     if written != wanted:
         changed = sorted(key for key in wanted if written.get(key) != wanted[key])
         raise ValueError(
-            f"{path}: the checkpoint belongs to a run with another {', '.join(changed)}; delete it, or pass the settings "
-            "it was made with"
+            f"{path}: the checkpoint belongs to a run with another {', '.join(changed)}; delete it, or pass "
+            f"the settings it was made with"
         )
     return read_tensors(path, shapes)
