@@ -71,10 +71,16 @@ class SparseAutoencoder(nn.Module):
         flat = self._checked(x).reshape(-1, self.config.d_in)
         bias = self.folded_bias()
         rows = max(1, _CHUNK_ELEMENTS // self.config.num_latents)
-        parts = [self._encode_rows(self._project(part, bias)) for part in flat.split(rows)]
+        chunks = flat.split(rows)
+        parts = [self._encode_rows(self._project(chunk, bias)) for chunk in chunks]
         width = max(part.values.shape[1] for part in parts)
-        values = torch.cat([F.pad(part.values, (0, width - part.values.shape[1])) for part in parts])
-        indices = torch.cat([F.pad(part.indices, (0, width - part.indices.shape[1])) for part in parts])
+        # A patch's indices must stay distinct (a scatter would lose values), so narrow chunks are redone.
+        parts = [
+            part if part.values.shape[1] == width else self._encode_rows(self._project(chunk, bias), width)
+            for chunk, part in zip(chunks, parts, strict=True)
+        ]
+        values = torch.cat([part.values for part in parts])
+        indices = torch.cat([part.indices for part in parts])
         return SparseCode(values.view(*x.shape[:-1], width), indices.view(*x.shape[:-1], width))
 
     def decode(self, code: SparseCode) -> Tensor:
@@ -162,7 +168,7 @@ class SparseAutoencoder(nn.Module):
             return F.linear(x.float(), weight, bias)
         return F.linear(x.to(weight.dtype), weight).float() + bias
 
-    def _encode_rows(self, h: Tensor) -> SparseCode:
+    def _encode_rows(self, h: Tensor, width: int | None = None) -> SparseCode:
         kind = self.config.activation
         if kind in RANKED_ACTIVATIONS:
             values, indices = h.topk(self.config.k, dim=-1)
@@ -173,7 +179,8 @@ class SparseAutoencoder(nn.Module):
             floor = self.theta.float() if kind == "jumprelu" else self._threshold()
             # A negative jump threshold would let negative values through; detection needs z > 0.
             z = torch.where(h > floor, h, 0.0).relu()
-        width = max(1, int((z > 0).sum(-1).amax())) if z.shape[0] else 1
+        if width is None:
+            width = max(1, int((z > 0).sum(-1).amax())) if z.shape[0] else 1
         return SparseCode(*z.topk(width, dim=-1))
 
     def _threshold(self) -> float:
