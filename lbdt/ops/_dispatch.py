@@ -1,0 +1,122 @@
+"""Which backend serves a call: chosen per call, from the arguments, with a reason for every backend not chosen."""
+
+import contextlib
+import contextvars
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+BACKENDS = ("triton", "cpp", "reference")  # in the order in which "auto" tries them
+
+_LOG = logging.getLogger("lbdt")
+_NOT_IMPLEMENTED = "not implemented for this op in this version"
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("lbdt_backend", default=None)
+_registry: dict[str, dict[str, "Backend"]] = {}
+_logged: set[tuple[str, str, str]] = set()
+
+
+class Backend(NamedTuple):
+    """One implementation of an op. Both functions take the op's arguments without `backend`."""
+
+    supports: Callable[..., str | None]  # why it cannot serve these arguments; None if it can
+    run: Callable[..., Any]
+
+
+class Choice(NamedTuple):
+    """What `explain` answers: the backend that serves the call, and why the others do not."""
+
+    op: str
+    backend: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        others = "".join(f"\n  not {name}: {reason}" for name, reason in self.reasons.items())
+        return f"{self.op}: {self.backend}{others}"
+
+
+def register(op: str, backend: str, supports: Callable[..., str | None], run: Callable[..., Any]) -> None:
+    """Make `run` the implementation of `op` by `backend`; a second one for the same pair is a KeyError."""
+    implementations = _registry.setdefault(op, {})
+    if backend in implementations:
+        raise KeyError(f"op {op!r} already has a backend {backend!r}")
+    implementations[backend] = Backend(supports, run)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force `name` ("auto", "reference", "cpp" or "triton") for the ops called in the block, in this thread.
+
+    The keyword `backend=` of an op goes before it; the environment variable LBDT_BACKEND comes after it.
+    Raises ValueError for an unknown name.
+    """
+    token = _forced.set(_known(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def explain(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> Choice:
+    """Which backend would serve `op` (a name in `lbdt.ops`) with these arguments, and why not the others.
+
+    Runs nothing but each backend's own check. Raises ValueError for an unknown op or backend, or where a backend is
+    forced that cannot serve the call.
+    """
+    if op not in _registry:
+        raise ValueError(f"unknown op {op!r}; known: {', '.join(sorted(_registry))}")
+    return _choose(op, backend or "", args, kwargs)
+
+
+def call(op: str, backend: str, *args: Any) -> Any:
+    """Run `op` on the chosen backend."""
+    choice = _choose(op, backend, args, {})
+    for name, reason in choice.reasons.items():
+        key = (op, name, reason)
+        if key not in _logged:
+            _logged.add(key)
+            _LOG.debug("%s: %s not used: %s", op, name, reason)
+    return _registry[op][choice.backend].run(*args)
+
+
+def _choose(op: str, backend: str, args: tuple, kwargs: dict[str, Any]) -> Choice:
+    wanted = _requested(backend)
+    reasons: dict[str, str] = {}
+    chosen = None
+    for name in BACKENDS:
+        reason = _reason(op, name, args, kwargs)
+        if reason is not None:
+            reasons[name] = reason
+        elif chosen is None and wanted in ("auto", name):
+            chosen = name
+        else:
+            first = chosen or wanted
+            reasons[name] = f"usable, but {first} {'comes first' if wanted == 'auto' else 'was asked for'}"
+    if chosen is None:
+        raise ValueError(
+            f"lbdt.ops.{op}: backend {wanted!r} cannot serve this call: {reasons[wanted]}; "
+            f"use 'auto' or one of: {', '.join(n for n in BACKENDS if reasons[n].startswith('usable'))}"
+        )
+    return Choice(op, chosen, reasons)
+
+
+def _reason(op: str, name: str, args: tuple, kwargs: dict[str, Any]) -> str | None:
+    implementation = _registry[op].get(name)
+    return _NOT_IMPLEMENTED if implementation is None else implementation.supports(*args, **kwargs)
+
+
+def _requested(backend: str) -> str:
+    if backend:
+        return _known(backend, "backend")
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    return _known(os.environ.get("LBDT_BACKEND") or "auto", "LBDT_BACKEND")
+
+
+def _known(name: str, where: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(
+            f"{where}: unknown backend {name!r}; expected 'auto' or one of {', '.join(BACKENDS)}"
+        )
+    return name

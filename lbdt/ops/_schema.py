@@ -1,0 +1,42 @@
+"""Schemas of `torch.ops.lbdt.*`, once for every backend: C++ and Triton only implement what is defined here."""
+
+import torch
+
+NAMESPACE = "lbdt"
+
+# Held for the life of the process: an unreferenced Library takes its ops away.
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+_COMPLIANT = (torch.Tag.pt2_compliant_tag,)
+
+# The empty backend means: use_backend's, then LBDT_BACKEND's, then "auto"; resolved when the op runs.
+LIBRARY.define(
+    "detect_patches(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, Tensor timestep_bin, "
+    "Tensor enabled, int k, Tensor? minus=None, *, str backend='') -> Tensor",
+    # The reference reads the number of candidates on the host.
+    tags=(*_COMPLIANT, torch.Tag.cudagraph_unsafe),
+)
+LIBRARY.define(
+    "replace_patches(Tensor x, Tensor mask, Tensor u, int height, int width, int padding=0, str source='random', "
+    "Tensor? bank=None, *, str backend='') -> (Tensor, Tensor)",
+    tags=_COMPLIANT,
+)
+LIBRARY.define(
+    "replace_patches_(Tensor(a!) x, Tensor mask, Tensor u, int height, int width, int padding=0, "
+    "str source='random', Tensor? bank=None, *, str backend='') -> Tensor",
+    tags=_COMPLIANT,
+)
+LIBRARY.define(
+    "encode_topk(Tensor x, Tensor weight, Tensor bias, int k, *, str backend='') -> (Tensor, Tensor)",
+    tags=_COMPLIANT,
+)
+LIBRARY.define(
+    "patch_uniform(Tensor seeds, Tensor timesteps, Tensor halves, int patches, *, str backend='') -> Tensor",
+    tags=_COMPLIANT,
+)
+# x is [B, d, H, W]; source is an index into lbdt.ops.replace_patches.SOURCES.
+LIBRARY.define(
+    "replace_patches_cpp_(Tensor(a!) x, Tensor mask, Tensor u, Tensor? bank, int padding, int source, "
+    "Tensor(b!) replaced) -> ()",
+    tags=_COMPLIANT,
+)

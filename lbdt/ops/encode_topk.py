@@ -1,0 +1,59 @@
+"""`lbdt::encode_topk`: the sparse code of every patch."""
+
+import torch
+from torch import Tensor
+
+from lbdt import reference
+from lbdt.ops import _checks, _dispatch
+from lbdt.ops._schema import LIBRARY
+
+
+def encode_topk(
+    x: Tensor,  # [B, d, H, W] or [B, d, N]
+    weight: Tensor,  # [L, d]
+    bias: Tensor,  # [L]
+    k: int,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # [B, N, k], [B, N, k]
+    """`ReLU(TopK_k(weight x + bias))` of every patch, largest first, without holding [B, N, L].
+
+    Eq.: method.md, "Activation functions", row topk (SAeUron, arXiv 2501.18052).
+
+    Args:
+        x: float32 | float16 | bfloat16 | float64, any strides.
+        weight: SAE encoder rows, dtype of x.
+        bias: float32, `b_enc - weight @ b_dec`.
+        k: latents kept per patch, 1 <= k <= L.
+        backend: "auto", or one to force (`lbdt.ops.use_backend`).
+
+    Returns:
+        values in x's dtype (0 where a kept pre-activation is negative) and int64 indices. No gradient.
+        Tied latents at the k-th place: any of them.
+
+    Raises:
+        ValueError, TypeError: the argument, what was expected, what was given. RuntimeError if x requires grad.
+    """
+    _checks.no_gradient("encode_topk", x, weight, bias)
+    return torch.ops.lbdt.encode_topk(x, weight, bias, k, backend=backend or "")
+
+
+def _check(x, weight, bias, k) -> tuple[int, int]:
+    batch, width, patches = _checks.feature_map(x)
+    _checks.encoder(x, width, weight, bias, k, least=1)
+    return batch, patches
+
+
+def _run(x, weight, bias, k, *, backend=""):
+    _check(x, weight, bias, k)
+    return _dispatch.call("encode_topk", backend, x, weight, bias, k)
+
+
+def _fake(x, weight, bias, k, *, backend=""):
+    batch, patches = _check(x, weight, bias, k)
+    return x.new_empty((batch, patches, k)), x.new_empty((batch, patches, k), dtype=torch.int64)
+
+
+LIBRARY.impl("encode_topk", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("lbdt::encode_topk", _fake, lib=LIBRARY)
+_dispatch.register("encode_topk", "reference", lambda *args, **kwargs: None, reference.encode_topk)

@@ -1,0 +1,66 @@
+"""`lbdt::patch_uniform`: the donor draws' counter-based uniform numbers."""
+
+import torch
+from torch import Tensor
+
+from lbdt import reference
+from lbdt.ops import _checks, _dispatch
+from lbdt.ops._schema import LIBRARY
+
+
+def patch_uniform(
+    seeds: Tensor,  # [B]
+    timesteps: Tensor,  # [B]
+    halves: Tensor,  # [B]
+    patches: int,
+    *,
+    backend: str | None = None,
+) -> Tensor:  # [B, patches]
+    """Uniform numbers in [0, 1) from (seed, floor(timestep), guidance half, patch) alone: bitwise the same in any batch.
+
+    Eq.: method.md, "Detection mask, padding, replacement"; Philox4x32-10 of Salmon et al., SC 2011: the seed's two
+    words are the key, (patch, timestep, half, 0) the counter, the first word's upper 24 bits the number.
+
+    Args:
+        seeds: int64, one an image.
+        timesteps: integer or floating point, the value the denoiser was called with; floored.
+        halves: int64, 0 for the unconditional or the only half, 1 for the conditional one.
+        patches: numbers a row, >= 0.
+        backend: "auto", or one to force (`lbdt.ops.use_backend`).
+
+    Returns:
+        float32.
+
+    Raises:
+        ValueError, TypeError: the argument, what was expected, what was given.
+    """
+    return torch.ops.lbdt.patch_uniform(seeds, timesteps, halves, patches, backend=backend or "")
+
+
+def _check(seeds, timesteps, halves, patches) -> None:
+    if seeds.dim() != 1:
+        raise ValueError(f"seeds: expected [B], got {list(seeds.shape)}")
+    _checks.dtype("seeds", seeds, torch.int64)
+    _checks.dtype("halves", halves, torch.int64)
+    _checks.dtype("timesteps", timesteps, torch.int64, torch.int32, *_checks.FLOATS)
+    for name, tensor in (("timesteps", timesteps), ("halves", halves)):
+        _checks.shape(name, tensor, tuple(seeds.shape), "[B]")
+        if tensor.device != seeds.device:
+            raise ValueError(f"{name}: expected on {seeds.device} like seeds, got {tensor.device}")
+    if not 0 <= patches <= 1 << 32:
+        raise ValueError(f"patches: expected 0 <= patches <= 2**32, got {patches}")
+
+
+def _run(seeds, timesteps, halves, patches, *, backend=""):
+    _check(seeds, timesteps, halves, patches)
+    return _dispatch.call("patch_uniform", backend, seeds, timesteps, halves, patches)
+
+
+def _fake(seeds, timesteps, halves, patches, *, backend=""):
+    _check(seeds, timesteps, halves, patches)
+    return seeds.new_empty((seeds.shape[0], patches), dtype=torch.float32)
+
+
+LIBRARY.impl("patch_uniform", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("lbdt::patch_uniform", _fake, lib=LIBRARY)
+_dispatch.register("patch_uniform", "reference", lambda *args, **kwargs: None, reference.patch_uniform)

@@ -1,0 +1,162 @@
+"""`lbdt::replace_patches`: overwrite the embeddings of the masked patches with others of the same feature map."""
+
+import torch
+from torch import Tensor
+
+from lbdt import _build, reference
+from lbdt.ops import _checks, _dispatch
+from lbdt.ops._schema import LIBRARY
+
+SOURCES = ("random", "nearest", "mean")
+
+
+def replace_patches(
+    x: Tensor,  # [B, d, H, W] or [B, d, N]
+    mask: Tensor,  # [B, N]
+    u: Tensor,  # [B, N]
+    height: int,
+    width: int,
+    padding: int = 0,
+    source: str = "random",
+    bank: Tensor | None = None,  # [B, M, d]
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # like x, [B, N]
+    """Patch Embedding Replacement: the masked patches take embeddings of patches outside the mask.
+
+    Eq.: method.md, "Detection mask, padding, replacement"; arXiv 2606.31699, section 3.
+
+    Args:
+        x: float32 | float16 | bfloat16 | float64, any strides.
+        mask: bool, the detected patches.
+        u: float32 in [0, 1), one number a patch (`patch_uniform`).
+        height, width: the grid; height * width = N.
+        padding: the mask grows by this Chebyshev distance first, >= 0.
+        source: "random": `free[floor(u * n_free)]`; "nearest": the nearest free patch; "mean": the mean of the 5
+            nearest, in float32. Ties go to the lowest index.
+        bank: embeddings for images without a free patch, `bank[floor(u * M)]`; without it they stay as they are.
+        backend: "auto", or one to force (`lbdt.ops.use_backend`).
+
+    Returns:
+        A tensor like x, and bool [B, N]: which patches were overwritten, padding included.
+
+    Raises:
+        ValueError, TypeError: the argument, what was expected, what was given. RuntimeError if x requires grad.
+    """
+    _checks.no_gradient("replace_patches", x, bank)
+    return torch.ops.lbdt.replace_patches(
+        x, mask, u, height, width, padding, source, bank, backend=backend or ""
+    )
+
+
+def replace_patches_(
+    x: Tensor,  # [B, d, H, W] or [B, d, N]
+    mask: Tensor,  # [B, N]
+    u: Tensor,  # [B, N]
+    height: int,
+    width: int,
+    padding: int = 0,
+    source: str = "random",
+    bank: Tensor | None = None,  # [B, M, d]
+    *,
+    backend: str | None = None,
+) -> Tensor:  # [B, N]
+    """`replace_patches` in place on `x`; returns which patches were overwritten, bool [B, N].
+
+    Donors lie outside the dilated mask, so none is overwritten before it is read. Arguments and errors as there;
+    besides, ValueError where elements of x share memory.
+    """
+    _checks.no_gradient("replace_patches_", x, bank)
+    return torch.ops.lbdt.replace_patches_(
+        x, mask, u, height, width, padding, source, bank, backend=backend or ""
+    )
+
+
+def _check(x, mask, u, height, width, padding, source, bank) -> None:
+    batch, channels, patches = _checks.feature_map(x)
+    grid = tuple(x.shape[2:]) if x.dim() == 4 else None
+    if height < 0 or width < 0 or height * width != patches or (grid and grid != (height, width)):
+        given = f"x has {list(grid)}" if grid else f"x has {patches} patches"
+        raise ValueError(f"height, width: expected x's grid, got {height} x {width}, but {given}")
+    for name, tensor, kind in (("mask", mask, torch.bool), ("u", u, torch.float32)):
+        _checks.shape(name, tensor, (batch, patches), "[B, N]")
+        _checks.dtype(name, tensor, kind)
+        _checks.device(name, tensor, x)
+    if padding < 0:
+        raise ValueError(f"padding: expected >= 0, got {padding}")
+    if source not in SOURCES:
+        raise ValueError(f"source: expected one of {', '.join(SOURCES)}, got {source!r}")
+    if bank is not None:
+        _checks.dtype("bank", bank, *_checks.FLOATS)
+        _checks.device("bank", bank, x)
+        if bank.dim() != 3 or (bank.shape[0], bank.shape[2]) != (batch, channels) or bank.shape[1] == 0:
+            raise ValueError(
+                f"bank: expected [B, M, d] = [{batch}, M >= 1, {channels}], got {list(bank.shape)}"
+            )
+
+
+def _overlaps(x: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _run(x, mask, u, height, width, padding=0, source="random", bank=None, *, backend=""):
+    _check(x, mask, u, height, width, padding, source, bank)
+    return _dispatch.call("replace_patches", backend, x, mask, u, height, width, padding, source, bank)
+
+
+def _run_(x, mask, u, height, width, padding=0, source="random", bank=None, *, backend=""):
+    _check(x, mask, u, height, width, padding, source, bank)
+    if _overlaps(x):
+        raise ValueError(
+            f"x: elements share memory (strides {list(x.stride())}), so it cannot be written in place; "
+            "pass x.clone(), or call replace_patches"
+        )
+    return _dispatch.call("replace_patches_", backend, x, mask, u, height, width, padding, source, bank)
+
+
+def _fake(x, mask, u, height, width, padding=0, source="random", bank=None, *, backend=""):
+    _check(x, mask, u, height, width, padding, source, bank)
+    return torch.empty_like(x), torch.empty_like(mask, memory_format=torch.contiguous_format)
+
+
+def _fake_(x, mask, u, height, width, padding=0, source="random", bank=None, *, backend=""):
+    _check(x, mask, u, height, width, padding, source, bank)
+    return torch.empty_like(mask, memory_format=torch.contiguous_format)
+
+
+def _cpp_supports(x, mask, u, height, width, padding=0, source="random", bank=None) -> str | None:
+    if x.device.type != "cpu":
+        return f"needs a CPU tensor, got one on {x.device}"
+    return _build.load()
+
+
+def _cpp_(x, mask, u, height, width, padding=0, source="random", bank=None) -> Tensor:
+    replaced = torch.zeros_like(mask, memory_format=torch.contiguous_format)
+    torch.ops.lbdt.replace_patches_cpp_(
+        x if x.dim() == 4 else x.unflatten(2, (height, width)),
+        mask.contiguous(),
+        u.contiguous(),
+        None if bank is None else bank.to(x.dtype).contiguous(),
+        padding,
+        SOURCES.index(source),
+        replaced,
+    )
+    return replaced
+
+
+def _cpp(x, mask, u, height, width, padding=0, source="random", bank=None) -> tuple[Tensor, Tensor]:
+    out = x.clone()
+    return out, _cpp_(out, mask, u, height, width, padding, source, bank)
+
+
+LIBRARY.impl("replace_patches", _run, "CompositeExplicitAutograd")
+LIBRARY.impl("replace_patches_", _run_, "CompositeExplicitAutograd")
+torch.library.register_fake("lbdt::replace_patches", _fake, lib=LIBRARY)
+torch.library.register_fake("lbdt::replace_patches_", _fake_, lib=LIBRARY)
+torch.library.register_fake("lbdt::replace_patches_cpp_", lambda *args: None, lib=LIBRARY)
+for _op, _reference, _run_cpp in (
+    ("replace_patches", reference.replace_patches, _cpp),
+    ("replace_patches_", reference.replace_patches_, _cpp_),
+):
+    _dispatch.register(_op, "cpp", _cpp_supports, _run_cpp)
+    _dispatch.register(_op, "reference", lambda *args, **kwargs: None, _reference)

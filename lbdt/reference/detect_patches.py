@@ -1,0 +1,85 @@
+"""Reference of `lbdt::detect_patches`: which patches carry a concept, by the rank identity."""
+
+import torch
+from torch import Tensor
+
+# Floats that one block of dictionary pre-activations may hold (4 MiB in float32).
+_BLOCK = 1 << 20
+_ROWS = 1024
+
+
+def detect_patches(
+    x: Tensor,  # [B, d, H, W] or [B, d, N]
+    weight: Tensor,  # [L, d]
+    bias: Tensor,  # [L]
+    latents: Tensor,  # [U]
+    thresholds: Tensor,  # [T, U]
+    timestep_bin: Tensor,  # [B]
+    enabled: Tensor,  # [B, U]
+    k: int,
+    minus: Tensor | None = None,  # like x
+) -> Tensor:  # [B, N]
+    """Mask of the patches in which an enabled latent is detected.
+
+    Eq. (method.md, "Activation functions"): latent u of patch p is detected iff `h_u > mu_u` and, for k > 0,
+    `#{j != u : h_j > h_u} < k`, with `h = weight (x - minus) + bias`. Of the latents of a patch above their
+    threshold only the largest needs the rank test, and it needs a count, so nothing of size N x L is held.
+    arXiv 2606.31699, section 3; the identity is ours.
+    """
+    x = x.flatten(2)
+    minus = None if minus is None else minus.flatten(2)
+    batch, width, patches = x.shape
+    mask = torch.zeros(batch, patches, dtype=torch.bool, device=x.device)
+    if mask.numel() == 0 or latents.numel() == 0:
+        return mask
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    own_weight = weight[latents].to(dtype)
+    own_bias = bias[latents].to(dtype).unsqueeze(1)
+    floor = thresholds[timestep_bin].to(dtype).masked_fill(~enabled, torch.inf)
+
+    largest = torch.empty(batch, patches, dtype=dtype, device=x.device)
+    owner = torch.empty(batch, patches, dtype=torch.int64, device=x.device)
+    for image in range(batch):
+        columns = x[image].to(dtype)
+        if minus is not None:
+            columns = columns - minus[image].to(dtype)
+        h = torch.addmm(own_bias, own_weight, columns)  # [U, N]
+        h = torch.where(h > floor[image].unsqueeze(1), h, -torch.inf)
+        largest[image], position = h.max(dim=0)
+        owner[image] = latents[position]
+    candidate = largest > -torch.inf
+    if k == 0:
+        return candidate
+
+    images, places = candidate.nonzero(as_tuple=True)
+    for rows in range(0, images.numel(), _ROWS):
+        image, place = images[rows : rows + _ROWS], places[rows : rows + _ROWS]
+        patch = x[image, :, place].to(dtype)
+        if minus is not None:
+            patch = patch - minus[image, :, place].to(dtype)
+        mask[image, place] = _in_first_k(patch, largest[image, place], owner[image, place], weight, bias, k)
+    return mask
+
+
+def _in_first_k(patch: Tensor, value: Tensor, owner: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
+    """Whether fewer than k latents other than `owner` [C] exceed `value` [C] on `patch` [C, d]; bool [C]."""
+    total = weight.shape[0]
+    inside = torch.zeros(patch.shape[0], dtype=torch.bool, device=patch.device)
+    rows = torch.arange(patch.shape[0], device=patch.device)
+    count = torch.zeros_like(rows)
+    start = 0
+    while start < total and rows.numel() > 0:
+        # The weight slice is converted too when it is in half precision, so both bound the block.
+        size = max(64, _BLOCK // max(rows.numel(), patch.shape[1]))
+        stop = min(start + size, total)
+        h = torch.addmm(bias[start:stop].to(patch.dtype), patch, weight[start:stop].to(patch.dtype).t())
+        # By index, not by value: the owner's two computations may round differently.
+        mine = ((owner >= start) & (owner < stop)).nonzero().squeeze(1)
+        h[mine, owner[mine] - start] = -torch.inf
+        count += (h > value.unsqueeze(1)).sum(dim=1)
+        alive = count < k
+        if not bool(alive.all()):
+            rows, patch, value, owner, count = (t[alive] for t in (rows, patch, value, owner, count))
+        start = stop
+    inside[rows] = True
+    return inside
