@@ -1,6 +1,6 @@
 """EmojiCanvas, the embedded default: a small text-to-image world with 20 objects in 6 styles, loaded offline.
 
-The weights lie in ``lbdt/canvas/weights``; ``lbdt.canvas.train`` made them (see docs/canvas.md).
+The weights lie in ``lbdt/canvas/weights``; ``lbdt.canvas.train`` made them (see lbdt/canvas/README.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Collect activations, train the SAE, score the dictionary and write an eraser: ``python -m lbdt.canvas.build_eraser``.
 
 Stages, each seeded and skipped when its result is there: ``collect`` (activations of generated pictures, conditional
-half), ``sae``, ``dictionary``. ``selectivity`` prints the table of docs/canvas.md on pictures of other seeds.
+half), ``sae``, ``dictionary``. ``selectivity`` prints the table of lbdt/canvas/README.md on pictures of other seeds.
 """
 
 from __future__ import annotations

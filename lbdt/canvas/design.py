@@ -1,4 +1,4 @@
-"""The two tests that a hookpoint must pass before anything long is trained (docs/canvas.md): swap and selectivity.
+"""The two tests that a hookpoint must pass before anything long is trained (lbdt/canvas/README.md): swap and selectivity.
 
 ``python -m lbdt.canvas.design --pipeline DIR --judges DIR`` prints base accuracy and the swap table.
 """

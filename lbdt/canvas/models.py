@@ -52,8 +52,8 @@ def build_vae():
     )
 
 
-def build_unet(layout: str = "bottleneck", widths: tuple[int, ...] = (32, 96, 192)):
-    """``UNet2DConditionModel`` on 4 x 32 x 32 latents; ``layout`` says which levels ask the prompt (docs/canvas.md)."""
+def build_unet(layout: str = "bottleneck", widths: tuple[int, ...] = (32, 64, 192)):
+    """``UNet2DConditionModel`` on 4 x 32 x 32 latents; ``layout`` says which levels ask the prompt (lbdt/canvas/README.md)."""
     from diffusers import UNet2DConditionModel
 
     plain, cross = ("DownBlock2D", "UpBlock2D"), ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")

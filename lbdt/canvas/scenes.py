@@ -66,7 +66,7 @@ def _font() -> ImageFont.FreeTypeFont:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _glyph(concept: str) -> Image.Image:
     canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((12, 12), GLYPHS[concept], font=_font(), embedded_color=True)
