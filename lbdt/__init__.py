@@ -1,4 +1,4 @@
-"""Concept erasure in diffusion models: look with a sparse autoencoder, replace patch embeddings, touch no latent.
+"""Concept erasure in diffusion models: look with an SAE, replace patch embeddings.
 
 Importing this module is inert: every public name is loaded when it is first used.
 """

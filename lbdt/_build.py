@@ -1,7 +1,7 @@
-"""Finds, builds and loads the C++ ops: prebuilt `lbdt/_C.abi3.so`, else a user cache, else a build at first use.
+"""Finds or builds the C++ ops: prebuilt `lbdt/_C.abi3.so`, else a user cache, else a build at first use.
 
-Needs g++ and an importable torch; no Python headers, no pybind11: the file is LibTorch stable ABI (2.11 or later).
-setup.py loads this file by path, so it imports nothing of lbdt.
+Needs g++ and an importable torch; no Python headers, no pybind11: the file is LibTorch stable ABI (2.11 or
+later). setup.py loads this file by path, so it imports nothing of lbdt.
 """
 
 import functools
@@ -65,7 +65,7 @@ def load() -> str | None:
             torch.ops.load_library(str(prebuilt))
         except OSError as error:
             raise ImportError(
-                f"{prebuilt} was built for another torch than {torch.__version__} and does not load ({error}); "
+                f"{prebuilt} was built for another torch than {torch.__version__}, it does not load: {error}; "
                 "delete it, or reinstall lbdt with LBDT_BUILD=1"
             ) from error
         return None

@@ -1,4 +1,4 @@
-"""Argument checks at the door. Shapes and dtypes always; values only on the CPU, where reading them is no sync."""
+"""Argument checks at the door. Values are read on the CPU only: elsewhere that would be a sync."""
 
 import torch
 from torch import Tensor
@@ -63,5 +63,5 @@ def no_gradient(op: str, *tensors: Tensor | None) -> None:
     """RuntimeError where autograd would be cut off silently."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
-            f"lbdt.ops.{op} has no gradient: call it under torch.no_grad(), or use lbdt.reference.{op} for training"
+            f"lbdt.ops.{op} has no gradient: call it under torch.no_grad(), or use lbdt.reference.{op}"
         )

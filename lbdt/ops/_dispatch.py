@@ -1,4 +1,4 @@
-"""Which backend serves a call: chosen per call, from the arguments, with a reason for every backend not chosen."""
+"""Which backend serves a call: chosen from its arguments, with a reason for every other one."""
 
 import contextlib
 import contextvars
@@ -60,8 +60,8 @@ def use_backend(name: str) -> Iterator[None]:
 def explain(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> Choice:
     """Which backend would serve `op` (a name in `lbdt.ops`) with these arguments, and why not the others.
 
-    Runs nothing but each backend's own check. Raises ValueError for an unknown op or backend, or where a backend is
-    forced that cannot serve the call.
+    Runs nothing but each backend's own check. Raises ValueError for an unknown op or backend, or where a
+    backend is forced that cannot serve the call.
     """
     if op not in _registry:
         raise ValueError(f"unknown op {op!r}; known: {', '.join(sorted(_registry))}")

@@ -1,4 +1,4 @@
-"""Schemas of `torch.ops.lbdt.*`, once for every backend: C++ and Triton only implement what is defined here."""
+"""Schemas of `torch.ops.lbdt.*`, once for every backend: C++ only implements what is defined here."""
 
 import torch
 
@@ -11,14 +11,14 @@ _COMPLIANT = (torch.Tag.pt2_compliant_tag,)
 
 # The empty backend means: use_backend's, then LBDT_BACKEND's, then "auto"; resolved when the op runs.
 LIBRARY.define(
-    "detect_patches(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, Tensor timestep_bin, "
-    "Tensor enabled, int k, Tensor? minus=None, *, str backend='') -> Tensor",
+    "detect_patches(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
+    "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus=None, *, str backend='') -> Tensor",
     # The reference reads the number of candidates on the host.
     tags=(*_COMPLIANT, torch.Tag.cudagraph_unsafe),
 )
 LIBRARY.define(
-    "replace_patches(Tensor x, Tensor mask, Tensor u, int height, int width, int padding=0, str source='random', "
-    "Tensor? bank=None, *, str backend='') -> (Tensor, Tensor)",
+    "replace_patches(Tensor x, Tensor mask, Tensor u, int height, int width, int padding=0, "
+    "str source='random', Tensor? bank=None, *, str backend='') -> (Tensor, Tensor)",
     tags=_COMPLIANT,
 )
 LIBRARY.define(

@@ -32,7 +32,8 @@ def encode_topk(
         Tied latents at the k-th place: any of them.
 
     Raises:
-        ValueError, TypeError: the argument, what was expected, what was given. RuntimeError if x requires grad.
+        ValueError, TypeError: the argument, what was expected, what was given. RuntimeError if x requires
+        grad.
     """
     _checks.no_gradient("encode_topk", x, weight, bias)
     return torch.ops.lbdt.encode_topk(x, weight, bias, k, backend=backend or "")

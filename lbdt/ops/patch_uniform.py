@@ -16,10 +16,11 @@ def patch_uniform(
     *,
     backend: str | None = None,
 ) -> Tensor:  # [B, patches]
-    """Uniform numbers in [0, 1) from (seed, floor(timestep), guidance half, patch) alone: bitwise the same in any batch.
+    """Uniform numbers in [0, 1) from (seed, floor(timestep), guidance half, patch) alone, in any batch.
 
-    Eq.: method.md, "Detection mask, padding, replacement"; Philox4x32-10 of Salmon et al., SC 2011: the seed's two
-    words are the key, (patch, timestep, half, 0) the counter, the first word's upper 24 bits the number.
+    Eq.: method.md, "Detection mask, padding, replacement"; Philox4x32-10 of Salmon et al., SC 2011: the
+    seed's two words are the key, (patch, timestep, half, 0) the counter, the first word's upper 24 bits the
+    number.
 
     Args:
         seeds: int64, one an image.

@@ -1,4 +1,4 @@
-"""`lbdt::replace_patches`: overwrite the embeddings of the masked patches with others of the same feature map."""
+"""`lbdt::replace_patches`: overwrite the masked patches' embeddings with others of the same feature map."""
 
 import torch
 from torch import Tensor
@@ -32,16 +32,18 @@ def replace_patches(
         u: float32 in [0, 1), one number a patch (`patch_uniform`).
         height, width: the grid; height * width = N.
         padding: the mask grows by this Chebyshev distance first, >= 0.
-        source: "random": `free[floor(u * n_free)]`; "nearest": the nearest free patch; "mean": the mean of the 5
-            nearest, in float32. Ties go to the lowest index.
-        bank: embeddings for images without a free patch, `bank[floor(u * M)]`; without it they stay as they are.
+        source: "random": `free[floor(u * n_free)]`; "nearest": the nearest free patch; "mean": the mean of
+            the 5 nearest, in float32. Ties go to the lowest index.
+        bank: embeddings for images without a free patch, `bank[floor(u * M)]`; without it they stay as they
+            are.
         backend: "auto", or one to force (`lbdt.ops.use_backend`).
 
     Returns:
         A tensor like x, and bool [B, N]: which patches were overwritten, padding included.
 
     Raises:
-        ValueError, TypeError: the argument, what was expected, what was given. RuntimeError if x requires grad.
+        ValueError, TypeError: the argument, what was expected, what was given. RuntimeError if x requires
+        grad.
     """
     _checks.no_gradient("replace_patches", x, bank)
     return torch.ops.lbdt.replace_patches(
@@ -63,8 +65,8 @@ def replace_patches_(
 ) -> Tensor:  # [B, N]
     """`replace_patches` in place on `x`; returns which patches were overwritten, bool [B, N].
 
-    Donors lie outside the dilated mask, so none is overwritten before it is read. Arguments and errors as there;
-    besides, ValueError where elements of x share memory.
+    Donors lie outside the dilated mask, so none is overwritten before it is read. Arguments and errors as
+    there; besides, ValueError where elements of x share memory.
     """
     _checks.no_gradient("replace_patches_", x, bank)
     return torch.ops.lbdt.replace_patches_(

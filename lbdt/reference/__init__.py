@@ -1,4 +1,4 @@
-"""The truth: every op in plain PyTorch, float32 (float64 for float64 inputs), same signature as the public op."""
+"""The truth: every op in plain PyTorch, float32 (float64 for float64), same signature as the public op."""
 
 from lbdt.reference.detect_patches import detect_patches
 from lbdt.reference.encode_topk import encode_topk

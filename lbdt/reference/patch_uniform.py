@@ -1,4 +1,4 @@
-"""Reference of `lbdt::patch_uniform`: counter-based uniform numbers, the same in any batch and on any device."""
+"""Reference of `lbdt::patch_uniform`: counter-based uniform numbers, the same in any batch."""
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ def patch_uniform(
 ) -> Tensor:  # [B, patches]
     """Uniform float32 numbers in [0, 1), one a patch, from (seed, floor(timestep), half, patch) alone.
 
-    Eq. (method.md, "Detection mask, padding, replacement"): the first word of Philox4x32-10 with the seed's low and
-    high words as key and (patch, timestep, half, 0) as counter; its upper 24 bits are the number.
+    Eq. (method.md, "Detection mask, padding, replacement"): the first word of Philox4x32-10 with the seed's
+    low and high words as key and (patch, timestep, half, 0) as counter; its upper 24 bits are the number.
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     if timesteps.is_floating_point():

@@ -19,13 +19,13 @@ def replace_patches(
     source: str = "random",
     bank: Tensor | None = None,  # [B, M, d]
 ) -> tuple[Tensor, Tensor]:  # like x, [B, N]
-    """`x` with every patch of the dilated mask overwritten by patches from outside it; and which were overwritten.
+    """`x` with the dilated mask overwritten by patches from outside it; and which were overwritten.
 
-    Eq. (method.md, "Detection mask, padding, replacement"): the mask grows by Chebyshev distance `padding`; then
-    `src = free[floor(u * n_free)]` with `free` the image's patches outside, in order ("random"); or the patch of `free`
-    at the smallest Euclidean grid distance ("nearest"); or the mean of the 5 nearest in float32 ("mean"); ties go to the
-    lowest index. An image without free patches takes `bank[floor(u * M)]`, or stays as it is when `bank` is None.
-    arXiv 2606.31699, section 3.
+    Eq. (method.md, "Detection mask, padding, replacement"): the mask grows by Chebyshev distance `padding`;
+    then `src = free[floor(u * n_free)]` with `free` the image's patches outside, in order ("random"); or the
+    patch of `free` at the smallest Euclidean grid distance ("nearest"); or the mean of the 5 nearest in
+    float32 ("mean"); ties go to the lowest index. An image without free patches takes `bank[floor(u * M)]`,
+    or stays as it is when `bank` is None. arXiv 2606.31699, section 3.
     """
     out = x.clone()
     replaced = replace_patches_(out, mask, u, height, width, padding, source, bank)
