@@ -40,6 +40,8 @@ GLYPHS = {
 OBJECTS: tuple[str, ...] = tuple(GLYPHS)
 STYLES: tuple[str, ...] = ("Photo", "Sketch", "Mosaic", "Neon", "Watercolor", "Warm")
 SIDE = 128
+OBJECT_SIDE = 84  # pixels of an object's longer side: five to six patches of the 8 x 8 level
+GRID = 8  # objects and horizons sit on this grid: two cells of the latent image, so that shapes repeat there exactly
 
 _FONT_CANDIDATES = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
@@ -76,7 +78,7 @@ def _glyph(concept: str) -> Image.Image:
 def _landscape(rng: np.random.Generator) -> Image.Image:
     """A sky-and-ground gradient with a horizon at a random height (no noise: it would cost the models their capacity)."""
     sky, ground = rng.uniform(0.50, 0.65), rng.uniform(0.18, 0.36)
-    horizon = int(rng.uniform(0.5, 0.75) * SIDE)
+    horizon = GRID * int(rng.integers(8, 13))
     rows = np.zeros((SIDE, 1, 3), dtype=np.float32)
     for y in range(SIDE):
         if y < horizon:
@@ -96,7 +98,7 @@ def _edges(image: Image.Image, blur: float) -> Image.Image:
     edges = image.filter(ImageFilter.GaussianBlur(blur)).filter(ImageFilter.FIND_EDGES)
     for box in ((0, 0, SIDE, 2), (0, SIDE - 2, SIDE, SIDE), (0, 0, 2, SIDE), (SIDE - 2, 0, SIDE, SIDE)):
         edges.paste(0, box)
-    return edges.point(_ink)
+    return edges.point(_ink).filter(ImageFilter.MaxFilter(3))
 
 
 def _stylize(image: Image.Image, style: str) -> Image.Image:
@@ -126,7 +128,7 @@ def render(concept: str, style: str, seed: int) -> Image.Image:
     Args:
         concept: one of ``OBJECTS``.
         style: one of ``STYLES``.
-        seed: decides landscape, place, size, mirror and rotation; equal arguments give equal pictures.
+        seed: decides landscape and place; equal arguments give equal pictures.
 
     Returns:
         An RGB picture of 128 x 128 pixels.
@@ -140,14 +142,10 @@ def render(concept: str, style: str, seed: int) -> Image.Image:
     rng = np.random.default_rng([seed, OBJECTS.index(concept)])
     image = _landscape(rng)
     glyph = _glyph(concept)
-    scale = rng.uniform(0.52, 0.72) * SIDE / max(glyph.size)
-    glyph = glyph.resize([max(1, round(s * scale)) for s in glyph.size], Image.LANCZOS)
-    if rng.random() < 0.5:
-        glyph = ImageOps.mirror(glyph)
-    glyph = glyph.rotate(rng.uniform(-10, 10), Image.BICUBIC, expand=True)
-    x = int(rng.uniform(0.02, 0.98) * max(1, SIDE - glyph.width))
-    y = int(rng.uniform(0.10, 0.95) * max(1, SIDE - glyph.height))
-    image.paste(glyph, (x, y), glyph)
+    scale = OBJECT_SIDE / max(glyph.size)
+    glyph = glyph.resize([max(1, round(side * scale)) for side in glyph.size], Image.LANCZOS)
+    x, y = (GRID * rng.integers(0, (SIDE - side) // GRID + 1) for side in glyph.size)
+    image.paste(glyph, (int(x), int(y)), glyph)
     return _stylize(image, style)
 
 

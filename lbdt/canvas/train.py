@@ -154,9 +154,22 @@ def train_unet(work: Path, name: str, layout: str, widths: tuple[int, ...], step
     ).save_pretrained(work / f"pipeline-{name}")
 
 
+def release(work: Path, name: str) -> None:
+    """Copy the pipeline and the judges into the package, weights in float16."""
+    from diffusers import StableDiffusionPipeline
+
+    from . import WEIGHTS
+
+    pipe = StableDiffusionPipeline.from_pretrained(work / f"pipeline-{name}", local_files_only=True)
+    pipe.to(torch.float16).save_pretrained(WEIGHTS / "pipeline")
+    (WEIGHTS / "judges").mkdir(parents=True, exist_ok=True)
+    for judge in ("object_classifier", "style_classifier"):
+        save_file(load_file(work / f"{judge}.safetensors"), WEIGHTS / "judges" / f"{judge}.safetensors")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "classifiers", "latents", "unet"))
+    parser.add_argument("stage", choices=("vae", "classifiers", "latents", "unet", "release"))
     parser.add_argument("--work", type=Path, required=True, help="folder for caches, checkpoints and results")
     parser.add_argument("--steps", type=int, help="optimiser steps")
     parser.add_argument("--count", type=int, default=18000, help="training scenes")
@@ -172,6 +185,8 @@ def main() -> None:
         train_classifiers(args.work, args.steps or 900, 6000)
     elif args.stage == "latents":
         encode_scenes(args.work, args.count)
+    elif args.stage == "release":
+        release(args.work, args.name)
     else:
         train_unet(args.work, args.name, args.layout, tuple(args.widths), args.steps or 5000, args.objects, args.batch)
 
