@@ -80,7 +80,9 @@ def classify(images) -> tuple[torch.Tensor, torch.Tensor]:
         images = torch.stack([torch.from_numpy(np.array(im.convert("RGB"))) for im in images])
         images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, 128, 128):
-        raise ValueError(f"images has shape {tuple(images.shape)}, expected [B, 3, 128, 128]: EmojiCanvas pictures")
+        raise ValueError(
+            f"images has shape {tuple(images.shape)}, expected [B, 3, 128, 128]: EmojiCanvas pictures"
+        )
     with torch.inference_mode():
         return tuple(net(images.float().cpu()).argmax(-1) for net in _classifiers())
 
@@ -95,5 +97,7 @@ def _classifiers():
 def _folder(name: str) -> Path:
     path = WEIGHTS / name
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is missing: reinstall lbdt with its package data, or train it (lbdt/canvas/train.py)")
+        raise FileNotFoundError(
+            f"{path} is missing: reinstall lbdt with its package data, or train it (lbdt/canvas/train.py)"
+        )
     return path

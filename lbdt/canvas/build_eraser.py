@@ -28,7 +28,9 @@ class Recorder:
     """Conditional-half outputs and updates of several blocks for every UNet call, float16 on the CPU."""
 
     def __init__(self, pipe, hookpoints: Sequence[str]) -> None:
-        self.values: dict[str, list[torch.Tensor]] = {f"{h}:{kind}": [] for h in hookpoints for kind in ("output", "update")}
+        self.values: dict[str, list[torch.Tensor]] = {
+            f"{h}:{kind}": [] for h in hookpoints for kind in ("output", "update")
+        }
         self._handles = [submodule(pipe, h).register_forward_hook(self._hook(h)) for h in hookpoints]
 
     def _hook(self, hookpoint: str):
@@ -53,7 +55,11 @@ class Recorder:
 
 def collect(pipe, hookpoints: Sequence[str], cases: Sequence[Case], folder: Path, name: str) -> None:
     """Write ``folder/name-SITE.safetensors``: activations [images, T, N, d], concepts [images], timesteps [T]."""
-    if all((folder / f"{name}-{h}:{kind}.safetensors").exists() for h in hookpoints for kind in ("output", "update")):
+    if all(
+        (folder / f"{name}-{h}:{kind}.safetensors").exists()
+        for h in hookpoints
+        for kind in ("output", "update")
+    ):
         return
     folder.mkdir(parents=True, exist_ok=True)
     recorder = Recorder(pipe, hookpoints)
@@ -75,7 +81,9 @@ def collect(pipe, hookpoints: Sequence[str], cases: Sequence[Case], folder: Path
         os.replace(partial, path)
 
 
-def train_sae(data: Path, out: Path, *, expansion: int, k: int, steps: int, update: bool, rows: int = 4096) -> SparseAutoencoder:
+def train_sae(
+    data: Path, out: Path, *, expansion: int, k: int, steps: int, update: bool, rows: int = 4096
+) -> SparseAutoencoder:
     """TopK SAE on the collected activations; the batch of a step depends on the step only."""
     if (out / "cfg.json").exists():
         return SparseAutoencoder.from_pretrained(out)
@@ -85,7 +93,9 @@ def train_sae(data: Path, out: Path, *, expansion: int, k: int, steps: int, upda
         generator = torch.Generator().manual_seed(step)
         return x[torch.randint(len(x), (rows,), generator=generator)].float()
 
-    config = SAEConfig(d_in=x.shape[1], num_latents=expansion * x.shape[1], k=k, expansion_factor=expansion, update=update)
+    config = SAEConfig(
+        d_in=x.shape[1], num_latents=expansion * x.shape[1], k=k, expansion_factor=expansion, update=update
+    )
     out.mkdir(parents=True, exist_ok=True)
     sae = train(config, batch, steps, checkpoint=out / "training.ckpt")
     sae.save_pretrained(out)
@@ -120,7 +130,9 @@ def selectivity(sae: SparseAutoencoder, dictionary: ConceptDictionary, data: Pat
     rates = torch.zeros(len(OBJECTS), x.shape[1], 2)
     for t in range(x.shape[1]):
         code = sae.encode(x[:, t].float())
-        z = torch.zeros(*code.values.shape[:-1], sae.config.num_latents).scatter_(-1, code.indices, code.values)
+        z = torch.zeros(*code.values.shape[:-1], sae.config.num_latents).scatter_(
+            -1, code.indices, code.values
+        )
         for c, selection in enumerate(selections):
             share = (z[..., selection.latents] > selection.thresholds[t]).any(-1).float().mean(-1)
             rates[c, t, 0], rates[c, t, 1] = share[concepts == c].mean(), share[concepts != c].mean()
@@ -130,11 +142,17 @@ def selectivity(sae: SparseAutoencoder, dictionary: ConceptDictionary, data: Pat
 def main() -> None:
     from diffusers import StableDiffusionPipeline
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pipeline", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--collect", action="append", default=[], metavar="HOOKPOINT", help="hookpoints to collect")
-    parser.add_argument("--site", action="append", default=[], metavar="HOOKPOINT:output|update", help="train an SAE here")
+    parser.add_argument(
+        "--collect", action="append", default=[], metavar="HOOKPOINT", help="hookpoints to collect"
+    )
+    parser.add_argument(
+        "--site", action="append", default=[], metavar="HOOKPOINT:output|update", help="train an SAE here"
+    )
     parser.add_argument("--expansion", type=int, default=8)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--steps", type=int, default=1200)
@@ -158,8 +176,13 @@ def main() -> None:
             ("calibrated, top 2", {"top_k": 2}),
         ):
             rates = selectivity(sae, dictionary, folder / f"test-{site}.safetensors", **select)
-            early_to_late = ", ".join(f"{on:.2f}/{off:.3f}" for on, off in rates[:: max(1, len(rates) // 5)].tolist())
-            print(f"| {site} | {label} | {rates[:, 0].mean():.3f} / {rates[:, 1].mean():.4f} | {early_to_late} |", flush=True)
+            early_to_late = ", ".join(
+                f"{on:.2f}/{off:.3f}" for on, off in rates[:: max(1, len(rates) // 5)].tolist()
+            )
+            print(
+                f"| {site} | {label} | {rates[:, 0].mean():.3f} / {rates[:, 1].mean():.4f} | {early_to_late} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from .generate import STEPS, Case, batches, grid, images, judge
 from .scenes import OBJECTS, STYLES
 
 
-def score(erased: torch.Tensor, concept: torch.Tensor, style: torch.Tensor, verdict: tuple, base: torch.Tensor) -> dict:
+def score(
+    erased: torch.Tensor, concept: torch.Tensor, style: torch.Tensor, verdict: tuple, base: torch.Tensor
+) -> dict:
     """Metrics in percent from int64 [n] tensors: erased concept, true concept and style, verdicts, the base's verdicts."""
     right, right_style = verdict[0] == concept, verdict[1] == style
     target = erased == concept
@@ -68,14 +70,18 @@ def evaluate(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--eraser", type=Path, help="an eraser's folder; default: the embedded one")
     parser.add_argument("--pipeline", type=Path, help="a pipeline's folder; default: the embedded one")
     parser.add_argument("--concept", action="append", choices=OBJECTS, help="default: all")
     parser.add_argument("--style", action="append", choices=STYLES, help="default: all")
     parser.add_argument("--seed", type=int, default=500)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--quick", action="store_true", help="erase from each prompt only its own object and one other")
+    parser.add_argument(
+        "--quick", action="store_true", help="erase from each prompt only its own object and one other"
+    )
     parser.add_argument("--padding", type=int)
     parser.add_argument("--source", choices=("random", "nearest", "mean"))
     parser.add_argument("--out", type=Path, help="write the figures as JSON")

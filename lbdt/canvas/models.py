@@ -57,7 +57,11 @@ def build_unet(layout: str = "bottleneck", widths: tuple[int, ...] = (32, 64, 19
     from diffusers import UNet2DConditionModel
 
     plain, cross = ("DownBlock2D", "UpBlock2D"), ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
-    levels = {"bottleneck": (plain, plain, cross), "two_levels": (plain, cross, cross), "up_only": (plain,) * 3}
+    levels = {
+        "bottleneck": (plain, plain, cross),
+        "two_levels": (plain, cross, cross),
+        "up_only": (plain,) * 3,
+    }
     down = [pair[0] for pair in levels[layout]]
     up = [pair[1] for pair in reversed(levels[layout])]
     mid = "UNetMidBlock2DCrossAttn"
@@ -117,7 +121,9 @@ def build_tokenizer(folder: Path):
     """
     from transformers import CLIPTokenizer
 
-    words = sorted({word.strip(".").lower() for c in OBJECTS for s in (None, *STYLES) for word in prompt(c, s).split()})
+    words = sorted(
+        {word.strip(".").lower() for c in OBJECTS for s in (None, *STYLES) for word in prompt(c, s).split()}
+    )
     letters = [chr(i) for i in range(ord("a"), ord("z") + 1)] + list("0123456789.,!?'-_")
     merges: list[tuple[str, str]] = []
     for word in words:
@@ -142,6 +148,8 @@ def load_classifiers(folder: Path) -> tuple[Classifier, Classifier]:
     nets = []
     for name, classes in (("object", len(OBJECTS)), ("style", len(STYLES))):
         net = Classifier(classes)
-        net.load_state_dict({k: v.float() for k, v in load_file(folder / f"{name}_classifier.safetensors").items()})
+        net.load_state_dict(
+            {k: v.float() for k, v in load_file(folder / f"{name}_classifier.safetensors").items()}
+        )
         nets.append(net.eval())
     return nets[0], nets[1]

@@ -40,7 +40,9 @@ def train_vae(work: Path, steps: int, count: int) -> None:
         y = torch.cat([vae.decode(b).sample for b in z.split(16)]).clamp(-1, 1)
     psnr = -10 * ((y - held_out) / 2).square().mean(dim=(1, 2, 3)).log10().mean().item()
     vae.register_to_config(scaling_factor=1.0 / z.std().item())
-    print(f"vae: {psnr:.2f} dB on held-out scenes, latent std {z.std().item():.3f}, mean {z.mean().item():.3f}")
+    print(
+        f"vae: {psnr:.2f} dB on held-out scenes, latent std {z.std().item():.3f}, mean {z.mean().item():.3f}"
+    )
     vae.save_pretrained(work / "vae")
 
 
@@ -62,17 +64,30 @@ def train_classifiers(work: Path, steps: int, count: int) -> None:
                 logits = net(x)
             return F.cross_entropy(logits.float(), labels[index], label_smoothing=0.05)
 
-        run(f"{name}_classifier", work, net, steps if name == "object" else steps // 3, loss, lr=2e-3, ema=0.99)
+        run(
+            f"{name}_classifier",
+            work,
+            net,
+            steps if name == "object" else steps // 3,
+            loss,
+            lr=2e-3,
+            ema=0.99,
+        )
         with torch.no_grad():
             right = torch.cat([net(to_float(b)).argmax(-1) for b in held_images.split(100)]) == held
         print(f"{name} classifier: {right.float().mean().item():.4f} right on {len(held)} held-out scenes")
-        save_file({k: v.half().contiguous() for k, v in net.state_dict().items()}, work / f"{name}_classifier.safetensors")
+        save_file(
+            {k: v.half().contiguous() for k, v in net.state_dict().items()},
+            work / f"{name}_classifier.safetensors",
+        )
 
 
 def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Blur of half the pictures and noise of random strength, as a generator's pictures have: [B, 3, H, W] in [-1, 1]."""
     soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear", align_corners=False)
-    weight = torch.rand(len(x), 1, 1, 1, generator=generator) * (torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5)
+    weight = torch.rand(len(x), 1, 1, 1, generator=generator) * (
+        torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
+    )
     noise = 0.15 * torch.rand(len(x), 1, 1, 1, generator=generator)
     return torch.lerp(x, soft, weight) + noise * torch.randn(x.shape, generator=generator)
 
@@ -84,9 +99,14 @@ def encode_scenes(work: Path, count: int) -> None:
     images, objects, styles = scenes(work, count, TRAIN_SEED)
     vae = AutoencoderTiny.from_pretrained(work / "vae").eval().to(memory_format=torch.channels_last)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        z = torch.cat([vae.encode(to_float(b)).latents.float() for b in images.split(64)]) * vae.config.scaling_factor
+        z = (
+            torch.cat([vae.encode(to_float(b)).latents.float() for b in images.split(64)])
+            * vae.config.scaling_factor
+        )
     print(f"latents: mean {z.mean().item():.3f}, std {z.std().item():.3f}")
-    save_file({"latents": z.half().contiguous(), "objects": objects, "styles": styles}, work / "latents.safetensors")
+    save_file(
+        {"latents": z.half().contiguous(), "objects": objects, "styles": styles}, work / "latents.safetensors"
+    )
 
 
 class TextToLatent(torch.nn.Module):
@@ -97,7 +117,9 @@ class TextToLatent(torch.nn.Module):
         self.text_encoder, self.unet = text_encoder, unet
 
 
-def train_unet(work: Path, name: str, layout: str, widths: tuple[int, ...], steps: int, objects_kept: int, batch: int) -> None:
+def train_unet(
+    work: Path, name: str, layout: str, widths: tuple[int, ...], steps: int, objects_kept: int, batch: int
+) -> None:
     """UNet and text encoder by v-prediction with min-SNR-5 weights; conditions dropped 10 %, the style alone 10 %."""
     from diffusers import StableDiffusionPipeline
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -128,7 +150,11 @@ def train_unet(work: Path, name: str, layout: str, widths: tuple[int, ...], step
         row = row + torch.where(u < STYLE_DROP, len(STYLES), styles[index])
         row = torch.where(u > 1 - PROMPT_DROP, len(texts) - 1, row)
         # One timestep per equal slice of the schedule: less variance between batches than independent draws.
-        t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) * (1000 / batch)).long().clamp(max=999)
+        t = (
+            ((torch.arange(batch) + torch.rand(batch, generator=generator)) * (1000 / batch))
+            .long()
+            .clamp(max=999)
+        )
         noise = torch.randn(x.shape, generator=generator)
         noisy, target = scheduler.add_noise(x, noise, t), scheduler.get_velocity(x, noise, t)
         with torch.autocast("cpu", torch.bfloat16):
@@ -168,7 +194,9 @@ def release(work: Path, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=("vae", "classifiers", "latents", "unet", "release"))
     parser.add_argument("--work", type=Path, required=True, help="folder for caches, checkpoints and results")
     parser.add_argument("--steps", type=int, help="optimiser steps")
@@ -188,7 +216,15 @@ def main() -> None:
     elif args.stage == "release":
         release(args.work, args.name)
     else:
-        train_unet(args.work, args.name, args.layout, tuple(args.widths), args.steps or 5000, args.objects, args.batch)
+        train_unet(
+            args.work,
+            args.name,
+            args.layout,
+            tuple(args.widths),
+            args.steps or 5000,
+            args.objects,
+            args.batch,
+        )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ def run(
     path = folder / f"{name}.ckpt"
     params = dict(model.named_parameters())
     average = {k: p.detach().clone() for k, p in params.items()} if ema else {}
-    optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), foreach=True)
+    optimizer = torch.optim.AdamW(
+        params.values(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), foreach=True
+    )
     first = _load(path, params, average, optimizer) if path.exists() else 0
     log = open(folder / f"{name}.jsonl", "a")  # noqa: SIM115 - closed below, shared by the loop
     bar = tqdm(_steps(first, steps), total=steps, initial=first, desc=name, mininterval=10)
@@ -94,10 +96,16 @@ def _steps(first: int, last: int) -> Iterator[int]:
 
 
 def _save(path: Path, params: dict, average: dict, optimizer: torch.optim.Optimizer, step: int) -> None:
-    tensors = {f"model.{k}": p.detach() for k, p in params.items()} | {f"ema.{k}": v for k, v in average.items()}
+    tensors = {f"model.{k}": p.detach() for k, p in params.items()} | {
+        f"ema.{k}": v for k, v in average.items()
+    }
     for k, p in params.items():
         state = optimizer.state.get(p, {})
-        tensors |= {f"optim.{field}.{k}": state[field] for field in ("exp_avg", "exp_avg_sq", "step") if field in state}
+        tensors |= {
+            f"optim.{field}.{k}": state[field]
+            for field in ("exp_avg", "exp_avg_sq", "step")
+            if field in state
+        }
     partial = path.with_suffix(".partial")
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"step": str(step)})
     os.replace(partial, path)
