@@ -1,0 +1,141 @@
+"""The diffusers hooks: on the timestep embedding, on the hooked block, and where needed on two more blocks.
+
+Only pre_forward and post_forward, as removing a hook with its own forward breaks others (platform.md, section 5).
+No host sync and no count of calls: everything follows from the timestep that the UNet was called with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.hooks import ModelHook
+from torch import Tensor, nn
+
+from lbdt.hooks import layout
+from lbdt.hooks.plan import CallState, Plan
+from lbdt.hooks.recorder import Recorder
+
+
+class _Hook(ModelHook):
+    def __init__(self, plan: Plan, state: CallState) -> None:
+        super().__init__()
+        self.plan, self.state = plan, state
+
+    def __repr__(self) -> str:
+        return f"lbdt.{type(self).__name__}"
+
+    def _feature_map(self, output: Any) -> Tensor:
+        if self.state.timesteps is None:
+            raise RuntimeError("hookpoint: its block ran outside of a UNet call, so no timestep is known")
+        x = layout.to_patches(layout.tensor_of(output), self.plan.options.width)
+        if x.shape[0] != self.state.timesteps.shape[0]:
+            raise ValueError(
+                f"hookpoint: its block ran on {x.shape[0]} rows, but the UNet on {self.state.timesteps.shape[0]}; "
+                "hook a block that keeps one row per image"
+            )
+        if self.plan.weight.device != x.device or self.plan.weight.dtype != x.dtype:
+            self.plan.to(x.device, x.dtype)
+        return x
+
+
+class TimestepHook(_Hook):
+    """On `unet.time_proj`: keeps the timestep of every row, and refuses lists that do not fit the batch."""
+
+    def __init__(self, plan: Plan, state: CallState, embeds_classes: bool) -> None:
+        super().__init__(plan, state)
+        self.embeds_classes = embeds_classes
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        # A UNet with timestep-like class labels embeds those by the same module, after the timesteps.
+        if self.state.timesteps is None or not self.embeds_classes:
+            timesteps = args[0] if args else next(iter(kwargs.values()))
+            self.plan.check_call(self.state, timesteps.shape[0])
+            self.state.timesteps = timesteps
+            self.state.mask = None
+        return args, kwargs
+
+
+class GridHook(_Hook):
+    """On the attention block around a hookpoint: keeps the grid of its input [B, d, H, W]."""
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        x = args[0] if args else kwargs["hidden_states"]
+        self.state.grid = (x.shape[2], x.shape[3]) if x.dim() == 4 else None
+        return args, kwargs
+
+
+class _InputHook(_Hook):
+    """Keeps the block's input from pre_forward to post_forward where the update is asked for."""
+
+    def __init__(self, plan: Plan, state: CallState, needs_input: bool) -> None:
+        super().__init__(plan, state)
+        self.needs_input = needs_input
+        self.input: Tensor | None = None
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        if self.needs_input:
+            self.input = args[0] if args else kwargs["hidden_states"]
+        return args, kwargs
+
+    def _taken_input(self, x: Tensor) -> Tensor | None:
+        given, self.input = self.input, None
+        if given is None:
+            return None
+        given = layout.to_patches(given, self.plan.options.width)
+        if given.shape != x.shape:
+            raise ValueError(
+                f"hookpoint: its block has input {tuple(given.shape)} and output {tuple(x.shape)}, so it has no "
+                "update; hook a block that keeps the shape"
+            )
+        return given
+
+
+class DetectHook(_InputHook):
+    """On the block of `detect_at`: leaves the mask for the target block."""
+
+    def __init__(self, plan: Plan, state: CallState) -> None:
+        super().__init__(plan, state, needs_input=plan.options.on_update)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        x = self._feature_map(output)
+        self.state.mask = self.plan.detect(x, self._taken_input(x), self.state)
+        return output
+
+
+class EraseHook(_InputHook):
+    """On the target block: detects (unless another block did), replaces, records."""
+
+    def __init__(self, plan: Plan, state: CallState, recorder: Recorder, detects: bool) -> None:
+        on_update = plan.options.target == "update"
+        super().__init__(plan, state, needs_input=on_update or (detects and plan.options.on_update))
+        self.recorder, self.detects, self.on_update = recorder, detects, on_update
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        raw = layout.tensor_of(output)
+        x = self._feature_map(output)
+        given = self._taken_input(x)
+        height, width = layout.grid_of(x, self.state.grid)
+        mask = self.state.mask
+        if self.detects:
+            mask = self.plan.detect(x, given if self.plan.options.on_update else None, self.state)
+        elif mask is None:
+            raise RuntimeError("detect_at: its block did not run before the hookpoint's in this UNet call")
+        elif mask.shape[1] != height * width:
+            raise ValueError(
+                f"detect_at: its block has {mask.shape[1]} patches, the hookpoint's {height * width}; name a block "
+                "on the same grid"
+            )
+        if self.on_update:
+            update, replaced = self.plan.replace(x - given, mask, height, width, self.state)
+            # Patches outside the mask keep their bits: input + (output - input) would round.
+            where = replaced.view(x.shape[0], 1, *x.shape[2:])
+            out = (given + update).where(where, x)
+        else:
+            out, replaced = self.plan.replace(x, mask, height, width, self.state)
+        timesteps = self.state.timesteps
+        if self.recorder.counts.device != x.device:
+            self.recorder.to(x.device)
+        self.recorder.add(timesteps, mask, replaced, height, width, self.state.halves_of(timesteps.shape[0]))
+        # Nothing of this call may be kept alive, nor met by the next one.
+        self.state.timesteps = self.state.mask = self.state.grid = None
+        return layout.with_tensor(output, layout.from_patches(out, raw))

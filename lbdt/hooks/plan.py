@@ -1,0 +1,168 @@
+"""What an attached eraser computes in a UNet call: detection, the rows' settings, replacement; no diffusers here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbdt import ops
+
+ROWS = ("all", "cond")
+TARGETS = ("output", "update")
+SOURCES = ("random", "nearest", "mean")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Validated settings of one attachment."""
+
+    padding: int
+    source: str
+    target: str
+    rows: str
+    steps: tuple[int, int] | None
+    """[first, last) of the schedule."""
+    k: int
+    """Of the rank test; 0: none."""
+    on_update: bool
+    """Detect on the block's output minus its input."""
+    width: int
+    """d of the SAE."""
+    set_list: bool
+    """Concepts were given as one set per prompt or image, not one for all."""
+    seed_list: bool
+
+
+class CallState:
+    """What a UNet call hands from its timestep embedding to the hooked blocks; nothing outlives the call."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.timesteps: Tensor | None = None  # [B]
+        self.mask: Tensor | None = None  # [B, N], of detect_at
+        self.grid: tuple[int, int] | None = None
+        self.prompts: int | None = None
+        self.images: int | None = None
+
+    def __deepcopy__(self, memo: dict) -> CallState:
+        # copy.deepcopy(unet) must not copy the pipeline behind it.
+        return self
+
+    def halves_of(self, batch: int) -> int:
+        """Guidance branches in a batch of `batch` rows: 1, or 2 for [uncond; cond]."""
+        if self.images and batch % self.images == 0:
+            return batch // self.images
+        guided = bool(getattr(self.pipe, "do_classifier_free_guidance", False))
+        return 2 if guided and batch % 2 == 0 else 1
+
+
+class Plan:
+    """The tensors of one attachment. They are no parameters of any module, so no state_dict or offload sees them."""
+
+    def __init__(
+        self,
+        options: Options,
+        weight: Tensor,  # [L, d]
+        bias: Tensor,  # [L] float32, pre-bias folded in
+        latents: Tensor,  # [U] int64; a latent may come twice, with the thresholds of two concepts
+        thresholds: Tensor,  # [T, U] float32, on pre-activations
+        timesteps: Tensor,  # [T] float32, the bins
+        enabled: Tensor,  # [S, U] bool, one row a set
+        seeds: Tensor,  # [R] int64
+        bank: Tensor | None,  # [T, M, d]
+    ) -> None:
+        self.options = options
+        self.weight, self.bias, self.latents = weight, bias, latents
+        self.thresholds, self.timesteps = thresholds, timesteps
+        self.enabled, self.seeds, self.bank = enabled, seeds, bank
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Moves the tensors; `dtype` is that of the activations, which the encoder rows and the bank take."""
+        for name in ("bias", "latents", "thresholds", "timesteps", "enabled", "seeds"):
+            setattr(self, name, getattr(self, name).to(device))
+        self.weight = self.weight.to(device, dtype)
+        self.bank = None if self.bank is None else self.bank.to(device, dtype)
+
+    def check_call(self, state: CallState, batch: int) -> None:
+        """ValueError where the lists of sets and seeds, or the steps, do not fit this call; reads sizes only."""
+        images = batch // state.halves_of(batch)
+        check_lengths(self, images, state.prompts if state.images == images else None)
+        if self.options.steps is not None:
+            schedule = state.pipe.scheduler.timesteps
+            if self.options.steps[0] >= schedule.shape[0]:
+                raise ValueError(
+                    f"steps={self.options.steps}: begins after this call's {schedule.shape[0]} steps; attach with an "
+                    "earlier window, or call the pipeline with more steps"
+                )
+
+    def detect(self, x: Tensor, minus: Tensor | None, state: CallState) -> Tensor:
+        """Mask [B, N] of `x` [B, d, H, W] or [B, d, N], by the concept sets, window and half of each row."""
+        timesteps = state.timesteps
+        image, half, images, halves = self._rows(state)
+        enabled = self.enabled[image // (images // self.enabled.shape[0])]
+        if self.options.steps is not None:
+            schedule = state.pipe.scheduler.timesteps.to(timesteps.device)
+            # The nearest entry, not equality: a pipeline may round the timesteps to half precision.
+            step = (timesteps.unsqueeze(1).to(torch.float32) - schedule.to(torch.float32)).abs().argmin(1)
+            inside = (step >= self.options.steps[0]) & (step < self.options.steps[1])
+            enabled = enabled & inside.unsqueeze(1)
+        if self.options.rows == "cond" and halves > 1:
+            enabled = enabled & (half > 0).unsqueeze(1)
+        return ops.detect_patches(
+            x,
+            self.weight,
+            self.bias,
+            self.latents,
+            self.thresholds,
+            self.bins(timesteps),
+            enabled,
+            self.options.k,
+            minus,
+        )
+
+    def replace(
+        self, x: Tensor, mask: Tensor, height: int, width: int, state: CallState
+    ) -> tuple[Tensor, Tensor]:
+        """`x` with the padded mask replaced, and which patches were; the draws of a row depend on its image only."""
+        image, half, images, _ = self._rows(state)
+        each = images // self.seeds.shape[0]
+        seeds = self.seeds[image // each] + image % each
+        # Half 0 is the unconditional or the only one, 1 the conditional one.
+        u = ops.patch_uniform(seeds, state.timesteps, half, mask.shape[1])
+        bank = None if self.bank is None else self.bank[self.bins(state.timesteps)]
+        return ops.replace_patches(x, mask, u, height, width, self.options.padding, self.options.source, bank)
+
+    def bins(self, timesteps: Tensor) -> Tensor:
+        """The dictionary bin nearest to each timestep [B] -> int64 [B], without a host sync."""
+        return (timesteps.to(torch.float32).unsqueeze(-1) - self.timesteps).abs().argmin(-1)
+
+    def _rows(self, state: CallState) -> tuple[Tensor, Tensor, int, int]:
+        """Image and half of each row, int64 [B] each, and their numbers: rows run over the images, half by half."""
+        batch = state.timesteps.shape[0]
+        halves = state.halves_of(batch)
+        images = batch // halves
+        row = torch.arange(batch, device=state.timesteps.device)
+        return row % images, row // images, images, halves
+
+
+def check_lengths(plan: Plan, images: int, prompts: int | None) -> None:
+    """ValueError unless the lists of sets and seeds have one entry per prompt or per image.
+
+    `prompts` None: unknown, then any divisor of `images` passes.
+    """
+    for name, given, count in (
+        ("concepts", plan.options.set_list, plan.enabled.shape[0]),
+        ("seed", plan.options.seed_list, plan.seeds.shape[0]),
+    ):
+        fits = count in (images, prompts) if prompts is not None else images % count == 0
+        if given and not (fits and images % count == 0):
+            known = (
+                f"{images} images" if prompts in (None, images) else f"{prompts} prompts and {images} images"
+            )
+            raise ValueError(
+                f"{name}: got a list of {count} entries for {known}; attach with one entry per prompt or per image, "
+                "or with one for all"
+            )
