@@ -1,0 +1,167 @@
+"""`lbdt erase`: one prompt without and with the eraser, from the same seed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lbdt import picture
+from lbdt.commands.concepts import load_eraser
+
+_CANVAS_GUIDANCE = 3.0
+
+
+def run(
+    prompt: str,
+    concepts: Sequence[str],
+    *,
+    model: str | None,
+    eraser: str | None,
+    padding: int | None,
+    source: str | None,
+    steps: int,
+    guidance: float | None,
+    out: Path,
+    seed: int,
+    device: str,
+) -> tuple[dict[str, Any], list[str]]:
+    """Writes the picture to `out`; returns the figures for JSON, and the lines of the table.
+
+    Everything that can be refused is refused before the first image is generated.
+    """
+    picture.check_path(out)
+    where = _device(device)
+    loaded = load_eraser(eraser)
+    if padding is not None:
+        loaded.padding = padding
+    if source is not None:
+        loaded.source = source
+    # An unknown concept is told from the dictionary alone, before gigabytes of pipeline are read.
+    for name in concepts:
+        loaded.select(name)
+    pipe = _pipeline(model, where)
+    if guidance is None and model is None:
+        guidance = _CANVAS_GUIDANCE
+    loaded.attach(pipe, list(concepts), seed=seed).remove()
+
+    call = {"num_inference_steps": steps} | ({} if guidance is None else {"guidance_scale": guidance})
+    # The first call of a process pays for allocations and kernel choices that the second finds made.
+    _generate(pipe, prompt, seed, where, "warm-up", call | {"num_inference_steps": 1})
+    before, seconds_without = _generate(pipe, prompt, seed, where, "without", call)
+    with loaded.attach(pipe, list(concepts), seed=seed, keep_masks=True) as attached:
+        after, seconds_with = _generate(pipe, prompt, seed, where, "with", call)
+    report, masks = attached.report(), attached.masks()
+
+    erased = ", ".join(concepts)
+    captions = ("without", f"patches of {erased}", f"{erased} erased")
+    picture.save(picture.compose(before, masks, after, captions), out)
+    overhead = 100 * (seconds_with / seconds_without - 1)
+    values = {
+        "prompt": prompt,
+        "concepts": list(concepts),
+        "model": model or "EmojiCanvas",
+        "eraser": eraser or "EmojiCanvas",
+        "hookpoint": loaded.hookpoint,
+        "padding": loaded.padding,
+        "source": loaded.source,
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "device": str(where),
+        "seconds": {"without": seconds_without, "with": seconds_with},
+        "overhead_percent": overhead,
+        "report": report.to_dict(),
+        "verdict": _verdict(before, after) if model is None else None,
+        "out": str(out),
+    }
+    return values, _table(values, report)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {name}: not usable here ({first}); `lbdt env` lists the devices"
+        ) from error
+    return device
+
+
+def _pipeline(model: str | None, device: torch.device):
+    if model is None:
+        from lbdt import canvas
+
+        pipe = canvas.load_pipeline()
+    else:
+        from diffusers import DiffusionPipeline
+
+        # Half precision is for GPUs; on a CPU it is slow or absent.
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+    return pipe.to(device)
+
+
+def _generate(pipe, prompt: str, seed: int, device: torch.device, label: str, call: dict[str, Any]):
+    pipe.set_progress_bar_config(desc=label, file=sys.stderr)
+    generator = torch.Generator().manual_seed(seed)
+    _synchronize(device)
+    start = time.perf_counter()
+    image = pipe(prompt, generator=generator, **call).images[0]
+    _synchronize(device)
+    return image, time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _verdict(before, after) -> dict[str, dict[str, str]]:
+    from lbdt import canvas
+
+    objects, styles = canvas.classify([before, after])
+    return {
+        name: {"object": canvas.OBJECTS[int(objects[i])], "style": canvas.STYLES[int(styles[i])]}
+        for i, name in enumerate(("without", "with"))
+    }
+
+
+def _table(values: dict[str, Any], report) -> list[str]:
+    rows = max((step.rows for step in report.steps), default=0)
+    seconds = values["seconds"]
+    steps = report.steps
+    lines = [
+        f"{'erased':22}{', '.join(values['concepts'])}, padding {values['padding']}, source {values['source']}",
+        f"{'hookpoint':22}{values['hookpoint']}",
+        f"{'patches detected':22}{report.detected:.1%} of {len(steps)} steps' patches{_range(steps, 'detected')}",
+        f"{'patches replaced':22}{report.replaced:.1%}{_range(steps, 'replaced')}",
+        f"{'seconds':22}{seconds['without']:.2f} without, {seconds['with']:.2f} with: {values['overhead_percent']:+.1f} %",
+    ]
+    if values["verdict"]:
+        before, after = (values["verdict"][name] for name in ("without", "with"))
+        lines.append(f"{'classifiers see':22}{before['object']} in {before['style']} style -> ")
+        lines[-1] += f"{after['object']} in {after['style']} style"
+    full = sum(step.without_free for step in steps)
+    if full:
+        fate = (
+            f"{report.unchanged} left unchanged (no bank)"
+            if report.unchanged
+            else "took the bank's embeddings"
+        )
+        lines.append(f"{'no undetected patch':22}in {full} of {rows * len(steps)} feature maps: {fate}")
+    lines.append(f"{'picture':22}{values['out']}")
+    return lines
+
+
+def _range(steps, name: str) -> str:
+    shares = [getattr(step, name) for step in steps]
+    return f" ({min(shares):.1%} to {max(shares):.1%} by step)" if shares else ""
