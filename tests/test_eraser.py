@@ -1,0 +1,426 @@
+"""ConceptEraser on a real (tiny, random) StableDiffusionPipeline: numbers, exact removal, refusals, compiled UNets."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lbdt import reference
+from lbdt.dictionary import ConceptDictionary
+from lbdt.eraser import ConceptEraser
+from lbdt.sae import SAEConfig, SparseAutoencoder
+from tests import toy
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return toy.pipeline(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def pipe(shared):
+    """The shared pipeline, which every test must leave as it was."""
+    scheduler = shared.scheduler
+    yield shared
+    shared.scheduler = scheduler
+    assert traces(shared) == []
+
+
+def traces(pipe) -> list[str]:
+    """Everything that an attachment puts on a pipeline."""
+    found = [n for n, m in pipe.unet.named_modules() if {"forward", "_diffusers_hook"} & set(vars(m))]
+    return found + [name for name in ("check_inputs", "encode_prompt", "_lbdt_watch") if name in vars(pipe)]
+
+
+class Tap:
+    """What the hooked block put out at each UNet call, after its diffusers hooks."""
+
+    def __init__(self, pipe) -> None:
+        self.values: list[torch.Tensor] = []
+        block = pipe.unet.get_submodule(toy.HOOKPOINT.removeprefix("unet."))
+        self.handle = block.register_forward_hook(lambda m, args, out: self.values.append(out[0].clone()))
+
+    def __enter__(self) -> list[torch.Tensor]:
+        return self.values
+
+    def __exit__(self, *exception) -> None:
+        self.handle.remove()
+
+
+def literal(eraser, y, timestep, concept, seeds, halves, padding=1):
+    """Encode, compare, dilate and replace patch by patch; y [B, d, H, W]."""
+    batch, width, high, wide = y.shape
+    selection = eraser.select(concept)
+    bin = min(range(len(toy.TIMESTEPS)), key=lambda i: abs(toy.TIMESTEPS[i] - timestep))
+    h = eraser.sae.pre_activations(y.flatten(2).transpose(1, 2))[..., selection.latents]
+    mask = (h.relu() > selection.thresholds[bin]).any(-1).view(batch, high, wide)
+    out, padded = y.clone(), torch.zeros_like(mask)
+    for b, i, j in mask.nonzero().tolist():
+        padded[b, max(i - padding, 0) : i + padding + 1, max(j - padding, 0) : j + padding + 1] = True
+    for b in range(batch):
+        free = [divmod(p, wide) for p in range(high * wide) if not padded[b].flatten()[p]]
+        args = torch.tensor([seeds[b]]), torch.tensor([timestep]), torch.tensor([halves[b]])
+        u = reference.patch_uniform(*args, high * wide)[0].tolist()
+        for i, j in padded[b].nonzero().tolist() if free else ():
+            y0, x0 = free[int(u[i * wide + j] * len(free))]
+            out[b, :, i, j] = y[b, :, y0, x0]
+    return mask, padded, out
+
+
+def test_the_first_step_is_the_literal_computation(pipe):
+    eraser = toy.eraser()
+    with Tap(pipe) as before:
+        toy.images(pipe, steps=2)
+    with Tap(pipe) as after, eraser.attach(pipe, ["Dogs"], seed=[3, 9], keep_masks=True) as attached:
+        toy.images(pipe, steps=2)
+    timestep = int(pipe.scheduler.timesteps[0])
+    mask, padded, out = literal(eraser, before[0], timestep, "Dogs", [3, 9, 3, 9], [0, 0, 1, 1])
+    assert 0 < int(mask.sum()) < mask.numel() and len(after) == 2
+    assert torch.equal(after[0], out)
+    first = attached.masks()[0]
+    assert torch.equal(first.detected, mask[2:]) and torch.equal(first.replaced, padded[2:])
+    step = attached.report().steps[0]
+    assert step.timestep == timestep and step.detected == pytest.approx(float(mask.float().mean()))
+
+
+def test_removal_is_exact_and_repeatable(pipe):
+    eraser, state = toy.eraser(), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    base = toy.images(pipe)
+    handle = eraser.attach(pipe, ["Cats"])
+    assert list(pipe.unet.state_dict()) == list(state)
+    erased = toy.images(pipe)
+    handle.remove()
+    handle.remove()
+    assert not torch.equal(erased, base) and torch.equal(toy.images(pipe), base)
+    assert all(torch.equal(v, state[k]) for k, v in pipe.unet.state_dict().items())
+    with eraser.attach(pipe, ["Cats"]):
+        assert torch.equal(toy.images(pipe), erased)
+
+
+def test_an_undetected_concept_changes_no_bit(pipe):
+    base = toy.images(pipe)
+    with toy.eraser(threshold=100.0).attach(pipe, ["Cats"]) as attached:
+        assert torch.equal(toy.images(pipe), base)
+    assert attached.report().detected == 0
+
+
+def test_an_exception_inside_the_pipeline_leaves_no_hook(pipe):
+    base = toy.images(pipe)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), toy.eraser().attach(pipe, ["Cats"]):
+        toy.images(pipe, callback_on_step_end=stop)
+    assert traces(pipe) == []
+    assert torch.equal(toy.images(pipe), base)
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_two_erasers_at_once_come_off_in_any_order(pipe, order):
+    base = toy.images(pipe)
+    handles = [toy.eraser().attach(pipe, [name]) for name in ("Cats", "Dogs")]
+    both = toy.images(pipe)
+    handles.pop(0 if order == "first" else 1).remove()
+    one = toy.images(pipe)
+    handles.pop().remove()
+    assert not torch.equal(both, one) and not torch.equal(one, base)
+    assert torch.equal(toy.images(pipe), base)
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
+)
+def test_schedulers_and_a_second_call_with_other_steps(pipe, scheduler):
+    import diffusers
+
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    with toy.eraser().attach(pipe, ["Cats"]) as attached:
+        first = toy.images(pipe, steps=3)
+        toy.images(pipe, steps=2)
+        assert torch.equal(toy.images(pipe, steps=3), first)
+    expected: dict[float, int] = {}
+    for steps in (3, 2, 3):
+        pipe.scheduler.set_timesteps(steps)
+        for t in pipe.scheduler.timesteps.tolist():
+            expected[t] = expected.get(t, 0) + 4
+    got = {step.timestep: step.rows for step in attached.report().steps}
+    assert got == pytest.approx(expected)
+
+
+def test_steps_window_under_a_float_schedule(pipe):
+    from diffusers import EulerDiscreteScheduler
+
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    with toy.eraser().attach(pipe, ["Cats"], steps=(1, 3)) as attached:
+        toy.images(pipe, steps=5)
+    assert [step.detected > 0 for step in attached.report().steps] == [False, True, True, False, False]
+
+
+def test_without_guidance_there_is_one_half(pipe):
+    eraser = toy.eraser()
+    with Tap(pipe) as before:
+        toy.images(pipe, steps=1, guidance=1.0)
+    with Tap(pipe) as after, eraser.attach(pipe, ["Cats"], seed=4, rows="cond"):
+        toy.images(pipe, steps=1, guidance=1.0)
+        toy.images(pipe, steps=1, guidance=4.0)
+    timestep = int(pipe.scheduler.timesteps[0])
+    assert torch.equal(after[0], literal(eraser, before[0], timestep, "Cats", [4, 5], [0, 0])[2])
+    assert after[1].shape[0] == 4
+
+
+def test_an_image_alone_equals_the_same_image_in_a_batch(pipe):
+    eraser = toy.eraser()
+    with Tap(pipe) as together, eraser.attach(pipe, ["Cats"], seed=[11, 12]):
+        toy.images(pipe, ("cat", "dog"), steps=1)
+    with Tap(pipe) as base:
+        toy.images(pipe, ("cat", "dog"), steps=1)
+    with Tap(pipe) as alone, eraser.attach(pipe, ["Cats"], seed=12):
+        toy.images(pipe, ("dog",), steps=1, seed=1)
+    with Tap(pipe) as alone_base:
+        toy.images(pipe, ("dog",), steps=1, seed=1)
+    # The UNet itself may round differently in another batch; the replacement is compared as which patch went where.
+    for both, base_both, one, base_one in ((together[0][1::2], base[0][1::2], alone[0], alone_base[0]),):
+        assert torch.equal(origin(both, base_both), origin(one, base_one))
+
+
+def origin(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Which patch of `before` every patch of `after` is, [B, N]; both [B, d, H, W]."""
+    same = after.flatten(2).unsqueeze(3) == before.flatten(2).unsqueeze(2)
+    assert bool(same.all(1).any(2).all())
+    return same.all(1).int().argmax(2)
+
+
+def test_num_images_per_prompt_keeps_the_pipelines_order(pipe):
+    eraser = toy.eraser()
+    call = {"num_images_per_prompt": 2, "steps": 1}
+    with Tap(pipe) as per_prompt, eraser.attach(pipe, [["Cats"], ["Dogs"]], seed=[5, 50]):
+        toy.images(pipe, **call)
+    sets, seeds = [["Cats"], ["Cats"], ["Dogs"], ["Dogs"]], [5, 6, 50, 51]
+    with Tap(pipe) as per_image, eraser.attach(pipe, sets, seed=seeds):
+        toy.images(pipe, **call)
+    assert torch.equal(per_prompt[0], per_image[0])
+    with Tap(pipe) as counted, eraser.attach(pipe, sets, seed=5), Tap(pipe):
+        toy.images(pipe, **call)
+    assert torch.equal(counted[0][0::4], per_image[0][0::4])
+
+
+@pytest.mark.parametrize("entries", [1, 2, 3, 5, 8])
+def test_a_list_of_another_length_is_refused_before_anything_is_generated(pipe, entries):
+    calls = []
+    handle = pipe.text_encoder.register_forward_hook(lambda *args: calls.append(1))
+    try:
+        for settings in ({"concepts": [["Cats"]] * entries}, {"concepts": ["Cats"], "seed": [1] * entries}):
+            with (
+                toy.eraser().attach(pipe, **settings),
+                pytest.raises(ValueError, match=f"list of {entries} entries"),
+            ):
+                toy.images(pipe, ("a", "b", "c", "d"), num_images_per_prompt=3)
+    finally:
+        handle.remove()
+    assert calls == []
+
+
+def test_prompts_encoded_by_hand_are_no_call(pipe):
+    with toy.eraser().attach(pipe, [["Cats"], ["Dogs"]], seed=1), torch.no_grad():
+        first, nothing = pipe.encode_prompt("cat", "cpu", 1, True)
+        embeds = {"prompt_embeds": first.repeat(2, 1, 1), "negative_prompt_embeds": nothing.repeat(2, 1, 1)}
+        by_hand = pipe(
+            **embeds, num_inference_steps=1, generator=[torch.Generator().manual_seed(i) for i in (0, 1)]
+        )
+        assert len(by_hand.images) == 2
+
+
+def test_a_map_that_is_not_square(pipe):
+    eraser = toy.eraser()
+    with Tap(pipe) as before:
+        toy.images(pipe, steps=1, height=16, width=32)
+    with Tap(pipe) as after, eraser.attach(pipe, ["Cats"]):
+        toy.images(pipe, steps=1, height=16, width=32)
+    assert before[0].shape[2:] == (4, 8)
+    timestep = int(pipe.scheduler.timesteps[0])
+    assert torch.equal(after[0], literal(eraser, before[0], timestep, "Cats", [0, 1, 0, 1], [0, 0, 1, 1])[2])
+
+
+def test_a_block_inside_the_attention_block_takes_its_grid(pipe):
+    eraser = toy.eraser(hookpoint=f"{toy.HOOKPOINT}.transformer_blocks.0")
+    with eraser.attach(pipe, ["Cats"], keep_masks=True) as attached:
+        toy.images(pipe, steps=1, height=16, width=32)
+    assert attached.masks()[0].detected.shape == (2, 4, 8)
+
+
+def test_detection_at_an_earlier_block(pipe):
+    eraser = toy.eraser(detect_at=toy.DETECT_AT)
+    seen = []
+    block = pipe.unet.mid_block.attentions[0]
+    with eraser.attach(pipe, ["Cats"], keep_masks=True) as attached:
+        handle = block.register_forward_hook(lambda m, args, out: seen.append(out[0]))
+        toy.images(pipe, steps=1)
+        handle.remove()
+    mask = literal(eraser, seen[0], int(pipe.scheduler.timesteps[0]), "Cats", [0, 1, 0, 1], [0, 0, 1, 1])[0]
+    assert torch.equal(attached.masks()[0].detected, mask[2:])
+    later = toy.eraser(hookpoint=toy.DETECT_AT, detect_at=toy.HOOKPOINT)
+    with pytest.raises(ValueError, match="runs after the hookpoint"):
+        later.attach(pipe, ["Cats"])
+
+
+def test_a_copy_of_the_unet_keeps_erasing_without_the_pipeline(pipe):
+    with toy.eraser().attach(pipe, ["Cats"]):
+        twin = copy.deepcopy(pipe.unet)
+    assert "_diffusers_hook" in vars(twin.time_proj)
+
+
+REFUSED = {
+    "unknown concept": (lambda p: toy.eraser().attach(p, ["cat"]), "did you mean 'Cats'.*Cats, Dogs, Trees"),
+    "concept in a set": (lambda p: toy.eraser().attach(p, [["Cats"], ["Birds"]]), "unknown concept 'Birds'"),
+    "a name alone": (lambda p: toy.eraser().attach(p, "Cats"), "expected a list of names"),
+    "no concept": (lambda p: toy.eraser().attach(p, []), "empty list"),
+    "unknown hookpoint": (
+        lambda p: toy.eraser(hookpoint="unet.up_blocks.0.attention.0").attach(p, ["Cats"]),
+        r"did you mean 'unet\.up_blocks\.0\.attentions\.0'\? .*unet\.mid_block\.attentions\.0",
+    ),
+    "the UNet itself": (lambda p: toy.eraser(hookpoint="unet").attach(p, ["Cats"]), "no block 'unet'"),
+    "a list of blocks": (lambda p: toy.eraser(hookpoint="unet.up_blocks").attach(p, ["Cats"]), "no block"),
+    "unknown detect_at": (
+        lambda p: toy.eraser(detect_at="unet.x").attach(p, ["Cats"]),
+        "detect_at: .*no block",
+    ),
+    "SAE of another width": (lambda p: toy.eraser(width=8).attach(p, ["Cats"]), "32 channels.*trained on 8"),
+    "negative padding": (lambda p: toy.eraser(padding=-1), "padding: expected an integer >= 0, got -1"),
+    "padding set later": (lambda p: changed("padding", -1).attach(p, ["Cats"]), "padding"),
+    "fractional padding": (lambda p: toy.eraser(padding=0.5), "padding"),
+    "source": (lambda p: toy.eraser(source="noise"), "random, nearest, mean; got 'noise'"),
+    "target": (lambda p: toy.eraser(target="input"), "output, update; got 'input'"),
+    "selection": (lambda p: toy.eraser(selection={"topk": 1}), "unknown key topk.*top_k"),
+    "rows": (lambda p: toy.eraser().attach(p, ["Cats"], rows="uncond"), "all, cond; got 'uncond'"),
+    "empty window": (lambda p: toy.eraser().attach(p, ["Cats"], steps=(3, 3)), "first < last"),
+    "one step": (lambda p: toy.eraser().attach(p, ["Cats"], steps=3), "two integers"),
+    "seed": (lambda p: toy.eraser().attach(p, ["Cats"], seed=1.5), "seed"),
+    "seed too large": (lambda p: toy.eraser().attach(p, ["Cats"], seed=2**64), "64-bit"),
+    "no pipeline": (lambda p: toy.eraser().attach(p.unet, ["Cats"]), "expected a diffusers pipeline"),
+    "no UNet": (lambda p: toy.eraser().attach(without_unet(), ["Cats"]), "has no UNet.*transformer, vae"),
+}
+
+
+def changed(name, value):
+    eraser = toy.eraser()
+    setattr(eraser, name, value)
+    return eraser
+
+
+def without_unet():
+    from diffusers import DiffusionPipeline
+
+    class TransformerPipeline(DiffusionPipeline):
+        def __init__(self):
+            super().__init__()
+
+        @property
+        def components(self):
+            return {"vae": None, "transformer": None}
+
+    return TransformerPipeline()
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_before_anything_is_changed(pipe, case):
+    attempt, message = REFUSED[case]
+    with pytest.raises((ValueError, TypeError), match=f"(?s){message}"):
+        attempt(pipe)
+    assert traces(pipe) == []
+
+
+def test_a_second_attachment_of_the_same_eraser_is_refused(pipe):
+    eraser, base = toy.eraser(), toy.images(pipe)
+    with eraser.attach(pipe, ["Cats"]):
+        first = toy.images(pipe)
+        with pytest.raises(ValueError, match="attached to this pipeline already"):
+            eraser.attach(pipe, ["Dogs"])
+        assert torch.equal(toy.images(pipe), first)
+    assert torch.equal(toy.images(pipe), base)
+
+
+def test_sizes_must_agree():
+    parts = toy.eraser()
+    other = SparseAutoencoder(SAEConfig(d_in=toy.WIDTH, num_latents=32, activation="relu"))
+    with pytest.raises(ValueError, match="made with an SAE of 64 latents, but the given SAE has 32"):
+        ConceptEraser(other, parts.dictionary, toy.HOOKPOINT)
+    with pytest.raises(TypeError, match="sae: expected"):
+        ConceptEraser(None, parts.dictionary, toy.HOOKPOINT)
+    with pytest.raises(TypeError, match="dictionary: expected"):
+        ConceptEraser(parts.sae, None, toy.HOOKPOINT)
+    with pytest.raises(ValueError, match="never attached"):
+        parts.report()
+    bank = ConceptDictionary(
+        toy.CONCEPTS, toy.TIMESTEPS, parts.dictionary.mean, parts.dictionary.counts, bank=torch.zeros(4, 2, 7)
+    )
+    with pytest.raises(ValueError, match="bank holds embeddings of width 7"):
+        ConceptEraser(parts.sae, bank, toy.HOOKPOINT)
+
+
+def test_a_saved_eraser_does_the_same(pipe, tmp_path):
+    eraser = toy.eraser(padding=0, source="mean", bank=True)
+    eraser.save_pretrained(tmp_path / "eraser")
+    loaded = ConceptEraser.from_pretrained(tmp_path / "eraser")
+    assert (loaded.padding, loaded.source, loaded.selection) == (0, "mean", {"top_k": 1})
+    assert loaded.concepts == toy.CONCEPTS and loaded.sae.W_dec is None
+    with eraser.attach(pipe, ["Cats"]):
+        expected = toy.images(pipe)
+    with loaded.attach(pipe, ["Cats"]):
+        assert torch.equal(toy.images(pipe), expected)
+
+
+def test_damaged_folders_are_refused(tmp_path):
+    def damaged(name):
+        toy.eraser().save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    config = damaged("key") / "eraser.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"strength": 2}))
+    nan = damaged("nan") / "sae" / "sae.safetensors"
+    tensors = load_file(nan)
+    tensors["encoder.weight"][0, 0] = float("nan")
+    save_file(tensors, nan)
+    missing = damaged("missing") / "sae" / "sae.safetensors"
+    save_file({"encoder.weight": tensors["encoder.weight"]}, missing)
+    short = damaged("short") / "dictionary" / "dictionary.safetensors"
+    short.write_bytes(short.read_bytes()[:-100])
+    padding = damaged("padding") / "eraser.json"
+    padding.write_text(json.dumps(json.loads(padding.read_text()) | {"padding": -2}))
+    (damaged("gone") / "eraser.json").unlink()
+    for name, message in {
+        "key": "unknown: strength",
+        "nan": "encoder.weight.*NaN",
+        "missing": "missing tensor",
+        "short": "truncated or damaged",
+        "padding": "eraser.json: padding: expected an integer >= 0",
+        "gone": "eraser.json",
+        "nowhere": "no such folder",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            ConceptEraser.from_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize("how", ["wrap", "in_place"])
+@pytest.mark.parametrize("first", ["attach", "call"])
+def test_a_compiled_unet(tmp_path, how, first):
+    pipe = toy.pipeline(tmp_path)
+    eraser, base = toy.eraser(), toy.images(pipe)
+    with eraser.attach(pipe, ["Cats"], seed=2):
+        expected = toy.images(pipe)
+    torch._dynamo.reset()
+    if how == "wrap":
+        pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend="aot_eager")
+    else:
+        pipe.unet.compile(fullgraph=True, backend="aot_eager")
+    if first == "call":
+        toy.images(pipe)
+    torch._dynamo.utils.counters.clear()
+    with eraser.attach(pipe, ["Cats"], seed=2) as attached:
+        assert torch.equal(toy.images(pipe), expected)
+    # All timesteps and a second call share one graph: nothing about a step is Python state.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert len(attached.report().steps) == 3
+    assert torch.equal(toy.images(pipe), base)
