@@ -65,7 +65,7 @@ def load() -> str | None:
             torch.ops.load_library(str(prebuilt))
         except OSError as error:
             raise ImportError(
-                f"{prebuilt} was built for another torch than {torch.__version__}, it does not load: {error}; "
+                f"{prebuilt} was built for another torch than {torch.__version__} and fails: {error}; "
                 "delete it, or reinstall lbdt with LBDT_BUILD=1"
             ) from error
         return None
