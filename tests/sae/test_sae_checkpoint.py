@@ -102,7 +102,10 @@ def test_saeuron_folder_trained_with_batch_topk_runs_per_patch(tmp_path):
         ({"extra": torch.ones(1)}, "unknown tensor extra"),
         ({"b_dec": torch.ones(7)}, r"tensor b_dec: expected shape \[6\], got \[7\]"),
         ({"encoder.weight": torch.ones(6, 12)}, r"expected shape \[12, 6\], got \[6, 12\]"),
-        ({"encoder.bias": torch.full((12,), torch.nan)}, "tensor encoder.bias: expected finite values, got 12"),
+        (
+            {"encoder.bias": torch.full((12,), torch.nan)},
+            "tensor encoder.bias: expected finite values, got 12",
+        ),
         ({"W_dec": torch.full((12, 6), torch.inf)}, "tensor W_dec: expected finite values, got 72"),
     ],
     ids=["missing", "unknown", "width", "transposed", "nan", "inf"],
@@ -199,7 +202,9 @@ def test_hub_repositories_download_only_the_hookpoint(tmp_path, monkeypatch):
 
 def test_an_unreachable_repository_is_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="someone/not-cached: no such folder, and the Hugging Face repository"):
+    with pytest.raises(
+        ValueError, match="someone/not-cached: no such folder, and the Hugging Face repository"
+    ):
         SparseAutoencoder.from_pretrained("someone/not-cached")
 
 
