@@ -105,8 +105,8 @@ def _pipeline(model: str | None, device: torch.device):
         from diffusers import DiffusionPipeline
 
         # Half precision is for GPUs; on a CPU it is slow or absent.
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+        half = {"torch_dtype": torch.float16} if device.type == "cuda" else {}
+        pipe = DiffusionPipeline.from_pretrained(model, **half)
     return pipe.to(device)
 
 
