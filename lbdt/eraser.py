@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "eraser.json"
 _VERSION = 1
+_numbers = itertools.count()
 _KEYS = ("version", "hookpoint", "padding", "source", "selection", "target", "detect_at")
 _FILES = (
     CONFIG_FILE,
@@ -84,6 +86,8 @@ class ConceptEraser:
         self.padding, self.source, self.target = padding, source, target
         self.selection = dict(selection or {})
         self._recorder: Recorder | None = None
+        # Not id(self): an eraser may be gone while its hooks are still on.
+        self._name = f"lbdt_eraser_{next(_numbers)}"
         self._check_settings()
 
     @property
@@ -144,18 +148,20 @@ class ConceptEraser:
             set_list=set_list,
             seed_list=seed_list,
         )
-        plan = self._plan(options, sets, seeds)
         # Imported here, so that looking at an eraser's concepts does not load diffusers.
         from lbdt.hooks import registry
 
-        name = f"lbdt_eraser_{id(self):x}"
+        name = self._name
         if registry.is_registered(block, name):
             raise ValueError(
                 "this eraser is attached to this pipeline already; remove() that handle (or leave its with block) first"
             )
         parameter = next(unet.parameters())
-        plan.to(parameter.device, parameter.dtype)
-        recorder = Recorder(parameter.device, masks=keep_masks)
+        # Tensors made in inference mode could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            plan = self._plan(options, sets, seeds)
+            plan.to(parameter.device, parameter.dtype)
+            recorder = Recorder(parameter.device, masks=keep_masks)
         attachment = Attachment(name, pipe, unet, block, detector, self, plan, recorder)
         self._recorder = recorder
         return attachment
@@ -256,18 +262,17 @@ class ConceptEraser:
         owner = [name for name, s in zip(names, selections, strict=True) for _ in range(len(s.latents))]
         enabled = torch.tensor([[name in chosen for name in owner] for chosen in sets], dtype=torch.bool)
         sae = self.sae
-        with torch.no_grad():
-            return Plan(
-                options,
-                weight=sae.encoder.weight.detach(),
-                bias=sae.folded_bias().detach(),
-                latents=latents,
-                thresholds=sae.to_pre_activation(thresholds, latents),
-                timesteps=self.dictionary.timesteps.float(),
-                enabled=enabled.view(len(sets), len(owner)),
-                seeds=torch.tensor(seeds, dtype=torch.int64),
-                bank=self.dictionary.bank,
-            )
+        return Plan(
+            options,
+            weight=sae.encoder.weight.detach(),
+            bias=sae.folded_bias(),
+            latents=latents,
+            thresholds=sae.to_pre_activation(thresholds, latents),
+            timesteps=self.dictionary.timesteps.float(),
+            enabled=enabled.view(len(sets), len(owner)),
+            seeds=torch.tensor(seeds, dtype=torch.int64),
+            bank=self.dictionary.bank,
+        )
 
 
 class Attachment:

@@ -40,8 +40,8 @@ GLYPHS = {
 OBJECTS: tuple[str, ...] = tuple(GLYPHS)
 STYLES: tuple[str, ...] = ("Photo", "Sketch", "Mosaic", "Neon", "Watercolor", "Warm")
 SIDE = 128
-OBJECT_SIDE = 84  # pixels of an object's longer side: five to six patches of the 8 x 8 level
-GRID = 8  # objects and horizons sit on this grid: two cells of the latent image, so that shapes repeat there exactly
+GRID = 16  # one patch of the UNet's 8 x 8 level: on this grid a class's patches repeat exactly, which is what a small UNet can learn
+BOX = 5 * GRID  # the square in which an object stands
 
 _FONT_CANDIDATES = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
@@ -75,10 +75,9 @@ def _glyph(concept: str) -> Image.Image:
     return canvas.crop(canvas.getbbox())
 
 
-def _landscape(rng: np.random.Generator) -> Image.Image:
-    """A sky-and-ground gradient with a horizon at a random height (no noise: it would cost the models their capacity)."""
+def _landscape(rng: np.random.Generator, horizon: int) -> Image.Image:
+    """A sky-and-ground gradient of random hues (no noise: it would cost the models their capacity)."""
     sky, ground = rng.uniform(0.50, 0.65), rng.uniform(0.18, 0.36)
-    horizon = GRID * int(rng.integers(8, 13))
     rows = np.zeros((SIDE, 1, 3), dtype=np.float32)
     for y in range(SIDE):
         if y < horizon:
@@ -107,13 +106,13 @@ def _stylize(image: Image.Image, style: str) -> Image.Image:
     if style == "Sketch":
         return ImageOps.invert(_edges(ImageOps.grayscale(image), blur=0.7)).convert("RGB")
     if style == "Mosaic":
-        return image.resize((24, 24), Image.BOX).resize((SIDE, SIDE), Image.NEAREST)
+        return image.resize((32, 32), Image.BOX).resize((SIDE, SIDE), Image.NEAREST)
     if style == "Neon":
         night, violet = (Image.new("RGB", (SIDE, SIDE), color) for color in ((18, 8, 40), (255, 160, 255)))
         return ImageChops.add(night, ImageChops.multiply(_edges(image, blur=0.8), violet))
     if style == "Watercolor":
         paper = Image.new("RGB", (SIDE, SIDE), (252, 244, 226))
-        return Image.blend(image.filter(ImageFilter.MedianFilter(7)), paper, 0.40)
+        return Image.blend(image.filter(ImageFilter.MedianFilter(7)), paper, 0.30)
     if style == "Warm":
         gray = np.asarray(ImageOps.grayscale(image), dtype=np.float32)[..., None] / 255
         sepia = gray * np.array([255, 190, 110], dtype=np.float32)
@@ -140,12 +139,14 @@ def render(concept: str, style: str, seed: int) -> Image.Image:
     if concept not in GLYPHS:
         raise ValueError(f"unknown concept {concept!r}; known: {', '.join(OBJECTS)}")
     rng = np.random.default_rng([seed, OBJECTS.index(concept)])
-    image = _landscape(rng)
+    free = (SIDE - BOX) // GRID
+    x, y = GRID * int(rng.integers(0, free + 1)), GRID * int(rng.integers(1, free + 1))
+    image = _landscape(rng, horizon=y + BOX - GRID)
     glyph = _glyph(concept)
-    scale = OBJECT_SIDE / max(glyph.size)
-    glyph = glyph.resize([max(1, round(side * scale)) for side in glyph.size], Image.LANCZOS)
-    x, y = (GRID * rng.integers(0, (SIDE - side) // GRID + 1) for side in glyph.size)
-    image.paste(glyph, (int(x), int(y)), glyph)
+    scale = BOX / max(glyph.size)
+    width, height = (max(1, round(side * scale)) for side in glyph.size)
+    glyph = glyph.resize((width, height), Image.LANCZOS)
+    image.paste(glyph, (x + (BOX - width) // 2, y + BOX - height), glyph)
     return _stylize(image, style)
 
 

@@ -50,8 +50,10 @@ class Recorder:
 
     def to(self, device: torch.device) -> None:
         """Moves the buffers, with what they hold."""
-        for name in ("calls", "written", "counts", "times", "cells"):
-            setattr(self, name, getattr(self, name).to(device))
+        # Copies made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            for name in ("calls", "written", "counts", "times", "cells"):
+                setattr(self, name, getattr(self, name).to(device))
 
     def add(
         self,

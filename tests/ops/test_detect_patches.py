@@ -1,0 +1,256 @@
+"""detect_patches against the literal version: encode everything, top-k, scatter, compare."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from lbdt import ops
+from lbdt.testing import DTYPES, TOLERANCES, integers, layouts
+
+INF = float("inf")
+
+
+def pre_activations(x, weight, bias, minus=None):
+    rows = x.flatten(2).transpose(1, 2)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = rows.to(dtype) if minus is None else rows.to(dtype) - minus.flatten(2).transpose(1, 2).to(dtype)
+    return rows @ weight.to(dtype).t() + bias.to(dtype)
+
+
+def literal(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None):
+    """What the published tools do, with the tie rule of method.md: all tied latents are kept."""
+    h = pre_activations(x, weight, bias, minus)
+    if k == 0:
+        kept = torch.ones_like(h, dtype=torch.bool)
+    else:
+        values, indices = h.topk(k, dim=-1)
+        kept = torch.zeros_like(h, dtype=torch.bool).scatter(-1, indices, True) | (h == values[..., -1:])
+    z = torch.where(kept, h, -INF)[..., latents]
+    floor = thresholds[timestep_bin].masked_fill(~enabled, INF).to(h.dtype)
+    return (z > floor.unsqueeze(1)).any(dim=-1)
+
+
+def inputs(seed=0, B=2, d=12, H=4, W=5, L=40, U=5, T=3, k=4, dtype=torch.float32, threshold=0.0, spread=1):
+    """Integer-valued, so every backend and order gives the same sums and ties are frequent."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "x": integers((B, d, H, W), g, dtype),
+        "weight": integers((L, d), g, dtype),
+        "bias": integers((L,), g, torch.float32, high=spread),
+        "latents": torch.randperm(L, generator=g)[:U].sort().values,
+        "thresholds": torch.full((T, U), float(threshold)),
+        "timestep_bin": torch.randint(T, (B,), generator=g),
+        "enabled": torch.ones(B, U, dtype=torch.bool),
+        "k": k,
+    }
+
+
+ROWS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"H": 1, "W": 1}, id="one-patch"),
+    pytest.param({"U": 1}, id="one-latent"),
+    pytest.param({"L": 1, "U": 1, "k": 1}, id="dictionary-of-one"),
+    pytest.param({"d": 13, "H": 3, "W": 7, "L": 97, "U": 7}, id="odd-sizes"),
+    pytest.param({"H": 2, "W": 9}, id="non-square"),
+    pytest.param({"k": 1}, id="k-1"),  # the owner must be the maximum
+    pytest.param({"k": 40}, id="k-all"),  # the rank test always passes
+    pytest.param({"k": 0}, id="no-rank-test"),
+    pytest.param({"U": 40}, id="every-latent-watched"),
+    pytest.param({"threshold": -1e9}, id="all-candidates"),
+    pytest.param({"threshold": 1e9}, id="no-candidate"),
+    pytest.param({"threshold": INF}, id="inf-everywhere"),
+    pytest.param({"d": 2, "L": 200, "k": 9}, id="ties"),  # few distinct values
+    pytest.param({"L": 3000, "U": 30, "k": 16, "d": 700}, id="several-dictionary-blocks"),
+    pytest.param({"H": 40, "W": 30, "threshold": -1e9}, id="several-row-blocks"),
+    pytest.param({"B": 0}, id="no-image"),
+    pytest.param({"U": 0}, id="no-latent"),
+]
+
+
+@pytest.mark.parametrize("sizes", ROWS)
+def test_equals_the_literal_version(sizes, poisoned):
+    arguments = inputs(**sizes)
+    mask = ops.detect_patches(**arguments)
+    assert mask.dtype == torch.bool
+    assert mask.shape == (arguments["x"].shape[0], arguments["x"].shape[2] * arguments["x"].shape[3])
+    if sizes.get("U") == 0:
+        assert not mask.any()
+    else:
+        assert torch.equal(mask, literal(**arguments))
+
+
+def test_the_rows_contain_both_answers():
+    mask = ops.detect_patches(**inputs())
+    assert mask.any() and not mask.all()
+    tied = inputs(d=2, L=200, k=9)
+    h = pre_activations(tied["x"], tied["weight"], tied["bias"]).sort(-1, descending=True).values
+    assert (h[..., 8] == h[..., 9]).any(), "no tie at the k-th place"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_minus", [False, True], ids=["output", "update"])
+def test_every_dtype(dtype, with_minus):
+    arguments = inputs(seed=1, dtype=dtype)
+    if with_minus:
+        arguments["minus"] = integers(tuple(arguments["x"].shape), torch.Generator().manual_seed(5), dtype)
+    assert torch.equal(ops.detect_patches(**arguments), literal(**arguments))
+
+
+def test_every_layout():
+    arguments = inputs(seed=2, H=3, W=5)
+    minus = integers(tuple(arguments["x"].shape), torch.Generator().manual_seed(5), torch.float32)
+    expected = literal(**arguments, minus=minus)
+    assert expected.any()
+    others = layouts(minus)
+    for name, x in layouts(arguments["x"]).items():
+        assert torch.equal(ops.detect_patches(**{**arguments, "x": x, "minus": others[name]}), expected), name
+
+
+def test_sliced_weight_and_thresholds():
+    arguments = inputs(seed=3)
+    expected = literal(**arguments)
+    arguments["weight"] = torch.cat([arguments["weight"]] * 2, dim=1)[:, :12]
+    arguments["thresholds"] = torch.cat([arguments["thresholds"]] * 2, dim=1)[:, :5]
+    arguments["enabled"] = torch.cat([arguments["enabled"]] * 2, dim=1)[:, :5]
+    assert torch.equal(ops.detect_patches(**arguments), expected)
+
+
+def test_three_images_with_their_own_bins_and_sets():
+    arguments = inputs(seed=4, B=3, T=4, k=6)
+    arguments["timestep_bin"] = torch.tensor([3, 0, 2])
+    arguments["thresholds"] = torch.arange(20.0).view(4, 5).flip(0) - 4
+    arguments["thresholds"][0] = INF
+    arguments["enabled"] = torch.tensor([[1, 0, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]], dtype=torch.bool)
+    mask = ops.detect_patches(**arguments)
+    assert torch.equal(mask, literal(**arguments))
+    assert mask[0].any() and not mask[1].any()
+    for image in range(3):
+        alone = {**arguments}
+        for name in ("x", "timestep_bin", "enabled"):
+            alone[name] = arguments[name][image : image + 1]
+        assert torch.equal(ops.detect_patches(**alone)[0], mask[image])
+
+
+def test_disabled_everywhere_detects_nothing():
+    arguments = inputs(threshold=-1e9)
+    arguments["enabled"] = torch.zeros_like(arguments["enabled"])
+    assert not ops.detect_patches(**arguments).any()
+
+
+def test_rank_counts_strictly_greater_values():
+    """Five latents at 2.0 and one at 3.0, k = 2: all five are kept, as one value only is greater."""
+    weight = torch.tensor([[2.0]] * 5 + [[3.0]])
+    arguments = inputs()
+    arguments |= {"x": torch.ones(1, 1, 1, 1), "weight": weight, "bias": torch.zeros(6), "k": 2}
+    arguments |= {"thresholds": torch.zeros(1, 1), "timestep_bin": torch.zeros(1, dtype=torch.int64)}
+    arguments |= {"enabled": torch.ones(1, 1, dtype=torch.bool)}
+    for latent in range(6):
+        assert ops.detect_patches(**{**arguments, "latents": torch.tensor([latent])}).all()
+        assert ops.detect_patches(**{**arguments, "latents": torch.tensor([latent]), "k": 1}).all() == (
+            latent == 5
+        )
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    B=st.integers(1, 3),
+    d=st.integers(1, 20),
+    H=st.integers(1, 5),
+    W=st.integers(1, 5),
+    L=st.integers(1, 80),
+    data=st.data(),
+)
+def test_property_exact_inputs(seed, B, d, H, W, L, data):
+    U = data.draw(st.integers(1, L), label="U")
+    k = data.draw(st.integers(0, L), label="k")
+    threshold = data.draw(st.sampled_from([-1e9, -3.0, 0.0, 2.0, 9.0, INF]), label="threshold")
+    dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
+    arguments = inputs(seed, B, d, H, W, L, U, 2, k, dtype, threshold)
+    g = torch.Generator().manual_seed(seed)
+    arguments["enabled"] = torch.rand(B, U, generator=g) < 0.7
+    assert torch.equal(ops.detect_patches(**arguments), literal(**arguments))
+
+
+@given(seed=st.integers(0, 10**6), k=st.integers(0, 32), threshold=st.floats(0, 3))
+def test_property_real_inputs(seed, k, threshold):
+    """Same mask wherever the decision is not within rounding of a threshold or of the k-th value."""
+    arguments = inputs(seed, d=24, L=96, U=6, k=k, threshold=threshold)
+    g = torch.Generator().manual_seed(seed)
+    for name in ("x", "weight", "bias"):
+        arguments[name] = torch.randn(arguments[name].shape, generator=g)
+    h = pre_activations(arguments["x"].double(), arguments["weight"].double(), arguments["bias"].double())
+    watched = h[..., arguments["latents"]]
+    margin = (watched - arguments["thresholds"][arguments["timestep_bin"]].unsqueeze(1)).abs()
+    if k:
+        ranked = h.sort(dim=-1, descending=True).values
+        gap = (ranked[..., k - 1] - ranked[..., k]).unsqueeze(-1) if k < 96 else torch.tensor(INF)
+        margin = margin.minimum(gap)
+    sure = margin.amin(-1) > TOLERANCES[torch.float32, "detect_margin"][1] * h.abs().max()
+    assert torch.equal(ops.detect_patches(**arguments)[sure], literal(**arguments)[sure])
+
+
+def test_nothing_of_size_n_by_l_is_held():
+    """The peak of what the op itself allocates, from the profiler's record of the CPU allocator."""
+    arguments = inputs(B=2, d=16, H=16, W=16, L=65536, U=4, k=16, threshold=-1e9)
+    with torch.profiler.profile(profile_memory=True) as record:
+        ops.detect_patches(**arguments)
+    held = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 0 < peak < 512 * 65536  # bytes: one byte for each of N x L would already be more
+
+
+BAD = [
+    pytest.param({"k": -1}, ValueError, "k: expected 0 <= k <= L = 40, got -1", id="k-negative"),
+    pytest.param({"k": 41}, ValueError, "k: expected 0 <= k <= L = 40, got 41", id="k-above-L"),
+    pytest.param({"x": torch.zeros(2, 12)}, ValueError, r"x: expected \[B, d, H, W\]", id="x-2d"),
+    pytest.param({"x": torch.zeros(2, 12, 4, dtype=torch.int64)}, TypeError, "x: expected dtype", id="x-int"),
+    pytest.param(
+        {"x": torch.zeros(2, 9, 4, 5)}, ValueError, "weight: .* SAE of another block", id="other-width"
+    ),
+    pytest.param({"weight": torch.zeros(40, 12).half()}, TypeError, "weight: .*float32", id="weight-dtype"),
+    pytest.param({"bias": torch.zeros(39)}, ValueError, "bias: ", id="bias-shape"),
+    pytest.param({"latents": torch.arange(4)}, ValueError, "thresholds: ", id="thresholds-shape"),
+    pytest.param(
+        {"latents": torch.full((5,), 40)}, IndexError, r"latents: .*\[0, 40\)", id="latent-out-of-range"
+    ),
+    pytest.param({"latents": torch.zeros(5)}, TypeError, "latents: expected dtype int64", id="latents-dtype"),
+    pytest.param({"timestep_bin": torch.tensor([0, 3])}, IndexError, "timestep_bin", id="bin-out-of-range"),
+    pytest.param({"timestep_bin": torch.tensor([0])}, ValueError, "timestep_bin", id="bin-shape"),
+    pytest.param({"enabled": torch.ones(2, 4, dtype=torch.bool)}, ValueError, "enabled", id="enabled-shape"),
+    pytest.param(
+        {"enabled": torch.ones(2, 5)}, TypeError, "enabled: expected dtype bool", id="enabled-dtype"
+    ),
+    pytest.param({"minus": torch.zeros(2, 12, 5, 4)}, ValueError, "minus", id="minus-shape"),
+    pytest.param({"minus": torch.zeros(2, 12, 4, 5, device="meta")}, ValueError, "minus", id="minus-device"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_arguments(change, error, message):
+    with pytest.raises(error, match=message):
+        ops.detect_patches(**{**inputs(), **change})
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"dtype": torch.bfloat16}, {"B": 0}, {"k": 0}, {"threshold": INF}], ids=str
+)
+def test_opcheck(change):
+    arguments = inputs(**change)
+    with torch.inference_mode():
+        torch.library.opcheck(torch.ops.lbdt.detect_patches.default, tuple(arguments.values()))
+
+
+def test_fullgraph():
+    arguments = inputs(seed=8)
+    minus = torch.ones_like(arguments["x"])
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def detect(x, minus):
+        return ~ops.detect_patches(**{**arguments, "x": x * 1, "minus": minus})
+
+    with torch.no_grad():
+        assert torch.equal(~detect(arguments["x"], minus), literal(**arguments, minus=minus))
