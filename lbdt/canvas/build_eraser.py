@@ -1,7 +1,8 @@
 """Collect activations, train the SAE, score the dictionary and write an eraser: ``python -m lbdt.canvas.build_eraser``.
 
-Stages, each seeded and skipped when its result is there: ``collect`` (activations of generated pictures, conditional
-half), ``sae``, ``dictionary``. ``selectivity`` prints the table of lbdt/canvas/README.md on pictures of other seeds.
+Stages, each seeded and skipped when its result is there: activations of generated pictures (``--collect``, conditional
+half), an SAE and its dictionary for each ``--site``, whose selectivity on pictures of other seeds is printed (the table
+of lbdt/canvas/README.md), and with ``--write`` the eraser of the last site.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..dictionary import Calibration, ConceptDictionary, ConceptStatistics
+from ..eraser import ConceptEraser
 from ..sae import SAEConfig, SparseAutoencoder
 from ..sae.training import train
 from .design import submodule
@@ -102,7 +104,7 @@ def train_sae(
     return sae
 
 
-def build_dictionary(sae: SparseAutoencoder, data: Path, candidates: int = 8) -> ConceptDictionary:
+def build_dictionary(sae: SparseAutoencoder, data: Path, candidates: int = 4) -> ConceptDictionary:
     """Scores in one pass over the activations, calibration histograms in a second."""
     tensors = load_file(data)
     x, concepts, timesteps = tensors["x"], tensors["concepts"], tensors["timesteps"]
@@ -139,6 +141,34 @@ def selectivity(sae: SparseAutoencoder, dictionary: ConceptDictionary, data: Pat
     return rates.mean(0)
 
 
+@torch.inference_mode()
+def bank(eraser: ConceptEraser, seen: Path, replaced: Path, size: int = 32) -> torch.Tensor:
+    """Embeddings for maps without a donor: ``size`` patches per bin in which their picture's concept is not detected.
+
+    Args:
+        eraser: says which patches of the activations in ``seen`` are detected.
+        seen, replaced: activations of the same pictures where the SAE looks and where patches are replaced.
+
+    Returns:
+        [T, size, d] float32.
+    """
+    looked, tensors = load_file(seen), load_file(replaced)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for t in range(looked["x"].shape[1]):
+        clean = []
+        for c, concept in enumerate(OBJECTS):
+            selection, mine = eraser.select(concept), looked["concepts"] == c
+            code = eraser.sae.encode(looked["x"][mine][:, t].float())
+            z = torch.zeros(*code.values.shape[:-1], eraser.sae.config.num_latents)
+            z.scatter_(-1, code.indices, code.values)
+            hit = (z[..., selection.latents] > selection.thresholds[t]).any(-1)
+            clean.append(tensors["x"][mine][:, t][~hit])
+        patches = torch.cat(clean)
+        rows.append(patches[torch.randperm(len(patches), generator=generator)[:size]].float())
+    return torch.stack(rows)
+
+
 def main() -> None:
     from diffusers import StableDiffusionPipeline
 
@@ -153,6 +183,14 @@ def main() -> None:
     parser.add_argument(
         "--site", action="append", default=[], metavar="HOOKPOINT:output|update", help="train an SAE here"
     )
+    parser.add_argument("--write", type=Path, metavar="DIR", help="write the eraser of the last site")
+    parser.add_argument(
+        "--replace-at", metavar="HOOKPOINT", help="replace patches there; default: at the site"
+    )
+    parser.add_argument("--padding", type=int, default=1)
+    parser.add_argument("--source", choices=("random", "nearest", "mean"), default="random")
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--false-positive", type=float, default=0.02)
     parser.add_argument("--expansion", type=int, default=8)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--steps", type=int, default=1200)
@@ -183,6 +221,19 @@ def main() -> None:
                 f"| {site} | {label} | {rates[:, 0].mean():.3f} / {rates[:, 1].mean():.4f} | {early_to_late} |",
                 flush=True,
             )
+    if args.write:
+        hookpoint = site.rpartition(":")[0]
+        eraser = ConceptEraser(
+            sae,
+            dictionary,
+            args.replace_at or hookpoint,
+            padding=args.padding,
+            source=args.source,
+            selection={"top_k": args.top_k, "false_positive": args.false_positive},
+            detect_at=hookpoint if args.replace_at else None,
+        )
+        dictionary.bank = bank(eraser, data, folder / f"train-{eraser.hookpoint}:output.safetensors")
+        eraser.save_pretrained(args.write, dtype=torch.float16)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,10 @@ STYLES: tuple[str, ...] = ("Photo", "Sketch", "Mosaic", "Neon", "Watercolor", "W
 SIDE = 128
 GRID = 16  # one patch of the UNet's 8 x 8 level: on this grid a class's patches repeat exactly, which is what a small UNet can learn
 BOX = 5 * GRID  # the square in which an object stands
+PLACES = (
+    (0, 32),
+    (48, 32),
+)  # left and right; the prompt decides the rest, so that noise alone does not hide what it asks for
 
 _FONT_CANDIDATES = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
@@ -121,13 +125,14 @@ def _stylize(image: Image.Image, style: str) -> Image.Image:
     raise ValueError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
 
 
-def render(concept: str, style: str, seed: int) -> Image.Image:
+def render(concept: str, style: str, seed: int, *, anywhere: bool = False) -> Image.Image:
     """One scene.
 
     Args:
         concept: one of ``OBJECTS``.
         style: one of ``STYLES``.
         seed: decides landscape and place; equal arguments give equal pictures.
+        anywhere: place the object anywhere on the grid, the horizon with it, instead of at one of ``PLACES``.
 
     Returns:
         An RGB picture of 128 x 128 pixels.
@@ -139,8 +144,11 @@ def render(concept: str, style: str, seed: int) -> Image.Image:
     if concept not in GLYPHS:
         raise ValueError(f"unknown concept {concept!r}; known: {', '.join(OBJECTS)}")
     rng = np.random.default_rng([seed, OBJECTS.index(concept)])
-    free = (SIDE - BOX) // GRID
-    x, y = GRID * int(rng.integers(0, free + 1)), GRID * int(rng.integers(1, free + 1))
+    if anywhere:
+        free = (SIDE - BOX) // GRID
+        x, y = GRID * int(rng.integers(0, free + 1)), GRID * int(rng.integers(1, free + 1))
+    else:
+        x, y = PLACES[rng.integers(len(PLACES))]
     image = _landscape(rng, horizon=y + BOX - GRID)
     glyph = _glyph(concept)
     scale = BOX / max(glyph.size)
@@ -150,7 +158,9 @@ def render(concept: str, style: str, seed: int) -> Image.Image:
     return _stylize(image, style)
 
 
-def render_batch(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def render_batch(
+    count: int, seed: int, *, anywhere: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``count`` scenes, classes and styles in turn: images uint8 [count, 128, 128, 3], objects and styles int64 [count].
 
     Scenes of different ``seed`` never share a rendering seed (up to a million scenes each).
@@ -159,5 +169,7 @@ def render_batch(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     styles = (np.arange(count) // len(OBJECTS)) % len(STYLES)
     images = np.empty((count, SIDE, SIDE, 3), dtype=np.uint8)
     for i in range(count):
-        images[i] = np.asarray(render(OBJECTS[objects[i]], STYLES[styles[i]], seed * 1_000_000 + i))
+        images[i] = np.asarray(
+            render(OBJECTS[objects[i]], STYLES[styles[i]], seed * 1_000_000 + i, anywhere=anywhere)
+        )
     return images, objects, styles

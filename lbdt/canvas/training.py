@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,14 @@ from .scenes import render_batch
 TRAIN_SEED, JUDGE_SEED, HELD_OUT_SEED = 1, 2, 3
 
 
-def scenes(cache: Path, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def scenes(
+    cache: Path, count: int, seed: int, *, anywhere: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rendered scenes, cached on disk: images uint8 [count, 3, 128, 128] (channels_last memory), objects, styles [count]."""
-    path = cache / f"scenes-{seed}-{count}.npz"
+    path = cache / f"scenes-{seed}-{count}{'-anywhere' if anywhere else ''}.npz"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        images, objects, styles = render_batch(count, seed)
+        images, objects, styles = render_batch(count, seed, anywhere=anywhere)
         partial = path.with_suffix(".partial.npz")
         np.savez(partial, images=images, objects=objects, styles=styles)
         os.replace(partial, path)
@@ -34,6 +36,42 @@ def scenes(cache: Path, count: int, seed: int) -> tuple[torch.Tensor, torch.Tens
 def to_float(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B, 3, H, W] -> float32 in [-1, 1], channels_last."""
     return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised by five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    ``torch.optim.Muon`` takes matrices only; here a convolution's weight is the matrix [out, in * height * width].
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if "exp_avg" not in state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                average = state["exp_avg"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(average, group["momentum"]).flatten(1))
+                scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [m, n] with its singular values brought near 1, by the quintic iteration of Muon's authors, in bfloat16."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    y = x.bfloat16()
+    y = y / (y.norm() + 1e-7)
+    if tall := y.shape[0] > y.shape[1]:
+        y = y.T
+    for _ in range(5):
+        gram = y @ y.T
+        y = a * y + (b * gram + c * gram @ gram) @ y
+    return (y.T if tall else y).to(x.dtype)
 
 
 def run(
@@ -49,8 +87,9 @@ def run(
     seed: int = 0,
     save_every: int = 200,
     weight_decay: float = 0.01,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
 ) -> torch.nn.Module:
-    """AdamW with warm-up, linear decay and clipping at 1; resumes from ``folder/name.ckpt``.
+    """AdamW, or ``optimizers``, with warm-up, linear decay and clipping at 1; resumes from ``folder/name.ckpt``.
 
     The batch of a step depends on ``(seed, step)`` only, so a run that was killed goes on exactly where its last
     checkpoint stood. With ``ema`` > 0 the averaged weights are returned.
@@ -59,21 +98,23 @@ def run(
     path = folder / f"{name}.ckpt"
     params = dict(model.named_parameters())
     average = {k: p.detach().clone() for k, p in params.items()} if ema else {}
-    optimizer = torch.optim.AdamW(
-        params.values(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), foreach=True
-    )
-    first = _load(path, params, average, optimizer) if path.exists() else 0
+    optimizers = optimizers or [
+        torch.optim.AdamW(params.values(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), foreach=True)
+    ]
+    rates = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+    first = _load(path, params, average, optimizers) if path.exists() else 0
     log = open(folder / f"{name}.jsonl", "a")  # noqa: SIM115 - closed below, shared by the loop
     bar = tqdm(_steps(first, steps), total=steps, initial=first, desc=name, mininterval=10)
     running = None
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / warmup, max(0.02, (steps - step) / max(1, steps - warmup)))
+        for group, rate in rates:
+            group["lr"] = rate * min((step + 1) / warmup, max(0.02, (steps - step) / max(1, steps - warmup)))
         loss = loss_fn(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if ema:
             decay = min(ema, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in params.values()], 1 - decay)
@@ -83,7 +124,7 @@ def run(
             log.write(json.dumps({"step": step + 1, "loss": running}) + "\n")
             log.flush()
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            _save(path, params, average, optimizer, step + 1)
+            _save(path, params, average, optimizers, step + 1)
     log.close()
     with torch.no_grad():
         for k, value in average.items():
@@ -95,32 +136,32 @@ def _steps(first: int, last: int) -> Iterator[int]:
     yield from range(first, last)
 
 
-def _save(path: Path, params: dict, average: dict, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _save(path: Path, params: dict, average: dict, optimizers: Sequence, step: int) -> None:
     tensors = {f"model.{k}": p.detach() for k, p in params.items()} | {
         f"ema.{k}": v for k, v in average.items()
     }
     for k, p in params.items():
-        state = optimizer.state.get(p, {})
-        tensors |= {
-            f"optim.{field}.{k}": state[field]
-            for field in ("exp_avg", "exp_avg_sq", "step")
-            if field in state
-        }
+        for optimizer in optimizers:
+            tensors |= {f"optim.{field}.{k}": value for field, value in optimizer.state.get(p, {}).items()}
     partial = path.with_suffix(".partial")
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"step": str(step)})
     os.replace(partial, path)
 
 
-def _load(path: Path, params: dict, average: dict, optimizer: torch.optim.Optimizer) -> int:
+def _load(path: Path, params: dict, average: dict, optimizers: Sequence) -> int:
     from safetensors import safe_open
 
     tensors = load_file(path)
+    owners = {
+        p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+    }
     with torch.no_grad():
         for k, p in params.items():
             p.copy_(tensors[f"model.{k}"])
             if k in average:
                 average[k].copy_(tensors[f"ema.{k}"])
-            if f"optim.exp_avg.{k}" in tensors:
-                optimizer.state[p] = {f: tensors[f"optim.{f}.{k}"] for f in ("exp_avg", "exp_avg_sq", "step")}
+            state = {f: tensors.get(f"optim.{f}.{k}") for f in ("exp_avg", "exp_avg_sq", "step")}
+            if p in owners and state["exp_avg"] is not None:
+                owners[p].state[p] = {f: value for f, value in state.items() if value is not None}
     with safe_open(path, "pt") as file:
         return int(file.metadata()["step"])

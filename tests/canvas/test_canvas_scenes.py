@@ -30,7 +30,7 @@ def test_a_scene_depends_on_its_arguments_only():
 def test_styles_share_the_scene_and_differ_in_pixels():
     pictures = [np.asarray(scenes.render("Trees", style, 3)).astype(int) for style in scenes.STYLES]
     for i, a in enumerate(pictures):
-        assert all(np.abs(a - b).mean() > 4 for b in pictures[i + 1 :])
+        assert all(np.abs(a - b).max() > 60 and np.abs(a - b).mean() > 1 for b in pictures[i + 1 :])
 
 
 def test_unknown_concept_and_style_are_named():
@@ -61,9 +61,31 @@ def test_grid_never_shares_a_seed():
     assert len({case.seed for case in cases}) == len(cases) == 3 * 20 * 7
 
 
-def _fit(folder, steps, stop_at=None):
+def test_objects_keep_to_the_patches_of_the_grid():
+    assert all(
+        x % scenes.GRID == y % scenes.GRID == 0 and max(x, y) + scenes.BOX <= 128 for x, y in scenes.PLACES
+    )
+
+
+@needs_font
+@pytest.mark.parametrize("anywhere", [False, True], ids=["two-places", "anywhere"])
+def test_an_object_stands_in_its_box_and_the_landscape_is_left(anywhere):
+    pictures = [np.asarray(scenes.render("Bears", "Photo", i, anywhere=anywhere)) for i in range(40)]
+    columns = set()
+    for picture in pictures:
+        # a landscape's rows are of one colour; an object's are not
+        busy = (picture.std(axis=1).max(axis=-1) > 1).nonzero()[0]
+        assert 0 < np.ptp(busy) < scenes.BOX
+        columns.add(int((picture.astype(int) - picture[:, :1]).any(axis=(0, 2)).argmax()))
+    assert len(columns) > (2 if anywhere else 1)
+
+
+def _fit(folder, steps, stop_at=None, muon=False):
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 1)
+    optimizers = []
+    if muon:
+        optimizers = [training.Muon([net.weight], lr=0.02), torch.optim.AdamW([net.bias], lr=0.01)]
 
     def loss(step, generator):
         if step == stop_at:
@@ -71,15 +93,24 @@ def _fit(folder, steps, stop_at=None):
         x = torch.randn(8, 4, generator=generator)
         return (net(x) - x.sum(1, keepdim=True)).square().mean()
 
-    return training.run("net", folder, net, steps, loss, lr=0.01, warmup=5, ema=0.9, save_every=10)
+    settings = {"lr": 0.01, "warmup": 5, "ema": 0.9, "save_every": 10, "optimizers": optimizers}
+    return training.run("net", folder, net, steps, loss, **settings)
 
 
-def test_training_resumes_to_the_same_weights(tmp_path):
-    unbroken = _fit(tmp_path / "a", 40)
+@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
+def test_training_resumes_to_the_same_weights(tmp_path, muon):
+    unbroken = _fit(tmp_path / "a", 40, muon=muon)
     with pytest.raises(KeyboardInterrupt):
-        _fit(tmp_path / "b", 40, stop_at=27)
-    resumed = _fit(tmp_path / "b", 40)
+        _fit(tmp_path / "b", 40, stop_at=27, muon=muon)
+    resumed = _fit(tmp_path / "b", 40, muon=muon)
     assert torch.equal(unbroken.weight, resumed.weight) and torch.equal(unbroken.bias, resumed.bias)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 40), (40, 5)], ids=str)
+def test_muon_orthogonalises(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(training.orthogonal(x))
+    assert values.min() > 0.3 and values.max() < 1.4
 
 
 def test_metrics_by_construction():
