@@ -11,6 +11,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 
@@ -42,6 +43,14 @@ class BuildOps(build_ext):
         super().copy_extensions_to_source()
 
 
+class SourceArchive(sdist):
+    """With the C++ files also where they are not built."""
+
+    def make_distribution(self):
+        self.filelist.extend(name for name in SOURCES if name not in self.filelist.files)
+        super().make_distribution()
+
+
 MODE = os.environ.get("LBDT_BUILD", "auto")
 if MODE not in ("auto", "0", "1"):
     sys.exit(f"LBDT_BUILD: expected auto, 0 or 1, got {MODE!r}")
@@ -58,6 +67,6 @@ setup(
     ext_modules=[]
     if MODE == "0"
     else [Extension("lbdt._C", SOURCES, py_limited_api=True, optional=MODE == "auto")],
-    cmdclass={"build_ext": BuildOps},
+    cmdclass={"build_ext": BuildOps, "sdist": SourceArchive},
     options={} if MODE == "0" else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )
