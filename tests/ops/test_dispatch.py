@@ -1,0 +1,176 @@
+"""The choice of a backend: explained, forced, and what happens where one is absent or broken."""
+
+import logging
+import threading
+
+import pytest
+import torch
+
+from lbdt import _build, ops
+from lbdt.ops import _dispatch
+
+ENCODE = (torch.zeros(1, 3, 2, 2), torch.zeros(4, 3), torch.zeros(4), 2)
+REPLACE = (torch.randn(1, 3, 2, 2), torch.tensor([[True, False, False, True]]), torch.rand(1, 4), 2, 2)
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv("LBDT_BACKEND", raising=False)
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    monkeypatch.setattr(_build, "load", lambda: "the C++ library is at the cleaner's")
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """An op with three backends, and the names of those that ran."""
+    ran = []
+    monkeypatch.setitem(_dispatch._registry, "spy", {})
+    for name, reason in (("triton", "needs CUDA"), ("cpp", None), ("reference", None)):
+        _dispatch.register("spy", name, lambda *a, _r=reason, **k: _r, lambda *a, _n=name: ran.append(_n))
+    return ran
+
+
+def test_explain_names_the_choice_and_why_not_the_others():
+    choice = ops.explain("encode_topk", *ENCODE)
+    assert choice.op == "encode_topk" and choice.backend == "reference"
+    assert set(choice.reasons) == {"triton", "cpp"}
+    assert all("not implemented" in reason for reason in choice.reasons.values())
+    assert str(choice).splitlines()[0] == "encode_topk: reference" and "not cpp: " in str(choice)
+
+
+def test_explain_takes_arguments_by_position_and_by_name():
+    x, mask, u, height, width = REPLACE
+    by_name = ops.explain("replace_patches", x=x, mask=mask, u=u, height=height, width=width)
+    assert by_name == ops.explain("replace_patches", *REPLACE)
+
+
+def test_explain_of_a_forced_backend_runs_nothing(spy):
+    choice = ops.explain("spy", backend="reference")
+    assert choice.backend == "reference" and spy == []
+    assert choice.reasons == {"triton": "needs CUDA", "cpp": "usable, but reference was asked for"}
+
+
+def test_auto_falls_back_and_says_why(no_library):
+    choice = ops.explain("replace_patches", *REPLACE)
+    assert choice.backend == "reference"
+    assert choice.reasons["cpp"] == "the C++ library is at the cleaner's"
+    expected = ops.replace_patches(*REPLACE, backend="reference")
+    for got, wanted in zip(ops.replace_patches(*REPLACE), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_a_named_backend_that_cannot_serve_the_call_raises_its_reason(no_library):
+    with pytest.raises(
+        ValueError, match="replace_patches: backend 'cpp' cannot .* at the cleaner's.*reference"
+    ):
+        ops.replace_patches(*REPLACE, backend="cpp")
+    with pytest.raises(ValueError, match="encode_topk: backend 'triton' cannot serve.*not implemented"):
+        ops.encode_topk(*ENCODE, backend="triton")
+    with ops.use_backend("cpp"), pytest.raises(ValueError, match="cannot serve this call"):
+        ops.encode_topk(*ENCODE)
+
+
+def test_the_reason_is_about_the_tensors_not_the_machine():
+    x, mask, u = (t.to("meta") for t in REPLACE[:3])
+    choice = ops.explain("replace_patches", x, mask, u, 2, 2)
+    assert choice.backend == "reference" and choice.reasons["cpp"] == "needs a CPU tensor, got one on meta"
+
+
+def test_keyword_goes_before_context_goes_before_environment(spy, monkeypatch):
+    _dispatch.call("spy", "")
+    monkeypatch.setenv("LBDT_BACKEND", "reference")
+    _dispatch.call("spy", "")
+    with ops.use_backend("cpp"):
+        _dispatch.call("spy", "")
+        with ops.use_backend("auto"):
+            _dispatch.call("spy", "")
+        _dispatch.call("spy", "reference")
+    _dispatch.call("spy", "")
+    assert spy == ["cpp", "reference", "cpp", "cpp", "reference", "reference"]
+
+
+def test_use_backend_ends_with_its_block_and_stays_in_its_thread(spy):
+    with pytest.raises(KeyError), ops.use_backend("reference"):
+        thread = threading.Thread(target=_dispatch.call, args=("spy", ""))
+        thread.start()
+        thread.join()
+        raise KeyError
+    _dispatch.call("spy", "")
+    assert spy == ["cpp", "cpp"]
+
+
+def test_unknown_names(monkeypatch):
+    with pytest.raises(ValueError, match="unknown op 'erase'; known: detect_patches"):
+        ops.explain("erase")
+    with pytest.raises(ValueError, match="use_backend: unknown backend 'cuda'"), ops.use_backend("cuda"):
+        pass
+    with pytest.raises(ValueError, match="backend: unknown backend 'cuda'; expected 'auto' or one of triton"):
+        ops.encode_topk(*ENCODE, backend="cuda")
+    monkeypatch.setenv("LBDT_BACKEND", "fast")
+    with pytest.raises(ValueError, match="LBDT_BACKEND: unknown backend 'fast'"):
+        ops.encode_topk(*ENCODE)
+
+
+def test_an_error_in_a_check_is_not_read_as_unsupported(monkeypatch):
+    def broken():
+        raise ImportError("present, and broken")
+
+    monkeypatch.setattr(_build, "load", broken)
+    with pytest.raises(ImportError, match="present, and broken"):
+        ops.replace_patches(*REPLACE)
+
+
+def test_a_second_implementation_of_the_same_pair_is_refused(spy):
+    with pytest.raises(KeyError, match="already has a backend 'cpp'"):
+        _dispatch.register("spy", "cpp", lambda: None, lambda: None)
+
+
+def test_each_reason_is_logged_once(spy, caplog, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_logged", set())
+    with caplog.at_level(logging.DEBUG, logger="lbdt"):
+        for _ in range(3):
+            _dispatch.call("spy", "")
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        "spy: reference not used: usable, but cpp comes first",
+        "spy: triton not used: needs CUDA",
+    ]
+
+
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """A package folder without a built library and an empty cache; `load` without its memory."""
+    monkeypatch.setattr(_build, "_PACKAGE", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("LBDT_JIT", raising=False)
+    return tmp_path
+
+
+def test_a_wheel_without_the_library_says_so(bare, monkeypatch):
+    monkeypatch.setattr(_build, "_SOURCES", bare)
+    assert "installed without a compiler" in _build.load.__wrapped__()
+
+
+def test_the_build_at_first_use_can_be_forbidden(bare, monkeypatch):
+    monkeypatch.setenv("LBDT_JIT", "0")
+    assert "LBDT_JIT=0 forbids" in _build.load.__wrapped__()
+    assert not (bare / "cache").exists()
+
+
+def test_a_failed_build_warns_with_the_compiler_s_words(bare, monkeypatch):
+    compiler = bare / "compiler"
+    compiler.write_text("#!/bin/sh\necho 'ops.cpp:1: no' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.warns(UserWarning, match="ops.cpp:1: no"):
+        reason = _build.load.__wrapped__()
+    assert "building the C++ library failed" in reason
+    assert not list((bare / "cache").rglob("*.so"))
+
+
+def test_a_broken_library_is_an_error_not_a_fallback(bare):
+    (bare / _build.LIBRARY).write_bytes(b"not a library")
+    with pytest.raises(ImportError, match="delete it, or reinstall"):
+        _build.load.__wrapped__()

@@ -1,0 +1,345 @@
+"""replace_patches, reference and C++, against one Python loop over the patches."""
+
+import os
+import shutil
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from lbdt import _build, ops
+from lbdt.testing import DTYPES, assert_close, layouts
+
+SOURCES = ("random", "nearest", "mean")
+HAS_COMPILER = bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++"))
+HAS_LIBRARY = (_build._PACKAGE / _build.LIBRARY).exists()
+BACKENDS = [
+    "reference",
+    pytest.param(
+        "cpp", marks=pytest.mark.skipif(not (HAS_COMPILER or HAS_LIBRARY), reason="no C++ compiler")
+    ),
+]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def bits(x):
+    """Comparable with torch.equal where NaN and -0.0 count too."""
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def dilated(mask, H, W, padding):
+    """Positions within Chebyshev distance `padding` of a position of `mask`, for one image."""
+    marked = [divmod(p, W) for p in range(H * W) if mask[p]]
+    near = [any(max(abs(p // W - y), abs(p % W - x)) <= padding for y, x in marked) for p in range(H * W)]
+    return torch.tensor(near, dtype=torch.bool)
+
+
+def literal(x, mask, u, height, width, padding=0, source="random", bank=None):
+    """method.md, "Detection mask, padding, replacement", patch by patch, in float64."""
+    flat = x.flatten(2).double()
+    out, replaced = flat.clone(), torch.zeros_like(mask)
+    for b in range(x.shape[0]):
+        grown = dilated(mask[b], height, width, padding)
+        free = (~grown).nonzero().flatten().tolist()
+        for p in grown.nonzero().flatten().tolist():
+            if not free and bank is None:
+                continue
+            replaced[b, p] = True
+            if not free:
+                out[b, :, p] = bank[b, int(u[b, p] * bank.shape[1])].to(x.dtype).double()
+            elif source == "random":
+                out[b, :, p] = flat[b, :, free[int(u[b, p] * len(free))]]
+            else:
+                y, z = divmod(p, width)
+                order = sorted(free, key=lambda q: ((q // width - y) ** 2 + (q % width - z) ** 2, q))
+                out[b, :, p] = flat[b][:, order[: 1 if source == "nearest" else 5]].mean(1)
+    return out.to(x.dtype).view_as(x), replaced
+
+
+def inputs(seed=0, B=2, d=6, H=5, W=7, rate=0.3, dtype=torch.float32, bank=0, padding=0, source="random"):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(B, d, H, W, generator=g).to(dtype),
+        "mask": torch.rand(B, H * W, generator=g) < rate,
+        "u": torch.rand(B, H * W, generator=g),
+        "height": H,
+        "width": W,
+        "padding": padding,
+        "source": source,
+        "bank": torch.randn(B, bank, d, generator=g).to(dtype) if bank else None,
+    }
+
+
+def check(arguments, backend):
+    out, replaced = ops.replace_patches(**arguments, backend=backend)
+    expected, where = literal(**arguments)
+    x = arguments["x"]
+    assert out.dtype == x.dtype and torch.equal(replaced, where)
+    if arguments["source"] == "mean":
+        assert_close(out, expected, "replace_mean")
+    else:
+        assert torch.equal(bits(out), bits(expected))
+    kept = ~where.unsqueeze(1).expand(-1, x.shape[1], -1)
+    assert torch.equal(bits(out.flatten(2))[kept], bits(x.flatten(2))[kept])
+    return out, replaced
+
+
+ROWS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"H": 4, "W": 4, "padding": 1}, id="square-padding-1"),
+    pytest.param({"H": 13, "W": 3, "rate": 0.05, "padding": 2}, id="tall-padding-2"),
+    pytest.param({"H": 1, "W": 9, "padding": 1}, id="one-row"),
+    pytest.param({"H": 1, "W": 1, "rate": 2}, id="one-patch"),
+    pytest.param({"H": 3, "W": 5, "rate": 0.1, "padding": 9}, id="padding-beyond-the-grid"),
+    pytest.param({"rate": 0.0, "padding": 2}, id="empty-mask"),
+    pytest.param({"rate": 2.0}, id="full-mask-unchanged"),
+    pytest.param({"rate": 2.0, "bank": 3}, id="full-mask-bank"),
+    pytest.param({"rate": 0.2, "bank": 3, "padding": 1}, id="bank-not-needed-by-all"),
+    pytest.param({"rate": 0.93}, id="few-donors"),  # fewer than 5 for the mean
+    pytest.param({"d": 1, "B": 1}, id="one-channel"),
+    pytest.param({"d": 700, "B": 3, "H": 16, "W": 16}, id="several-tasks"),
+    pytest.param({"B": 0}, id="no-image"),
+]
+
+
+@every_backend
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("sizes", ROWS)
+def test_equals_the_patch_by_patch_version(sizes, source, backend, poisoned):
+    check(inputs(**sizes, source=source), backend)
+
+
+def test_the_rows_stress_what_they_say():
+    full = inputs(rate=2.0)
+    assert full["mask"].all() and not literal(**full)[1].any()
+    mixed = inputs(rate=0.2, bank=3, padding=1)
+    grown = [dilated(mask, 5, 7, 1) for mask in mixed["mask"]]
+    assert any(bool(g.any()) and not bool(g.all()) for g in grown)
+    few = (~inputs(rate=0.93)["mask"]).sum(1)
+    assert ((few > 0) & (few < 5)).any()
+
+
+@every_backend
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype(dtype, source, backend):
+    check(inputs(seed=1, dtype=dtype, padding=1, rate=0.1, source=source), backend)
+    check(inputs(seed=2, dtype=dtype, rate=2.0, bank=4, source=source), backend)
+
+
+@every_backend
+@pytest.mark.parametrize("source", SOURCES)
+def test_one_donor_serves_every_other_patch(source, backend):
+    arguments = inputs(B=1, source=source)
+    arguments["mask"] = torch.ones_like(arguments["mask"])
+    arguments["mask"][0, 11] = False
+    out, replaced = check(arguments, backend)
+    assert replaced.sum() == 34
+    donor = arguments["x"].flatten(2)[:, :, 11:12].expand(-1, -1, 35)
+    assert torch.equal(out.flatten(2), donor)
+
+
+@every_backend
+def test_u_of_zero_takes_the_first_donor_and_the_largest_u_the_last(backend):
+    arguments = inputs(B=2, rate=0.5, seed=3)
+    arguments["u"][0] = 0.0
+    arguments["u"][1] = 1 - 2.0**-24
+    out, replaced = check(arguments, backend)
+    for image, position in ((0, 0), (1, -1)):
+        free = (~arguments["mask"][image]).nonzero().flatten()
+        donor = arguments["x"].flatten(2)[image, :, free[position], None]
+        assert (out.flatten(2)[image][:, replaced[image]] == donor).all() and replaced[image].any()
+
+
+@every_backend
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("bank", [0, 3], ids=["no-bank", "bank"])
+def test_every_layout_in_place_and_functional(source, bank, backend):
+    arguments = inputs(seed=4, H=5, W=6, rate=0.15, padding=1, source=source, bank=bank)
+    arguments["mask"][1] = True
+    expected, where = ops.replace_patches(**arguments, backend="reference")
+    assert where.any() and not where.all()
+    for name, x in layouts(arguments["x"]).items():
+        before = bits(x).clone()
+        out, replaced = ops.replace_patches(**{**arguments, "x": x}, backend=backend)
+        assert torch.equal(bits(x), before), f"{name}: the functional op wrote to x"
+        pointer = x.data_ptr()
+        in_place = ops.replace_patches_(**{**arguments, "x": x}, backend=backend)
+        assert x.data_ptr() == pointer
+        assert torch.equal(replaced, where) and torch.equal(in_place, where), name
+        for got in (out, x):
+            assert torch.equal(bits(got.flatten(2)), bits(expected.flatten(2))), name
+        if name == "sliced":
+            around = x._base.clone()
+            around[:, 1:-1, 1:, 2:-1] = float("nan")
+            assert around.isnan().all(), "written outside of the slice"
+
+
+@every_backend
+def test_strided_mask_numbers_and_bank(backend):
+    arguments = inputs(seed=5, rate=0.4, bank=3)
+    arguments["mask"][0] = True
+    expected = ops.replace_patches(**arguments, backend=backend)
+    for name in ("mask", "u"):
+        arguments[name] = torch.stack([arguments[name]] * 2, dim=2)[:, :, 0]
+    arguments["bank"] = arguments["bank"].transpose(1, 2).contiguous().transpose(1, 2)
+    assert not any(arguments[name].is_contiguous() for name in ("mask", "u", "bank"))
+    for got, wanted in zip(ops.replace_patches(**arguments, backend=backend), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@every_backend
+def test_a_bank_of_another_dtype_is_rounded_to_that_of_x(backend):
+    arguments = inputs(rate=2.0, dtype=torch.float16)
+    arguments["bank"] = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    out, _ = check(arguments, backend)
+    rows = arguments["bank"].half()
+    assert all((out[1, :, y, x] == rows[1]).all(1).any() for y in range(5) for x in range(7))
+
+
+@every_backend
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_image_does_not_depend_on_the_batch_around_it(source, backend):
+    arguments = inputs(seed=6, B=4, rate=0.2, padding=1, source=source, bank=2)
+    arguments["mask"][2] = True
+    seeds = torch.tensor([11, 12, 13, 14])
+    zero = torch.zeros(4, dtype=torch.int64)
+    arguments["u"] = ops.patch_uniform(seeds, zero + 981, zero, 35)
+    out, replaced = ops.replace_patches(**arguments, backend=backend)
+    for order in ([0], [2], [3, 1], [2, 0, 3]):
+        part = {**arguments, **{name: arguments[name][order] for name in ("x", "mask", "bank")}}
+        part["u"] = ops.patch_uniform(seeds[order], zero[order] + 981, zero[order], 35)
+        got, where = ops.replace_patches(**part, backend=backend)
+        assert torch.equal(bits(got), bits(out[order])) and torch.equal(where, replaced[order])
+
+
+@every_backend
+@given(
+    seed=st.integers(0, 10**6),
+    B=st.integers(1, 3),
+    d=st.integers(1, 9),
+    H=st.integers(1, 8),
+    W=st.integers(1, 8),
+    rate=st.floats(0, 1),
+    padding=st.integers(0, 3),
+    dtype=st.sampled_from(DTYPES),
+    source=st.sampled_from(SOURCES),
+    channels_last=st.booleans(),
+)
+def test_property_donors_lie_outside_the_mask_and_the_rest_is_untouched(
+    backend, seed, B, d, H, W, rate, padding, dtype, source, channels_last
+):
+    """The masked patches are NaN in the input, so one that is read as donor would show."""
+    arguments = inputs(seed, B, d, H, W, rate, dtype, padding=padding, source=source)
+    x = arguments["x"]
+    x[0, 0, 0, 0] = -0.0
+    grown = torch.stack([dilated(mask, H, W, padding) for mask in arguments["mask"]])
+    x = x.flatten(2).masked_fill(grown.unsqueeze(1), float("nan")).view_as(x)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    out, replaced = ops.replace_patches(**{**arguments, "x": x}, backend=backend)
+    served = grown & ~grown.all(1, keepdim=True)
+    assert torch.equal(replaced, served)
+    before, after = bits(x.flatten(2)), bits(out.flatten(2))
+    for b in range(B):
+        assert torch.equal(after[b][:, ~served[b]], before[b][:, ~served[b]])
+        donors = {tuple(column.tolist()) for column in before[b][:, ~grown[b]].t()}
+        for column, values in zip(
+            after[b][:, served[b]].t(), out.flatten(2)[b][:, served[b]].t(), strict=True
+        ):
+            assert values.isfinite().all()
+            assert source == "mean" or tuple(column.tolist()) in donors
+
+
+@pytest.mark.skipif(not (HAS_COMPILER or HAS_LIBRARY), reason="no C++ compiler")
+@given(
+    seed=st.integers(0, 10**6),
+    H=st.integers(1, 9),
+    W=st.integers(1, 9),
+    rate=st.floats(0, 1),
+    padding=st.integers(0, 3),
+    dtype=st.sampled_from(DTYPES),
+    source=st.sampled_from(SOURCES),
+    bank=st.integers(0, 3),
+)
+def test_property_cpp_equals_the_reference_bit_for_bit(seed, H, W, rate, padding, dtype, source, bank):
+    arguments = inputs(seed, 2, 5, H, W, rate, dtype, bank, padding, source)
+    (out, replaced), (expected, where) = (
+        ops.replace_patches(**arguments, backend=backend) for backend in ("cpp", "reference")
+    )
+    assert torch.equal(replaced, where) and torch.equal(bits(out), bits(expected))
+
+
+BAD = [
+    pytest.param({"x": torch.zeros(2, 6)}, ValueError, r"x: expected \[B, d, H, W\]", id="x-2d"),
+    pytest.param({"x": torch.zeros(2, 6, 5, 7).int()}, TypeError, "x: expected dtype", id="x-int"),
+    pytest.param({"height": 7, "width": 5}, ValueError, "height, width: .*7 x 5.*5, 7", id="transposed"),
+    pytest.param({"height": 6}, ValueError, "height, width: .*got 6 x 7", id="grid"),
+    pytest.param({"height": -5, "width": -7}, ValueError, "height, width", id="negative-grid"),
+    pytest.param({"mask": torch.zeros(2, 34).bool()}, ValueError, "mask: ", id="mask-shape"),
+    pytest.param({"mask": torch.zeros(2, 35)}, TypeError, "mask: expected dtype bool", id="mask-dtype"),
+    pytest.param({"u": torch.zeros(1, 35)}, ValueError, "u: ", id="u-shape"),
+    pytest.param({"u": torch.zeros(2, 35).double()}, TypeError, "u: expected dtype float32", id="u-dtype"),
+    pytest.param({"u": torch.zeros(2, 35, device="meta")}, ValueError, "u: expected on cpu", id="u-device"),
+    pytest.param({"padding": -1}, ValueError, "padding: expected >= 0, got -1", id="padding"),
+    pytest.param({"source": "far"}, ValueError, "source: expected one of random, nearest", id="source"),
+    pytest.param({"bank": torch.zeros(2, 0, 6)}, ValueError, "bank: .*M >= 1", id="bank-empty"),
+    pytest.param({"bank": torch.zeros(2, 3, 5)}, ValueError, "bank: ", id="bank-width"),
+    pytest.param({"bank": torch.zeros(1, 3, 6)}, ValueError, "bank: ", id="bank-batch"),
+    pytest.param({"bank": torch.zeros(2, 3, 6).int()}, TypeError, "bank: ", id="bank-dtype"),
+]
+
+
+@pytest.mark.parametrize("op", [ops.replace_patches, ops.replace_patches_], ids=["functional", "in-place"])
+@every_backend
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_arguments(change, error, message, backend, op):
+    with pytest.raises(error, match=message):
+        op(**{**inputs(), **change}, backend=backend)
+
+
+def test_memory_shared_by_elements_is_not_written_in_place():
+    arguments = inputs(B=2)
+    arguments["x"] = arguments["x"][:1].expand(2, -1, -1, -1)
+    with pytest.raises(ValueError, match="x: elements share memory"):
+        ops.replace_patches_(**arguments)
+    check(arguments, "auto")
+
+
+@pytest.mark.parametrize("op", [ops.replace_patches, ops.replace_patches_], ids=["functional", "in-place"])
+@pytest.mark.parametrize("name", ["x", "bank"])
+def test_a_gradient_is_refused_not_dropped(name, op):
+    arguments = inputs(bank=2)
+    arguments[name].requires_grad_()
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        op(**arguments)
+    with torch.no_grad():
+        op(**arguments)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"dtype": torch.bfloat16, "source": "mean"}, {"B": 0}, {"bank": 2, "rate": 2.0, "padding": 1}],
+    ids=str,
+)
+def test_opcheck(change, backend):
+    arguments = tuple(inputs(**change).values())
+    for op in (torch.ops.lbdt.replace_patches, torch.ops.lbdt.replace_patches_):
+        torch.library.opcheck(op.default, arguments, {"backend": backend})
+
+
+@every_backend
+def test_fullgraph_in_place(backend):
+    arguments = inputs(seed=8, padding=1, rate=0.1)
+    expected, where = literal(**arguments)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def replace(x):
+        y = x * 1
+        replaced = ops.replace_patches_(**{**arguments, "x": y}, backend=backend)
+        return y, replaced
+
+    out, replaced = replace(arguments["x"])
+    assert torch.equal(out, expected) and torch.equal(replaced, where)
