@@ -44,10 +44,11 @@ class BuildOps(build_ext):
 
 
 class SourceArchive(sdist):
-    """With the C++ files also where they are not built."""
+    """With the C++ files also where they are not built, and with the pinned versions and commands."""
 
     def make_distribution(self):
-        self.filelist.extend(name for name in SOURCES if name not in self.filelist.files)
+        commands = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(".ci/*"))
+        self.filelist.extend(name for name in SOURCES + commands if name not in self.filelist.files)
         super().make_distribution()
 
 

@@ -1,0 +1,79 @@
+"""Rules of the code base that a reader may rely on."""
+
+import importlib
+import inspect
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lbdt import ops, reference
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = sorted(path.stem for path in (ROOT / "lbdt/ops").glob("[a-z]*.py"))
+FILES = [p for folder in ("lbdt", "tests", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py"))]
+FILES += sorted((ROOT / "csrc").glob("*/*"))
+
+
+def stems(folder: str, pattern: str = "[a-z]*.py") -> set[str]:
+    return {path.stem for path in (ROOT / folder).glob(pattern)}
+
+
+def test_an_op_has_the_same_stem_everywhere():
+    assert {"detect_patches", "replace_patches", "encode_topk"} <= set(OPS)
+    assert set(OPS) == stems("lbdt/reference") == {name.rstrip("_") for name in _public()}
+    assert stems("tests/ops") == {f"test_{op}" for op in OPS} | {"test_dispatch"}
+    kernels = stems("csrc", "*/*.c*") | stems("kernels/triton")
+    assert kernels and kernels <= set(OPS)
+
+
+def test_the_op_map_names_every_op_and_only_files_that_exist():
+    text = (ROOT / "kernels/README.md").read_text()
+    named = re.findall(r"`((?:lbdt|csrc|kernels|tests)/[\w/]+\.\w+)`", text)
+    assert named and all((ROOT / name).is_file() for name in named)
+    for op in OPS:
+        assert {f"lbdt/reference/{op}.py", f"tests/ops/test_{op}.py"} <= set(named), op
+        assert {name for name in named if Path(name).stem == op and name.startswith("csrc/")} == {
+            str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(f"*/{op}.c*")
+        }
+
+
+def _public() -> list[str]:
+    return [name for name in ops.__all__ if name not in ("explain", "use_backend")]
+
+
+@pytest.mark.parametrize("name", _public())
+def test_an_op_has_the_parameters_of_its_reference(name):
+    module = importlib.import_module(f"lbdt.reference.{name.rstrip('_')}")
+    wanted = inspect.signature(getattr(module, name))
+    got = inspect.signature(getattr(ops, name))
+    parameters = list(got.parameters.values())
+    assert parameters[-1].name == "backend" and parameters[-1].kind is inspect.Parameter.KEYWORD_ONLY
+    assert parameters[:-1] == list(wanted.parameters.values())
+    assert got.return_annotation == wanted.return_annotation
+    assert "Eq" in getattr(module, name).__doc__ and getattr(ops, name).__doc__
+    assert getattr(reference, name) is getattr(module, name)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_file_outgrows_four_hundred_lines(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_tolerances_come_from_the_one_table():
+    literal = re.compile(r"\b[ar]tol\s*=\s*[\d.]")
+    assert literal.search("a" + "tol=1e-5")
+    assert [p.name for p in (ROOT / "tests").rglob("*.py") if literal.search(p.read_text())] == []
+
+
+def test_the_top_level_is_the_agreed_one():
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip("needs the git checkout: what is generated cannot be told from what is not")
+    top = {name.split("/")[0] for name in done.stdout.splitlines() if (ROOT / name).exists()}
+    assert {name for name in top if not name.startswith(".")} == {
+        *("pyproject.toml", "setup.py", "README.md", "LICENSE"),
+        *("lbdt", "csrc", "kernels", "benchmarks", "tests"),
+    }
