@@ -38,10 +38,6 @@ class BuildOps(build_ext):
     def get_outputs(self):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
-    def copy_extensions_to_source(self):
-        self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
-        super().copy_extensions_to_source()
-
 
 class SourceArchive(sdist):
     """With the C++ files also where they are not built, and with the pinned versions and commands."""

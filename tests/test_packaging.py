@@ -71,10 +71,16 @@ def test_the_source_archive_holds_what_a_build_needs(archives):
 
 @in_checkout
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
-def test_the_source_archive_builds_a_wheel_with_the_extension(archives, tmp_path):
+def test_the_source_archive_builds_the_extension_in_a_wheel_and_in_place(archives, tmp_path):
     with tarfile.open(next(archives.glob("*.tar.gz"))) as sdist:
         sdist.extractall(tmp_path, filter="data")
-    build(next(tmp_path.glob("lbdt-*")), tmp_path, "wheel", mode="1")
+    source = next(tmp_path.glob("lbdt-*"))
+    (tmp_path / "editable").mkdir()
+    build(source, tmp_path / "editable", "editable", mode="1")
+    in_place = source / "lbdt/_C.abi3.so"
+    assert in_place.read_bytes()[:4] == b"\x7fELF"
+    in_place.unlink()
+    build(source, tmp_path, "wheel", mode="1")
     assert in_wheel(tmp_path) - in_wheel(archives) == {"lbdt/_C.abi3.so"}
     assert in_wheel(archives) <= in_wheel(tmp_path)
     assert "-cp311-abi3-" in next(tmp_path.glob("*.whl")).name
