@@ -7,6 +7,7 @@ of the shipped weights and what was tried beside them.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -48,17 +49,24 @@ def train_vae(work: Path, steps: int, count: int) -> None:
 
 
 def train_classifiers(work: Path, steps: int, count: int) -> None:
-    """The two judges, on their own rendering seeds, with noise, blur and small shifts as augmentation."""
-    images, objects, styles = scenes(work, count, JUDGE_SEED, anywhere=True)
+    """The two judges, on their own rendering seeds, with blur and noise as augmentation.
+
+    Half of what the style judge sees are landscapes without an object, for it has to judge pictures with the object erased.
+    """
+    scene_images, objects, scene_styles = scenes(work, count, JUDGE_SEED, anywhere=True)
     held_images, held_objects, held_styles = scenes(work, 1200, HELD_OUT_SEED)
-    for name, labels, held, classes in (
-        ("object", objects, held_objects, len(OBJECTS)),
-        ("style", styles, held_styles, len(STYLES)),
+    empty_images, _, empty_styles = scenes(work, count, JUDGE_SEED, anywhere=True, empty=True)
+    both = torch.cat([scene_images, empty_images]), torch.cat([scene_styles, empty_styles])
+    for name, images, labels, held, classes in (
+        ("object", scene_images, objects, held_objects, len(OBJECTS)),
+        ("style", *both, held_styles, len(STYLES)),
     ):
         torch.manual_seed(0)
         net = models.Classifier(classes)
 
-        def loss(step: int, generator: torch.Generator, net=net, labels=labels) -> torch.Tensor:
+        def loss(
+            step: int, generator: torch.Generator, net=net, images=images, labels=labels
+        ) -> torch.Tensor:
             index = torch.randint(len(images), (48,), generator=generator)
             x = augment(to_float(images[index]).contiguous(), generator)
             with torch.autocast("cpu", torch.bfloat16):
@@ -69,7 +77,7 @@ def train_classifiers(work: Path, steps: int, count: int) -> None:
             f"{name}_classifier",
             work,
             net,
-            steps if name == "object" else steps // 3,
+            steps if name == "object" else steps // 2,
             loss,
             lr=2e-3,
             ema=0.99,
@@ -77,6 +85,13 @@ def train_classifiers(work: Path, steps: int, count: int) -> None:
         with torch.no_grad():
             right = torch.cat([net(to_float(b)).argmax(-1) for b in held_images.split(100)]) == held
         print(f"{name} classifier: {right.float().mean().item():.4f} right on {len(held)} held-out scenes")
+        if name == "style":
+            empty, _, truth = scenes(work, 600, HELD_OUT_SEED, empty=True)
+            with torch.no_grad():
+                right = torch.cat([net(to_float(b)).argmax(-1) for b in empty.split(100)]) == truth
+            print(
+                f"style classifier: {right.float().mean().item():.4f} right on {len(empty)} landscapes alone"
+            )
         save_file(
             {k: v.half().contiguous() for k, v in net.state_dict().items()},
             work / f"{name}_classifier.safetensors",
@@ -206,6 +221,10 @@ def release(work: Path, name: str) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(work / f"pipeline-{name}", local_files_only=True)
     pipe.to(torch.float16).save_pretrained(WEIGHTS / "pipeline")
     (WEIGHTS / "judges").mkdir(parents=True, exist_ok=True)
+    index = WEIGHTS / "pipeline" / "model_index.json"
+    settings = json.loads(index.read_text())
+    settings.pop("_name_or_path", None)  # a folder of this machine
+    index.write_text(json.dumps(settings, indent=2) + "\n")
     for judge in ("object_classifier", "style_classifier"):
         save_file(load_file(work / f"{judge}.safetensors"), WEIGHTS / "judges" / f"{judge}.safetensors")
 
