@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument(
         "--replace-at", metavar="HOOKPOINT", help="replace patches there; default: at the site"
     )
+    parser.add_argument("--target", choices=("output", "update"), default="output", help="what is replaced")
     parser.add_argument("--padding", type=int, default=1)
     parser.add_argument("--source", choices=("random", "nearest", "mean"), default="random")
     parser.add_argument("--top-k", type=int, default=2)
@@ -230,9 +231,10 @@ def main() -> None:
             padding=args.padding,
             source=args.source,
             selection={"top_k": args.top_k, "false_positive": args.false_positive},
+            target=args.target,
             detect_at=hookpoint if args.replace_at else None,
         )
-        dictionary.bank = bank(eraser, data, folder / f"train-{eraser.hookpoint}:output.safetensors")
+        dictionary.bank = bank(eraser, data, folder / f"train-{eraser.hookpoint}:{args.target}.safetensors")
         eraser.save_pretrained(args.write, dtype=torch.float16)
 
 

@@ -125,11 +125,11 @@ def _stylize(image: Image.Image, style: str) -> Image.Image:
     raise ValueError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
 
 
-def render(concept: str | None, style: str, seed: int, *, anywhere: bool = False) -> Image.Image:
+def render(concept: str, style: str, seed: int, *, anywhere: bool = False) -> Image.Image:
     """One scene.
 
     Args:
-        concept: one of ``OBJECTS``; None: the landscape alone.
+        concept: one of ``OBJECTS``.
         style: one of ``STYLES``.
         seed: decides landscape and place; equal arguments give equal pictures.
         anywhere: place the object anywhere on the grid, the horizon with it, instead of at one of ``PLACES``.
@@ -141,17 +141,15 @@ def render(concept: str | None, style: str, seed: int, *, anywhere: bool = False
         ValueError: unknown concept or style.
         FileNotFoundError: the emoji font is not installed.
     """
-    if concept is not None and concept not in GLYPHS:
+    if concept not in GLYPHS:
         raise ValueError(f"unknown concept {concept!r}; known: {', '.join(OBJECTS)}")
-    rng = np.random.default_rng([seed, len(OBJECTS) if concept is None else OBJECTS.index(concept)])
+    rng = np.random.default_rng([seed, OBJECTS.index(concept)])
     if anywhere:
         free = (SIDE - BOX) // GRID
         x, y = GRID * int(rng.integers(0, free + 1)), GRID * int(rng.integers(1, free + 1))
     else:
         x, y = PLACES[rng.integers(len(PLACES))]
     image = _landscape(rng, horizon=y + BOX - GRID)
-    if concept is None:
-        return _stylize(image, style)
     glyph = _glyph(concept)
     scale = BOX / max(glyph.size)
     width, height = (max(1, round(side * scale)) for side in glyph.size)
@@ -161,17 +159,17 @@ def render(concept: str | None, style: str, seed: int, *, anywhere: bool = False
 
 
 def render_batch(
-    count: int, seed: int, *, anywhere: bool = False, empty: bool = False
+    count: int, seed: int, *, anywhere: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``count`` scenes, classes and styles in turn: images uint8 [count, 128, 128, 3], objects and styles int64 [count].
 
-    Scenes of different ``seed`` never share a rendering seed (up to a million scenes each). With ``empty`` they are
-    landscapes alone, and ``objects`` says nothing.
+    Scenes of different ``seed`` never share a rendering seed (up to a million scenes each).
     """
     objects = np.arange(count) % len(OBJECTS)
     styles = (np.arange(count) // len(OBJECTS)) % len(STYLES)
     images = np.empty((count, SIDE, SIDE, 3), dtype=np.uint8)
     for i in range(count):
-        concept = None if empty else OBJECTS[objects[i]]
-        images[i] = np.asarray(render(concept, STYLES[styles[i]], seed * 1_000_000 + i, anywhere=anywhere))
+        images[i] = np.asarray(
+            render(OBJECTS[objects[i]], STYLES[styles[i]], seed * 1_000_000 + i, anywhere=anywhere)
+        )
     return images, objects, styles

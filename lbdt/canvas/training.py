@@ -18,13 +18,13 @@ TRAIN_SEED, JUDGE_SEED, HELD_OUT_SEED = 1, 2, 3
 
 
 def scenes(
-    cache: Path, count: int, seed: int, *, anywhere: bool = False, empty: bool = False
+    cache: Path, count: int, seed: int, *, anywhere: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rendered scenes, cached on disk: images uint8 [count, 3, 128, 128] (channels_last memory), objects, styles [count]."""
-    path = cache / f"scenes-{seed}-{count}{'-anywhere' * anywhere}{'-empty' * empty}.npz"
+    path = cache / f"scenes-{seed}-{count}{'-anywhere' if anywhere else ''}.npz"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        images, objects, styles = render_batch(count, seed, anywhere=anywhere, empty=empty)
+        images, objects, styles = render_batch(count, seed, anywhere=anywhere)
         partial = path.with_suffix(".partial.npz")
         np.savez(partial, images=images, objects=objects, styles=styles)
         os.replace(partial, path)
