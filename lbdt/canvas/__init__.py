@@ -30,17 +30,18 @@ def load_pipeline(dtype: torch.dtype | None = None):
     Raises:
         FileNotFoundError: the installation lacks the weights.
     """
-    import torch
     from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
 
-    pipe = StableDiffusionPipeline.from_pretrained(
-        _folder("pipeline"),
-        torch_dtype=dtype or torch.float32,
-        local_files_only=True,
-        safety_checker=None,
-        requires_safety_checker=False,
-    )
-    return pipe
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # diffusers warns that AutoencoderTiny is not AutoencoderKL, though it takes both
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            _folder("pipeline"), local_files_only=True, safety_checker=None, requires_safety_checker=False
+        )
+        return pipe if dtype is None else pipe.to(dtype)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_eraser(kind: str = "saeuron"):

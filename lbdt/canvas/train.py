@@ -207,10 +207,19 @@ def release(work: Path, name: str) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(work / f"pipeline-{name}", local_files_only=True)
     pipe.to(torch.float16).save_pretrained(WEIGHTS / "pipeline")
     (WEIGHTS / "judges").mkdir(parents=True, exist_ok=True)
-    index = WEIGHTS / "pipeline" / "model_index.json"
-    settings = json.loads(index.read_text())
-    settings.pop("_name_or_path", None)  # a folder of this machine
-    index.write_text(json.dumps(settings, indent=2) + "\n")
+    for path in WEIGHTS.glob("pipeline/**/*.json"):
+        settings = json.loads(path.read_text())
+        if path.name in ("model_index.json", "config.json"):
+            settings.pop("_name_or_path", None)  # a folder of this machine
+            if path.parent.name == "text_encoder":
+                settings["dtype"] = (
+                    "float32"  # else transformers would compute in the files' float16, unlike diffusers
+                )
+            if path.parent.name == "vae":
+                settings.pop(
+                    "block_out_channels", None
+                )  # written by diffusers, and warned of when read again
+            path.write_text(json.dumps(settings, indent=2) + "\n")
     for judge in ("object_classifier", "style_classifier"):
         save_file(load_file(work / f"{judge}.safetensors"), WEIGHTS / "judges" / f"{judge}.safetensors")
 
