@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..dictionary import Calibration, ConceptDictionary, ConceptStatistics
+from ..dictionary import Calibration, ConceptDictionary, ConceptStatistics, Selection
 from ..eraser import ConceptEraser
+from ..hooks.lookup import find_block, find_unet
 from ..sae import SAEConfig, SparseAutoencoder
 from ..sae.training import train
-from .design import submodule
 from .generate import Case, batches, grid, images
 from .scenes import OBJECTS
 
@@ -33,7 +33,11 @@ class Recorder:
         self.values: dict[str, list[torch.Tensor]] = {
             f"{h}:{kind}": [] for h in hookpoints for kind in ("output", "update")
         }
-        self._handles = [submodule(pipe, h).register_forward_hook(self._hook(h)) for h in hookpoints]
+        unet = find_unet(pipe)
+        found = [find_block(unet, h) for h in hookpoints]
+        self._handles = [
+            block.register_forward_hook(self._hook(h)) for h, block in zip(hookpoints, found, strict=True)
+        ]
 
     def _hook(self, hookpoint: str):
         def record(module, args, output):
@@ -123,6 +127,18 @@ def _feed(sae: SparseAutoencoder, x: torch.Tensor, concepts: torch.Tensor, sink)
             sink.add(concept, t, sae.encode(mine[:, t].float()))
 
 
+def _activations(sae: SparseAutoencoder, x: torch.Tensor) -> torch.Tensor:
+    """Every latent's activation on patches [..., d]: [..., L]."""
+    code = sae.encode(x.float())
+    z = torch.zeros(*code.values.shape[:-1], sae.config.num_latents)
+    return z.scatter_(-1, code.indices, code.values)
+
+
+def _detected(z: torch.Tensor, selection: Selection, t: int) -> torch.Tensor:
+    """In which patches of bin ``t`` a latent of ``selection`` passes its threshold: bool [...] of z [..., L]."""
+    return (z[..., selection.latents] > selection.thresholds[t]).any(-1)
+
+
 @torch.inference_mode()
 def selectivity(sae: SparseAutoencoder, dictionary: ConceptDictionary, data: Path, **select) -> torch.Tensor:
     """Share of patches detected in images [with, without] the concept per bin, mean over concepts: [T, 2]."""
@@ -131,12 +147,9 @@ def selectivity(sae: SparseAutoencoder, dictionary: ConceptDictionary, data: Pat
     selections = [dictionary.select(c, **select) for c in OBJECTS]
     rates = torch.zeros(len(OBJECTS), x.shape[1], 2)
     for t in range(x.shape[1]):
-        code = sae.encode(x[:, t].float())
-        z = torch.zeros(*code.values.shape[:-1], sae.config.num_latents).scatter_(
-            -1, code.indices, code.values
-        )
+        z = _activations(sae, x[:, t])
         for c, selection in enumerate(selections):
-            share = (z[..., selection.latents] > selection.thresholds[t]).any(-1).float().mean(-1)
+            share = _detected(z, selection, t).float().mean(-1)
             rates[c, t, 0], rates[c, t, 1] = share[concepts == c].mean(), share[concepts != c].mean()
     return rates.mean(0)
 
@@ -154,16 +167,14 @@ def bank(eraser: ConceptEraser, seen: Path, replaced: Path, size: int = 32) -> t
     """
     looked, tensors = load_file(seen), load_file(replaced)
     generator = torch.Generator().manual_seed(0)
+    selections = [eraser.select(concept) for concept in OBJECTS]
     rows = []
     for t in range(looked["x"].shape[1]):
         clean = []
-        for c, concept in enumerate(OBJECTS):
-            selection, mine = eraser.select(concept), looked["concepts"] == c
-            code = eraser.sae.encode(looked["x"][mine][:, t].float())
-            z = torch.zeros(*code.values.shape[:-1], eraser.sae.config.num_latents)
-            z.scatter_(-1, code.indices, code.values)
-            hit = (z[..., selection.latents] > selection.thresholds[t]).any(-1)
-            clean.append(tensors["x"][mine][:, t][~hit])
+        for c, selection in enumerate(selections):
+            mine = looked["concepts"] == c
+            z = _activations(eraser.sae, looked["x"][mine, t])
+            clean.append(tensors["x"][mine, t][~_detected(z, selection, t)])
         patches = torch.cat(clean)
         rows.append(patches[torch.randperm(len(patches), generator=generator)[:size]].float())
     return torch.stack(rows)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from ..hooks.layout import tensor_of, with_tensor
+from ..hooks.lookup import find_block, find_unet, hookpoints
 from .generate import STEPS, grid, judge
 from .models import load_classifiers
 
@@ -21,26 +23,15 @@ def swapped(pipe, hookpoint: str) -> Iterator[None]:
     """Overwrite the block's conditional output by its unconditional output: is the concept decided here?"""
 
     def swap(module, args, output):
-        sample = output[0] if isinstance(output, tuple) else output.sample
+        sample = tensor_of(output)
         uncond = sample[: len(sample) // 2]
-        return (torch.cat([uncond, uncond]),)
+        return with_tensor(output, torch.cat([uncond, uncond]))
 
-    handle = submodule(pipe, hookpoint).register_forward_hook(swap)
+    handle = find_block(find_unet(pipe), hookpoint).register_forward_hook(swap)
     try:
         yield
     finally:
         handle.remove()
-
-
-def submodule(pipe, hookpoint: str) -> torch.nn.Module:
-    """The module that a hookpoint such as ``unet.up_blocks.0.attentions.1`` names."""
-    root, _, path = hookpoint.partition(".")
-    return getattr(pipe, root).get_submodule(path)
-
-
-def attention_blocks(pipe) -> list[str]:
-    """Hookpoint names of every attention block of the UNet."""
-    return [f"unet.{n}" for n, m in pipe.unet.named_modules() if type(m).__name__ == "Transformer2DModel"]
 
 
 def main() -> None:
@@ -70,7 +61,7 @@ def main() -> None:
     obj, style = accuracy()
     print(f"base: object {obj:.1f} %, style {style:.1f} % of {len(cases)} images")
     print("| hookpoint | swap UA | style accuracy |\n| --- | --- | --- |")
-    for hookpoint in args.hookpoint or attention_blocks(pipe):
+    for hookpoint in args.hookpoint or hookpoints(find_unet(pipe)):
         with swapped(pipe, hookpoint):
             obj, style = accuracy()
         print(f"| {hookpoint} | {100 - obj:.1f} | {style:.1f} |", flush=True)

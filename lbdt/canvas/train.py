@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from . import models
 from .scenes import OBJECTS, STYLES, prompt
-from .training import HELD_OUT_SEED, JUDGE_SEED, TRAIN_SEED, Muon, run, scenes, to_float
+from .training import HELD_OUT_SEED, JUDGE_SEED, TRAIN_SEED, Muon, adamw, run, scenes, to_float
 
 STYLE_DROP, PROMPT_DROP = 0.1, 0.1
 TIMESTEP_POWER = 0.6
@@ -35,7 +35,7 @@ def train_vae(work: Path, steps: int, count: int) -> None:
             y = vae.decode(z + 0.05 * torch.randn(z.shape, generator=generator)).sample.float()
         return F.l1_loss(y, x) + F.mse_loss(y, x)
 
-    run("vae", work, vae, steps, loss, lr=2e-3, ema=0.995)
+    run("vae", work, vae, steps, loss, [adamw(vae.parameters(), 2e-3)], ema=0.995)
     held_out = to_float(scenes(work, 240, HELD_OUT_SEED, anywhere=True)[0])
     with torch.no_grad():
         z = torch.cat([vae.encode(b).latents for b in held_out.split(16)])
@@ -72,7 +72,7 @@ def train_classifiers(work: Path, steps: int, count: int) -> None:
             net,
             steps if name == "object" else steps // 3,
             loss,
-            lr=2e-3,
+            [adamw(net.parameters(), 2e-3)],
             ema=0.99,
         )
         with torch.no_grad():
@@ -160,7 +160,7 @@ def train_unet(
             v = unet(noisy, t, context).sample
         return F.mse_loss(v.float(), target)
 
-    run(name, work, net, steps, loss, lr=1.5e-3, ema=0.999, optimizers=unet_optimizers(net))
+    run(name, work, net, steps, loss, unet_optimizers(net), ema=0.999)
     unet.set_attn_processor(AttnProcessor2_0())
     from diffusers import AutoencoderTiny
 
@@ -194,7 +194,7 @@ def unet_optimizers(net: TextToLatent) -> list[torch.optim.Optimizer]:
     ]
     return [
         Muon(inner.values(), lr=0.02),
-        torch.optim.AdamW(groups, lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.99), foreach=True),
+        adamw(groups, 1.5e-3),
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,11 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update.view_as(p), alpha=-group["lr"] * scale)
 
 
+def adamw(params, lr: float) -> torch.optim.AdamW:
+    """AdamW with the trainers' settings, over parameters or parameter groups."""
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.01, betas=(0.9, 0.99), foreach=True)
+
+
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
     """``x`` [m, n] with its singular values brought near 1, by the quintic iteration of Muon's authors, in bfloat16."""
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -80,16 +85,14 @@ def run(
     model: torch.nn.Module,
     steps: int,
     loss_fn: Callable[[int, torch.Generator], torch.Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
     *,
-    lr: float,
     warmup: int = 200,
     ema: float = 0.0,
     seed: int = 0,
     save_every: int = 200,
-    weight_decay: float = 0.01,
-    optimizers: Sequence[torch.optim.Optimizer] = (),
 ) -> torch.nn.Module:
-    """AdamW, or ``optimizers``, with warm-up, linear decay and clipping at 1; resumes from ``folder/name.ckpt``.
+    """Minimise ``loss_fn`` by ``optimizers`` with warm-up, linear decay and clipping at 1; resumes from ``folder/name.ckpt``.
 
     The batch of a step depends on ``(seed, step)`` only, so a run that was killed goes on exactly where its last
     checkpoint stood. With ``ema`` > 0 the averaged weights are returned.
@@ -98,13 +101,10 @@ def run(
     path = folder / f"{name}.ckpt"
     params = dict(model.named_parameters())
     average = {k: p.detach().clone() for k, p in params.items()} if ema else {}
-    optimizers = optimizers or [
-        torch.optim.AdamW(params.values(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), foreach=True)
-    ]
     rates = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     first = _load(path, params, average, optimizers) if path.exists() else 0
     log = open(folder / f"{name}.jsonl", "a")  # noqa: SIM115 - closed below, shared by the loop
-    bar = tqdm(_steps(first, steps), total=steps, initial=first, desc=name, mininterval=10)
+    bar = tqdm(range(first, steps), total=steps, initial=first, desc=name, mininterval=10)
     running = None
     for step in bar:
         for group, rate in rates:
@@ -130,10 +130,6 @@ def run(
         for k, value in average.items():
             params[k].copy_(value)
     return model.eval()
-
-
-def _steps(first: int, last: int) -> Iterator[int]:
-    yield from range(first, last)
 
 
 def _save(path: Path, params: dict, average: dict, optimizers: Sequence, step: int) -> None:

@@ -13,8 +13,6 @@ import torch
 from lbdt import picture
 from lbdt.commands.concepts import load_eraser
 
-_CANVAS_GUIDANCE = 3.0
-
 
 def run(
     prompt: str,
@@ -46,7 +44,9 @@ def run(
         loaded.select(name)
     pipe = _pipeline(model, where)
     if guidance is None and model is None:
-        guidance = _CANVAS_GUIDANCE
+        from lbdt.canvas.generate import GUIDANCE
+
+        guidance = GUIDANCE
     loaded.attach(pipe, list(concepts), seed=seed).remove()
 
     call = {"num_inference_steps": steps} | ({} if guidance is None else {"guidance_scale": guidance})

@@ -83,7 +83,7 @@ def test_an_object_stands_in_its_box_and_the_landscape_is_left(anywhere):
 def _fit(folder, steps, stop_at=None, muon=False):
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 1)
-    optimizers = []
+    optimizers = [training.adamw(net.parameters(), 0.01)]
     if muon:
         optimizers = [training.Muon([net.weight], lr=0.02), torch.optim.AdamW([net.bias], lr=0.01)]
 
@@ -93,8 +93,7 @@ def _fit(folder, steps, stop_at=None, muon=False):
         x = torch.randn(8, 4, generator=generator)
         return (net(x) - x.sum(1, keepdim=True)).square().mean()
 
-    settings = {"lr": 0.01, "warmup": 5, "ema": 0.9, "save_every": 10, "optimizers": optimizers}
-    return training.run("net", folder, net, steps, loss, **settings)
+    return training.run("net", folder, net, steps, loss, optimizers, warmup=5, ema=0.9, save_every=10)
 
 
 @pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
