@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +65,9 @@ def check_path(path: Path) -> None:
         raise ValueError(f"--out {path}: no picture format has the ending {path.suffix!r}; use .png")
     if path.is_dir():
         raise ValueError(f"--out {path}: is a folder; give the picture's file name")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {path}: cannot write in {folder}; give a place in a folder of yours")
 
 
 def save(picture: Image.Image, path: Path) -> None:

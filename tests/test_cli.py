@@ -67,10 +67,11 @@ def test_the_same_seed_gives_the_same_picture(folders, tmp_path):
         ({"concept": "cat"}, "did you mean 'Cats'"),
         ({"more": ("--device", "cuda:77")}, "--device cuda:77: not usable here"),
         ({"more": ("--out", "picture.txt")}, "--out picture.txt: no picture format"),
+        ({"more": ("--out", __file__ + "/picture.png")}, "cannot write in " + __file__),
         ({"more": ("--eraser", "/nowhere")}, "/nowhere: no such folder"),
         ({"more": ("--model", "/nowhere")}, "/nowhere"),
     ],
-    ids=["concept", "device", "out", "eraser", "model"],
+    ids=["concept", "device", "out", "out-folder", "eraser", "model"],
 )
 def test_a_failure_is_one_line_and_exit_code_1(folders, tmp_path, change, message):
     failed = erase(folders, tmp_path, *change.get("more", ()), concept=change.get("concept", "Cats"))
