@@ -1,8 +1,14 @@
 """Shared by all tests: what torch.empty returns is poisoned, so no test passes on leftover memory."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+# Read when triton is imported: without a GPU its kernels run in the interpreter.
+if os.environ.get("LBDT_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("lbdt", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("lbdt")

@@ -21,6 +21,7 @@ class Backend(NamedTuple):
 
     supports: Callable[..., str | None]  # why it cannot serve these arguments; None if it can
     run: Callable[..., Any]
+    declines: Callable[..., str | None]  # why "auto" passes over it though it could; None if it does not
 
 
 class Choice(NamedTuple):
@@ -35,12 +36,22 @@ class Choice(NamedTuple):
         return f"{self.op}: {self.backend}{others}"
 
 
-def register(op: str, backend: str, supports: Callable[..., str | None], run: Callable[..., Any]) -> None:
+def always(*args: Any, **kwargs: Any) -> None:
+    """No reason against any arguments."""
+
+
+def register(
+    op: str,
+    backend: str,
+    supports: Callable[..., str | None],
+    run: Callable[..., Any],
+    declines: Callable[..., str | None] = always,
+) -> None:
     """Make `run` the implementation of `op` by `backend`; a second one for the same pair is a KeyError."""
     implementations = _registry.setdefault(op, {})
     if backend in implementations:
         raise KeyError(f"op {op!r} already has a backend {backend!r}")
-    implementations[backend] = Backend(supports, run)
+    implementations[backend] = Backend(supports, run, declines)
 
 
 @contextlib.contextmanager
@@ -84,9 +95,15 @@ def _choose(op: str, backend: str, args: tuple, kwargs: dict[str, Any]) -> Choic
     reasons: dict[str, str] = {}
     chosen = None
     for name in BACKENDS:
-        reason = _reason(op, name, args, kwargs)
+        implementation = _registry[op].get(name)
+        reason = _NOT_IMPLEMENTED if implementation is None else implementation.supports(*args, **kwargs)
+        declined = None
+        if reason is None and wanted == "auto":
+            declined = implementation.declines(*args, **kwargs)
         if reason is not None:
             reasons[name] = reason
+        elif declined is not None:
+            reasons[name] = f"usable, but {declined}"
         elif chosen is None and wanted in ("auto", name):
             chosen = name
         else:
@@ -98,11 +115,6 @@ def _choose(op: str, backend: str, args: tuple, kwargs: dict[str, Any]) -> Choic
             f"use 'auto' or one of: {', '.join(n for n in BACKENDS if reasons[n].startswith('usable'))}"
         )
     return Choice(op, chosen, reasons)
-
-
-def _reason(op: str, name: str, args: tuple, kwargs: dict[str, Any]) -> str | None:
-    implementation = _registry[op].get(name)
-    return _NOT_IMPLEMENTED if implementation is None else implementation.supports(*args, **kwargs)
 
 
 def _requested(backend: str) -> str:

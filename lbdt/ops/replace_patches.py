@@ -161,4 +161,4 @@ for _op, _reference, _run_cpp in (
     ("replace_patches_", reference.replace_patches_, _cpp_),
 ):
     _dispatch.register(_op, "cpp", _cpp_supports, _run_cpp)
-    _dispatch.register(_op, "reference", lambda *args, **kwargs: None, _reference)
+    _dispatch.register(_op, "reference", _dispatch.always, _reference)
