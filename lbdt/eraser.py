@@ -262,11 +262,13 @@ class ConceptEraser:
         owner = [name for name, s in zip(names, selections, strict=True) for _ in range(len(s.latents))]
         enabled = torch.tensor([[name in chosen for name in owner] for chosen in sets], dtype=torch.bool)
         sae = self.sae
+        # Frequent latents first, so that a count of those above a value ends early. Ids elsewhere stay the SAE's own.
+        order = self.dictionary.firing_order().to(sae.encoder.weight.device)
         return Plan(
             options,
-            weight=sae.encoder.weight.detach(),
-            bias=sae.folded_bias(),
-            latents=latents,
+            weight=sae.encoder.weight.detach()[order],
+            bias=sae.folded_bias()[order],
+            latents=order.argsort().cpu()[latents],
             thresholds=sae.to_pre_activation(thresholds, latents),
             timesteps=self.dictionary.timesteps.float(),
             enabled=enabled.view(len(sets), len(owner)),

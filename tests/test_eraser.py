@@ -256,6 +256,21 @@ def test_detection_at_an_earlier_block(pipe):
         later.attach(pipe, ["Cats"])
 
 
+def test_the_order_in_which_latents_are_read_changes_nothing(pipe, monkeypatch):
+    eraser = toy.eraser(k=4, threshold=0.05)
+    orders = [eraser.dictionary.firing_order()]
+    orders += [orders[0].flip(0), torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    reports, pictures = [], []
+    for order in orders:
+        monkeypatch.setattr(eraser.dictionary, "firing_order", lambda order=order: order)
+        with eraser.attach(pipe, ["Cats", "Trees"]) as attached:
+            pictures.append(toy.images(pipe))
+        reports.append(attached.report())
+    assert 0 < reports[0].detected < 1
+    assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+    assert reports[1:] == reports[:1] * 2
+
+
 def test_attached_in_inference_mode_and_called_outside(pipe):
     with torch.inference_mode():
         attached = toy.eraser().attach(pipe, ["Cats"])

@@ -92,11 +92,12 @@ def _tokenizer(folder: Path):
 def eraser(
     width: int = WIDTH, latents: int = 64, threshold: float = 0.3, bank: bool = False, **settings
 ) -> ConceptEraser:
-    """Latent i belongs to concept i; it is detected where its ReLU activation is above `threshold`."""
-    update = settings.pop("update", False)
+    """Latent i belongs to concept i; it is detected where its activation (ReLU; TopK with `k`) is above `threshold`."""
+    update, k = settings.pop("update", False), settings.pop("k", None)
+    kind = {"activation": "topk", "k": k} if k else {"activation": "relu"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        sae = SparseAutoencoder(SAEConfig(d_in=width, num_latents=latents, activation="relu", update=update))
+        sae = SparseAutoencoder(SAEConfig(d_in=width, num_latents=latents, update=update, **kind))
         sae.requires_grad_(False)
         sae.b_dec.normal_(std=0.1)
     mean = torch.zeros(len(CONCEPTS), len(TIMESTEPS), latents)

@@ -112,4 +112,5 @@ class Calibration:
             self.histograms.clone(),
             source.bank,
             source.peak,
+            source.fired,
         )

@@ -61,6 +61,7 @@ class ConceptDictionary:
         histograms: Histograms | None = None,
         bank: Tensor | None = None,  # [T, M, d] embeddings of undetected patches
         peak: float | None = None,  # largest activation seen; None: the largest mean
+        fired: Tensor | None = None,  # [L] patches on which each latent was active, of all concepts and bins
     ) -> None:
         """Raises ValueError on shapes that do not fit, negative, NaN or infinite values, or candidates out of
         range."""
@@ -82,6 +83,10 @@ class ConceptDictionary:
             if not bool(torch.isfinite(self.bank).all()):
                 raise ValueError("bank: expected finite values, got NaN or infinity")
         self.peak = float(self.mean.max() if peak is None else peak)
+        self.fired = None if fired is None else fired.detach().to("cpu", torch.int64)
+        if self.fired is not None:
+            _require_shape("fired", self.fired, (self.num_latents,))
+            _require_range("fired", self.fired)
         self._timesteps_on: dict[torch.device, Tensor] = {}
 
     def _check_histograms(self, histograms: Histograms, place: tuple[int, int]) -> None:
@@ -142,6 +147,12 @@ class ConceptDictionary:
     def published_thresholds(self) -> Tensor:
         """`mu_i(t)`: mean of `a[c, t, i]` over all concepts, [T, L] float32."""
         return self.mean.mean(0)
+
+    def firing_order(self) -> Tensor:
+        """The latents by how often they fire, most often first, [L] int64; where that was not counted, by their mean
+        activation over concepts and bins. Counting latents above a value in this order stops early."""
+        rate = self.mean.sum((0, 1)) if self.fired is None else self.fired
+        return rate.argsort(descending=True, stable=True)
 
     def select(
         self,
@@ -313,6 +324,7 @@ class ConceptDictionary:
             rows = torch.tensor([concepts.index(name) for name in part.concepts])
             sums[rows] += part.mean * part.counts.unsqueeze(-1)
             counts[rows] += part.counts
+        both_fired = self.fired is not None and other.fired is not None
         banks = [part.bank for part in (self, other) if part.bank is not None]
         return ConceptDictionary(
             concepts,
@@ -322,12 +334,13 @@ class ConceptDictionary:
             histograms,
             torch.cat(banks, dim=1) if banks else None,
             max(self.peak, other.peak),
+            self.fired + other.fired if both_fired else None,
         )
 
     def without_histograms(self) -> ConceptDictionary:
         """The same dictionary, uncalibrated."""
         return ConceptDictionary(
-            self.concepts, self.timesteps, self.mean, self.counts, None, self.bank, self.peak
+            self.concepts, self.timesteps, self.mean, self.counts, None, self.bank, self.peak, self.fired
         )
 
     def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:

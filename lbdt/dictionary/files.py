@@ -15,6 +15,7 @@ INFO_FILE = "dictionary.json"
 TENSORS_FILE = "dictionary.safetensors"
 _VERSION = 1
 _KEYS = ("version", "concepts", "timesteps", "num_latents", "peak", "calibrated", "bank")
+_LATER_KEYS = ("fired",)  # absent from files of lbdt 0.1.0
 
 
 def save(
@@ -42,6 +43,8 @@ def save(
                 tensors[name] = tensors[name].int()
     if dictionary.bank is not None:
         tensors["bank"] = dictionary.bank
+    if dictionary.fired is not None:
+        tensors["fired"] = dictionary.fired
     info = {
         "version": _VERSION,
         "concepts": list(dictionary.concepts),
@@ -50,6 +53,7 @@ def save(
         "peak": dictionary.peak,
         "calibrated": histograms is not None,
         "bank": dictionary.bank is not None,
+        "fired": dictionary.fired is not None,
     }
     write_files(
         Path(directory),
@@ -72,7 +76,7 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None = None) -> 
         raise ValueError(
             f"{path}: expected version {_VERSION}, got {info.get('version')!r}; use a matching lbdt"
         )
-    wrong = sorted(set(info) ^ set(_KEYS))
+    wrong = sorted(set(info).difference(_LATER_KEYS) ^ set(_KEYS))
     if wrong:
         raise ValueError(
             f"{path}: expected exactly the keys {', '.join(_KEYS)}; missing or unknown: {', '.join(wrong)}"
@@ -94,6 +98,8 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None = None) -> 
         }
     if info["bank"]:
         shapes["bank"] = (place[1], None, None)
+    if info.get("fired"):
+        shapes["fired"] = (info["num_latents"],)
     tensors = read_tensors(folder / TENSORS_FILE, shapes)
     histograms = None
     if info["calibrated"]:
@@ -102,7 +108,14 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None = None) -> 
         )
     try:
         return ConceptDictionary(
-            concepts, timesteps, tensors["mean"], tensors["counts"], histograms, tensors.get("bank"), peak
+            concepts,
+            timesteps,
+            tensors["mean"],
+            tensors["counts"],
+            histograms,
+            tensors.get("bank"),
+            peak,
+            tensors.get("fired"),
         )
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder}: not a valid dictionary: {error}") from error

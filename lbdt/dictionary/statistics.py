@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class ConceptStatistics:
     """Sums of `z` per (concept, timestep bin, latent): [C, T, L] float32, and patch counts [C, T] int64;
-    `peak` is the largest activation seen.
+    `fired` counts the patches on which each latent was active, [L] int64; `peak` is the largest activation seen.
 
     No activations are kept, one pass suffices, and sums of several processes merge.
     """
@@ -30,6 +30,7 @@ class ConceptStatistics:
             raise ValueError(f"num_latents: expected an integer >= 1, got {num_latents}")
         self.sums = torch.zeros(len(self.concepts), len(self.timesteps), num_latents)
         self.counts = torch.zeros(len(self.concepts), len(self.timesteps), dtype=torch.int64)
+        self.fired = torch.zeros(num_latents, dtype=torch.int64)
         self.peak = 0.0
 
     @property
@@ -45,6 +46,7 @@ class ConceptStatistics:
         batch = torch.zeros(self.num_latents).index_add_(0, indices, values)
         self.sums[concept, bin] += batch
         self.counts[concept, bin] += patches
+        self.fired += torch.bincount(indices[values > 0], minlength=self.num_latents)
         self.peak = max(self.peak, float(values.max()) if values.numel() else 0.0)
 
     def merge(self, other: ConceptStatistics) -> ConceptStatistics:
@@ -57,6 +59,7 @@ class ConceptStatistics:
         merged = ConceptStatistics(self.concepts, self.timesteps, self.num_latents)
         merged.sums = self.sums + other.sums
         merged.counts = self.counts + other.counts
+        merged.fired = self.fired + other.fired
         merged.peak = max(self.peak, other.peak)
         return merged
 
@@ -65,7 +68,14 @@ class ConceptStatistics:
         from lbdt.dictionary.concepts import ConceptDictionary
 
         mean = self.sums / self.counts.clamp(min=1).unsqueeze(-1)
-        return ConceptDictionary(self.concepts, self.timesteps, mean, self.counts.clone(), peak=self.peak)
+        return ConceptDictionary(
+            self.concepts,
+            self.timesteps,
+            mean,
+            self.counts.clone(),
+            peak=self.peak,
+            fired=self.fired.clone(),
+        )
 
 
 def checked_concepts(concepts: Sequence[str]) -> tuple[str, ...]:

@@ -68,6 +68,36 @@ def test_statistics_and_dictionaries_merge_to_one_pass():
     assert torch.equal(of_files.counts, whole.counts)
 
 
+def test_firing_is_counted_merged_saved_and_ordered_by(tmp_path):
+    first, second = make_codes(0), make_codes(1, batch=3)
+    z = torch.cat([dense(code).flatten(0, 1) for codes in (first, second) for code in codes.values()])
+    dictionary = collect(first, second).build()
+    assert torch.equal(dictionary.fired, (z > 0).sum(0))
+    assert torch.equal(collect(first).merge(collect(second)).build().fired, dictionary.fired)
+    assert torch.equal(collect(first).build().merge(collect(second).build()).fired, dictionary.fired)
+    order = dictionary.firing_order()
+    assert torch.equal(order.sort().values, torch.arange(L))
+    assert (dictionary.fired[order].diff() <= 0).all()
+    dictionary.save_pretrained(tmp_path, dtype=torch.float16)
+    assert torch.equal(ConceptDictionary.from_pretrained(tmp_path).fired, dictionary.fired)
+    calibrated = Calibration(dictionary, candidates=2)
+    assert torch.equal(calibrated.build().fired, dictionary.fired)
+    assert torch.equal(dictionary.without_histograms().fired, dictionary.fired)
+
+
+def test_without_firing_counts_the_means_order_the_latents(tmp_path):
+    dictionary = make_dictionary()
+    assert dictionary.fired is None
+    assert (dictionary.mean.sum((0, 1))[dictionary.firing_order()].diff() <= 0).all()
+    assert make_dictionary(fired=torch.ones(L)).merge(dictionary).fired is None
+    dictionary.save_pretrained(tmp_path)
+    info = json.loads((tmp_path / "dictionary.json").read_text())
+    # As lbdt 0.1.0 wrote it.
+    assert info.pop("fired") is False
+    (tmp_path / "dictionary.json").write_text(json.dumps(info))
+    assert ConceptDictionary.from_pretrained(tmp_path).fired is None
+
+
 def test_dictionaries_of_other_concepts_merge_to_their_union():
     mean = torch.rand(1, 3, L)
     birds = ConceptDictionary(("Birds",), TIMESTEPS, mean, torch.full((1, 3), 5), bank=torch.ones(3, 2, 4))
