@@ -1,7 +1,7 @@
 """The C++ ops, where torch and a compiler are there; everything else is in pyproject.toml.
 
 LBDT_BUILD: "auto" (default: pure PyTorch with a message where the build is not possible), "1" (a failed build
-is an error), "0" (never build).
+is an error), "0" (never build). LBDT_BUILD_CUDA: whether with the CUDA ops, see lbdt/_build.py.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ class BuildOps(build_ext):
         try:
             _builder().compile_extension(Path(self.get_ext_fullpath(ext.name)).resolve())
         except (ImportError, RuntimeError) as error:
-            if MODE == "1":
+            if MODE == "1" or os.environ.get("LBDT_BUILD_CUDA") == "1":
                 raise
             print(f"lbdt: C++ ops not built, the ops will run in PyTorch. Reason: {error}", file=sys.stderr)
 
@@ -59,11 +59,14 @@ if MODE == "auto" and importlib.util.find_spec("torch") is None:
     )
     MODE = "0"
 
-SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))
+SOURCES = [str(path.relative_to(ROOT)) for path in _builder().sources()]
+UNITS = [name for name in SOURCES if name.endswith((".cpp", ".cu"))]
 setup(
     ext_modules=[]
     if MODE == "0"
-    else [Extension("lbdt._C", SOURCES, py_limited_api=True, optional=MODE == "auto")],
+    else [
+        Extension("lbdt._C", UNITS, depends=SOURCES, py_limited_api=True, optional=MODE == "auto"),
+    ],
     cmdclass={"build_ext": BuildOps, "sdist": SourceArchive},
     options={} if MODE == "0" else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

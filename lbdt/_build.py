@@ -1,16 +1,23 @@
 """Finds or builds the C++ ops: prebuilt `lbdt/_C.abi3.so`, else a user cache, else a build at first use.
 
 Needs g++ and an importable torch; no Python headers, no pybind11: the file is LibTorch stable ABI (2.11 or
-later). setup.py loads this file by path, so it imports nothing of lbdt.
+later). With nvcc and a CUDA build of torch the CUDA C++ ops go into the same file. setup.py loads this file by
+path, so it imports nothing of lbdt.
+
+LBDT_BUILD_CUDA: "auto" (default: where nvcc is found and torch has CUDA), "1" (also with a CPU build of torch; a
+missing nvcc is an error), "0" (never). TORCH_CUDA_ARCH_LIST names the architectures, as for torch's own
+extensions; else those of the visible GPUs; else 9.0.
 """
 
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that the binary loads in
@@ -18,11 +25,12 @@ LIBRARY = "_C.abi3.so"
 
 _PACKAGE = Path(__file__).resolve().parent
 _SOURCES = _PACKAGE.parent / "csrc"
+_JOBS = 2  # compilers at once; one of a .cu takes about 1 GB
 
 
 def sources() -> list[Path]:
-    """The C++ files of the checkout, empty in an installed wheel."""
-    return sorted(_SOURCES.glob("cpu/*.cpp"))
+    """The C++ and CUDA files of the checkout with their headers, empty in an installed wheel."""
+    return sorted(path for path in _SOURCES.rglob("*") if path.suffix in (".cpp", ".cu", ".h", ".cuh"))
 
 
 def compile_extension(output: Path) -> None:
@@ -37,18 +45,115 @@ def compile_extension(output: Path) -> None:
         raise RuntimeError("no C++ compiler: install g++ or set CXX")
     if not sources():
         raise RuntimeError(f"no C++ sources in {_SOURCES}")
+    nvcc = cuda_compiler()
     root = Path(torch.__file__).parent
+    shared = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{root / 'include'}", f"-I{_SOURCES}"]
+    host = [compiler, "-std=c++20", "-O3", "-fPIC", "-Wall", "-ffp-contract=off", *shared]
+    link = [compiler, "-shared", "-o"]
+    libraries = [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        commands, objects = [], []
+        for path in sources():
+            unit = str(Path(folder) / f"{path.parent.name}-{path.stem}.o")
+            if path.suffix == ".cpp":
+                commands.append([*host, "-c", str(path), "-o", unit])
+            elif path.suffix == ".cu" and nvcc is not None:
+                commands.append([*cuda_command(nvcc), *shared, "-c", str(path), "-o", unit])
+            else:
+                continue
+            objects.append(unit)
+        with ThreadPoolExecutor(_JOBS) as pool:
+            list(pool.map(_run, reversed(commands)))  # "cuda" sorts last and takes longest
+        if nvcc is not None:
+            # Static: no libcudart to find at run time, and it loads on a machine without a driver.
+            libraries += [f"-L{_cuda_libraries(nvcc)}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         built = Path(folder) / LIBRARY
-        command = [compiler, "-std=c++20", "-O3", "-fPIC", "-shared", "-Wall", "-ffp-contract=off"]
-        command += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{root / 'include'}"]
-        command += [str(path) for path in sources()]
-        command += [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        _run([*link, str(built), *objects, *libraries])
         os.replace(built, output)
+
+
+def cuda_compiler() -> str | None:
+    """The nvcc to build the CUDA ops with; None where they are not to be built.
+
+    Raises RuntimeError for LBDT_BUILD_CUDA=1 without an nvcc, and for an unknown value of it.
+    """
+    mode = os.environ.get("LBDT_BUILD_CUDA") or "auto"
+    if mode not in ("auto", "0", "1"):
+        raise RuntimeError(f"LBDT_BUILD_CUDA: expected auto, 0 or 1, got {mode!r}")
+    if mode == "0":
+        return None
+    if mode == "auto":
+        import torch
+
+        if torch.version.cuda is None:
+            return None
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    tried = [f"{home}/bin/nvcc" for home in homes if home] + ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next(filter(None, map(shutil.which, tried)), None)
+    if nvcc is None and mode == "1":
+        raise RuntimeError(
+            f"LBDT_BUILD_CUDA=1, but no nvcc was found (tried {', '.join(tried)}): install the CUDA toolkit, set "
+            "CUDA_HOME to it, or set LBDT_BUILD_CUDA=auto to build the CPU ops alone"
+        )
+    return nvcc
+
+
+def cuda_command(nvcc: str) -> list[str]:
+    """nvcc with the flags of every CUDA file, architectures included."""
+    flags = [nvcc, "-std=c++20", "-O3", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-Wall", "--threads", "2"]
+    return flags + gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or _visible_architectures())
+
+
+def gencode(architectures: str) -> list[str]:
+    """nvcc's flags for a list such as "8.0;9.0+PTX" or "9.0a 10.0"; RuntimeError for anything else."""
+    flags = []
+    for name in filter(None, re.split(r"[;,\s]+", architectures)):
+        found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
+        if found is None:
+            raise RuntimeError(
+                f"TORCH_CUDA_ARCH_LIST: expected architectures such as '8.0;9.0+PTX', got {name!r} in "
+                f"{architectures!r}"
+            )
+        number = found[1] + found[2]
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if found[3]:
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def _visible_architectures() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "9.0+PTX"
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+
+
+def _cuda_libraries(nvcc: str) -> Path:
+    """The toolkit's library folder, from nvcc's own account: nvcc on the PATH can be a script elsewhere."""
+    done = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True
+    )
+    found = re.search(r"^#\$ TOP=(.+)$", done.stderr, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"{nvcc} --dryrun names no toolkit (TOP=):\n{done.stdout}{done.stderr}")
+    top = Path(found[1].strip())
+    folders = [*sorted(top.glob("targets/*/lib")), top / "lib64", top / "lib"]
+    for folder in folders:
+        if (folder / "libcudart_static.a").exists():
+            return folder
+    raise RuntimeError(
+        f"no libcudart_static.a in {', '.join(map(str, folders))}: install the CUDA toolkit's development files, or "
+        "set LBDT_BUILD_CUDA=0 to build the CPU ops alone"
+    )
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
 @functools.cache
@@ -82,6 +187,26 @@ def load() -> str | None:
     return None
 
 
+def missing(op: str, device_type: str) -> str | None:
+    """Why the library cannot serve the internal `op`, such as "replace_patches_cpp", there; None if it can.
+
+    Loads the library at the first question. Raises as `load` does.
+    """
+    if device_type not in ("cpu", "cuda"):
+        return f"needs a CPU tensor, got one on {device_type}"
+    reason = load()
+    if reason is None and device_type == "cuda" and not _has_cuda(op):
+        return "the C++ library was built without CUDA: install nvcc and rebuild with LBDT_BUILD=1"
+    return reason
+
+
+@functools.cache
+def _has_cuda(op: str) -> bool:
+    import torch
+
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"lbdt::{op}", "CUDA")
+
+
 def _older_than_sources(library: Path) -> bool:
     return any(path.stat().st_mtime > library.stat().st_mtime for path in sources())
 
@@ -90,7 +215,12 @@ def _cached() -> Path:
     import torch
     from filelock import FileLock
 
-    digest = hashlib.sha256(f"{torch.__version__} {TORCH_TARGET} {os.environ.get('CXX')}".encode())
+    facts = [torch.__version__, TORCH_TARGET, os.environ.get("CXX")]
+    nvcc = cuda_compiler()
+    if nvcc is not None:
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        facts += [cuda_command(nvcc), version]
+    digest = hashlib.sha256(repr(facts).encode())
     for path in (*sources(), Path(__file__)):
         digest.update(path.read_bytes())
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lbdt"

@@ -13,9 +13,10 @@ import torch
 from lbdt import _build
 
 DEVICE = torch.device(os.environ.get("LBDT_TEST_DEVICE", "cpu"))
-HAS_CPP = bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")) or (
-    _build._PACKAGE / _build.LIBRARY
-).exists()
+HAS_CPP = (
+    bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++"))
+    or (_build._PACKAGE / _build.LIBRARY).exists()
+)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _MARKS = {

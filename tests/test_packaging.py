@@ -56,8 +56,11 @@ def in_wheel(folder: Path) -> set[str]:
 
 @in_checkout
 def test_the_wheel_holds_the_package_and_its_weights_and_nothing_else(archives):
-    expected = {name for name in TRACKED if name.startswith("lbdt/") and (ROOT / name).is_file()}
-    assert any(name.endswith(".safetensors") for name in expected)
+    present = {name for name in TRACKED if (ROOT / name).is_file()}
+    expected = {name for name in present if name.startswith("lbdt/")}
+    kernels = {name for name in present if name.startswith("kernels/triton/")}
+    expected |= {f"lbdt/kernels/{Path(name).name}" for name in kernels}
+    assert kernels and any(name.endswith(".safetensors") for name in expected)
     assert in_wheel(archives) == expected
 
 

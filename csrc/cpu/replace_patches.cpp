@@ -2,7 +2,10 @@
 // Schema, checks and fake: lbdt/ops/_schema.py and lbdt/ops/replace_patches.py.
 //
 // Eq.: method.md, "Detection mask, padding, replacement"; arXiv 2606.31699, section 3.
-// Reads and writes 2 * replaced * d * sizeof(element) bytes (6 * replaced * d for the mean of 5).
+// In place it reads and writes 2 * replaced * d * sizeof(element) bytes (6 * replaced * d for the mean of 5); the
+// functional op reads x and writes out once, 2 * B * N * d * sizeof(element).
+
+#include "replace_patches.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
@@ -14,8 +17,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <array>
-#include <cstdint>
 #include <cstring>
 #include <optional>
 #include <type_traits>
@@ -23,177 +24,295 @@
 
 namespace {
 
+using lbdt::Grid;
+using lbdt::Strides;
 using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
-constexpr int kMeanOf = 5;
 constexpr int64_t kGrain = 1 << 14;  // elements moved per task
-enum Source : int64_t { kRandom = 0, kNearest = 1, kMean = 2 };
+
+// One image's dilated mask, and where its replaced patches begin in the lists of `Plan`.
+struct Image {
+  std::vector<uint32_t> masked;
+  std::vector<int> before;
+  int free = 0;
+  int donors = 0;  // a patch: 1, or up to kMeanOf; 0: the patch takes one row of the bank
+  int64_t first = 0, last = 0;
+};
 
 struct Target {
-  int64_t patch;
-  int count;  // donors; 0: take the bank's row donor[0]
-  std::array<int64_t, kMeanOf> donor;
+  int image, patch;
 };
 
-struct Grid {
-  int64_t height, width;
-  int64_t patches() const { return height * width; }
-};
-
-// floor(u * count) in float32, as in the reference; the product may round up to count.
-int64_t pick(float u, int64_t count) {
-  return std::min(static_cast<int64_t>(u * static_cast<float>(count)), count - 1);
-}
-
-void dilate(const bool* mask, Grid grid, int64_t padding, std::vector<uint8_t>& out) {
-  std::vector<uint8_t> rows(grid.patches(), 0);
-  out.assign(grid.patches(), 0);
-  for (int64_t y = 0; y < grid.height; ++y)
-    for (int64_t x = 0; x < grid.width; ++x)
-      if (mask[y * grid.width + x]) {
-        const int64_t last = std::min(grid.width - 1, x + padding);
-        for (int64_t i = std::max<int64_t>(0, x - padding); i <= last; ++i) rows[y * grid.width + i] = 1;
-      }
-  for (int64_t y = 0; y < grid.height; ++y)
-    for (int64_t x = 0; x < grid.width; ++x)
-      if (rows[y * grid.width + x]) {
-        const int64_t last = std::min(grid.height - 1, y + padding);
-        for (int64_t i = std::max<int64_t>(0, y - padding); i <= last; ++i) out[i * grid.width + x] = 1;
-      }
-}
-
-// The `number` free patches nearest to `patch`, nearest first, ties to the lowest index.
-int nearest(int64_t patch, const std::vector<int64_t>& free, Grid grid, int number, int64_t* donor) {
-  std::array<int64_t, kMeanOf> distance;
-  int found = 0;
-  for (const int64_t candidate : free) {
-    const int64_t dy = patch / grid.width - candidate / grid.width;
-    const int64_t dx = patch % grid.width - candidate % grid.width;
-    const int64_t d = dy * dy + dx * dx;
-    if (found == number && d >= distance[found - 1]) continue;
-    int at = found < number ? found++ : found - 1;
-    for (; at > 0 && distance[at - 1] > d; --at) {
-      distance[at] = distance[at - 1];
-      donor[at] = donor[at - 1];
-    }
-    distance[at] = d;
-    donor[at] = candidate;
-  }
-  return found;
-}
-
-std::vector<Target> plan(
-    const std::vector<uint8_t>& masked, const float* u, Grid grid, int64_t source, int64_t bank_rows) {
+// What is replaced, by image and patch, and by what.
+struct Plan {
+  std::vector<Image> images;
   std::vector<Target> targets;
-  std::vector<int64_t> free;
-  for (int64_t p = 0; p < grid.patches(); ++p)
-    if (!masked[p]) free.push_back(p);
-  if (free.empty() && bank_rows == 0) return targets;
-  for (int64_t p = 0; p < grid.patches(); ++p) {
-    if (!masked[p]) continue;
-    Target target{p, 0, {}};
-    if (free.empty()) {
-      target.donor[0] = pick(u[p], bank_rows);
-    } else if (source == kRandom) {
-      target.count = 1;
-      target.donor[0] = free[pick(u[p], static_cast<int64_t>(free.size()))];
-    } else {
-      target.count = nearest(p, free, grid, source == kNearest ? 1 : kMeanOf, target.donor.data());
-    }
-    targets.push_back(target);
+  std::vector<int64_t> to;                    // [targets] offset of the patch in its image of `out`
+  std::vector<int64_t> from[lbdt::kMeanOf];  // [targets] offset of a donor in its image of `x`, or in the bank
+
+  // The replaced patch at or after `patch` of `image`, as a position in `targets`.
+  int64_t find(int image, int patch) const {
+    const Image& in = images[image];
+    const auto begin = targets.begin() + in.first, end = targets.begin() + in.last;
+    auto before = [](const Target& t, int p) { return t.patch < p; };
+    return std::lower_bound(begin, end, patch, before) - targets.begin();
   }
-  return targets;
+};
+
+struct Call {
+  const Tensor& x;
+  const Tensor& out;  // x itself in place
+  Strides in, to;
+  Grid grid;
+  int64_t channels, bank_rows;
+  const std::optional<Tensor>& bank;
+  bool in_place;
+};
+
+template <typename Bit>
+std::vector<uint32_t> pack(Grid grid, Bit bit) {
+  std::vector<uint32_t> words(grid.words());
+  for (int at = 0; at < grid.words(); ++at)
+    for (int i = 0; i < 32; ++i) {
+      const int patch = at * 32 + i;
+      words[at] |= static_cast<uint32_t>(patch >= grid.patches() || bit(patch)) << i;
+    }
+  return words;
 }
 
-template <typename T>
-T blend(const T* channel, const Target& target, Grid grid, int64_t stride_y, int64_t stride_x) {
+Image dilate(const bool* mask, Grid grid, int padding) {
+  Image image;
+  image.masked = pack(grid, [&](int p) { return mask[p]; });
+  if (padding > 0) {
+    const auto marked = std::move(image.masked);
+    const auto rows = pack(grid, [&](int p) { return lbdt::near_in_row(marked.data(), grid, p, padding); });
+    image.masked = pack(grid, [&](int p) { return lbdt::near_in_column(rows.data(), grid, p, padding); });
+  }
+  for (const uint32_t word : image.masked) {
+    image.before.push_back(image.free);
+    image.free += lbdt::count_bits(~word);
+  }
+  return image;
+}
+
+template <int K>
+void find_nearest(const Call& call, const Image& image, int patch, int64_t target, Plan& plan) {
+  int64_t best[K];
+  lbdt::nearest_free(image.masked.data(), call.grid, image.free, patch, best);
+  for (int i = 0; i < K; ++i)
+    if (best[i] != lbdt::kNever)
+      plan.from[i][target] = call.in.at(static_cast<int>(best[i] % call.grid.patches()), call.grid);
+}
+
+Plan make_plan(const Call& call, const bool* mask, const float* u, int padding, int source, bool* replaced) {
+  const Grid grid = call.grid;
+  const int64_t batch = call.x.size(0), patches = grid.patches();
+  Plan plan;
+  plan.images.resize(batch);
+  // Small grids are not worth waking another thread.
+  parallel_for(0, batch, kGrain / patches + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) plan.images[b] = dilate(mask + b * patches, grid, padding);
+  });
+  const int most = source == lbdt::kMean ? lbdt::kMeanOf : 1;
+  for (int64_t b = 0; b < batch; ++b) {
+    Image& image = plan.images[b];
+    image.donors = std::min(most, image.free);
+    image.first = static_cast<int64_t>(plan.targets.size());
+    const bool served = image.free > 0 || call.bank_rows > 0;
+    for (int p = 0; p < patches; ++p) {
+      const bool taken = served && lbdt::get_bit(image.masked.data(), p);
+      replaced[b * patches + p] = taken;
+      if (taken) plan.targets.push_back({static_cast<int>(b), p});
+    }
+    image.last = static_cast<int64_t>(plan.targets.size());
+  }
+  const int64_t count = static_cast<int64_t>(plan.targets.size());
+  plan.to.resize(count);
+  for (int i = 0; i < most; ++i) plan.from[i].resize(count);
+  parallel_for(0, count, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [b, p] = plan.targets[i];
+      const Image& image = plan.images[b];
+      const float number = u[b * patches + p];
+      plan.to[i] = call.to.at(p, grid);
+      if (image.free == 0) {
+        plan.from[0][i] = lbdt::pick(number, static_cast<int>(call.bank_rows)) * call.channels;
+      } else if (source == lbdt::kRandom) {
+        const int rank = lbdt::pick(number, image.free);
+        plan.from[0][i] =
+            call.in.at(lbdt::select_free(image.masked.data(), image.before.data(), grid.words(), rank), grid);
+      } else if (source == lbdt::kNearest) {
+        find_nearest<1>(call, image, p, i, plan);
+      } else {
+        find_nearest<lbdt::kMeanOf>(call, image, p, i, plan);
+      }
+    }
+  });
+  return plan;
+}
+
+// The mean of `donors` elements, in the order of their distance, in float32 (float64 for float64).
+template <int donors, typename T, typename At>
+T mean(At at) {
   using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  auto at = [&](int64_t p) { return channel[p / grid.width * stride_y + p % grid.width * stride_x]; };
-  if (target.count == 1) return at(target.donor[0]);
-  Sum total = static_cast<Sum>(at(target.donor[0]));
-  for (int i = 1; i < target.count; ++i) total += static_cast<Sum>(at(target.donor[i]));
-  return static_cast<T>(total / static_cast<Sum>(target.count));
+  Sum total = static_cast<Sum>(at(0));
+  for (int i = 1; i < donors; ++i) total += static_cast<Sum>(at(i));
+  return static_cast<T>(total / static_cast<Sum>(donors));
+}
+
+// Runs `body` with the number of donors as a compile-time constant.
+template <typename Body>
+void with_donors(int donors, Body body) {
+  switch (donors) {
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+    case 5: return body(std::integral_constant<int, 5>{});
+    default: return body(std::integral_constant<int, 1>{});
+  }
 }
 
 template <typename T>
-void write(
-    Tensor& x, const std::vector<std::vector<Target>>& targets, const std::optional<Tensor>& bank, Grid grid) {
-  T* data = static_cast<T*>(x.mutable_data_ptr());
-  const int64_t channels = x.size(1), step = x.stride(1), stride_y = x.stride(2), stride_x = x.stride(3);
-  const int64_t bank_rows = bank ? bank->size(1) : 0;
-  const T* spare = bank ? static_cast<const T*>(bank->const_data_ptr()) : nullptr;
-  auto offset = [&](int64_t p) { return p / grid.width * stride_y + p % grid.width * stride_x; };
+void copy_plane(const T* from, Strides in, T* to, Strides out, Grid grid) {
+  if (lbdt::dense(in, grid) && lbdt::dense(out, grid)) {
+    std::memcpy(to, from, grid.patches() * sizeof(T));
+    return;
+  }
+  for (int64_t y = 0; y < grid.height; ++y)
+    for (int64_t x = 0; x < grid.width; ++x)
+      to[y * out.row + x * out.column] = from[y * in.row + x * in.column];
+}
 
-  for (int64_t image = 0; image < x.size(0); ++image) {
-    const auto& list = targets[image];
-    const int64_t size = static_cast<int64_t>(list.size());
-    if (size == 0) continue;
-    T* base = data + image * x.stride(0);
-    auto value = [&](const Target& t, int64_t c) {
-      return t.count == 0 ? spare[(image * bank_rows + t.donor[0]) * channels + c]
-                          : blend(base + c * step, t, grid, stride_y, stride_x);
-    };
-    if (step == 1) {  // channels last: a patch is one run of memory
-      torch::stable::parallel_for(0, size, std::max<int64_t>(1, kGrain / channels), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          T* to = base + offset(list[i].patch);
-          if (list[i].count == 1) {
-            std::memcpy(to, base + offset(list[i].donor[0]), channels * sizeof(T));
+// A channel is a plane that stays in cache.
+template <typename T>
+void write_planes(const Call& call, const Plan& plan) {
+  const T* x = static_cast<const T*>(call.x.const_data_ptr());
+  const T* bank = call.bank ? static_cast<const T*>(call.bank->const_data_ptr()) : nullptr;
+  T* out = static_cast<T*>(call.out.mutable_data_ptr());
+  const int64_t planes = call.x.size(0) * call.channels;
+  const int64_t moved = call.in_place ? static_cast<int64_t>(plan.targets.size()) / call.x.size(0)
+                                      : static_cast<int64_t>(call.grid.patches());
+  parallel_for(0, planes, kGrain / std::max<int64_t>(1, moved) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const int64_t b = plane / call.channels, c = plane % call.channels;
+      const Image& image = plan.images[b];
+      T* to = out + b * call.to.image + c * call.to.channel;
+      const T* from = x + b * call.in.image + c * call.in.channel;
+      if (!call.in_place) copy_plane(from, call.in, to, call.to, call.grid);
+      if (image.donors == 0 && bank) from = bank + b * call.bank_rows * call.channels + c;
+      with_donors(image.donors, [&](auto donors) {
+        const int64_t* offset[donors];
+        for (int k = 0; k < donors; ++k) offset[k] = plan.from[k].data();
+        for (int64_t i = image.first; i < image.last; ++i) {
+          if constexpr (donors == 1) {
+            to[plan.to[i]] = from[offset[0][i]];
           } else {
-            for (int64_t c = 0; c < channels; ++c) to[c] = value(list[i], c);
+            to[plan.to[i]] = mean<donors, T>([&](int k) { return from[offset[k][i]]; });
           }
         }
       });
-    } else {  // a channel is one run of memory, and stays in cache
-      torch::stable::parallel_for(0, channels, std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; ++c)
-          for (const Target& t : list) base[c * step + offset(t.patch)] = value(t, c);
-      });
     }
-  }
+  });
 }
 
-void replace_patches_cpp_(
-    Tensor x,                    // [B, d, H, W], any strides
+// Channels last: a patch is one run of memory.
+template <typename T>
+void write_rows(const Call& call, const Plan& plan) {
+  const T* x = static_cast<const T*>(call.x.const_data_ptr());
+  const T* bank = call.bank ? static_cast<const T*>(call.bank->const_data_ptr()) : nullptr;
+  T* out = static_cast<T*>(call.out.mutable_data_ptr());
+  const int64_t channels = call.channels, bytes = channels * static_cast<int64_t>(sizeof(T));
+  auto replace = [&](int64_t i) {
+    const int b = plan.targets[i].image;
+    const Image& image = plan.images[b];
+    T* to = out + b * call.to.image + plan.to[i];
+    const T* base = image.donors == 0 ? bank + b * call.bank_rows * channels : x + b * call.in.image;
+    with_donors(image.donors, [&](auto donors) {
+      if constexpr (donors == 1) {
+        std::memcpy(to, base + plan.from[0][i], bytes);
+      } else {
+        const T* row[donors];
+        for (int k = 0; k < donors; ++k) row[k] = base + plan.from[k][i];
+        // A donor is never a target, so the rows do not overlap.
+#pragma GCC ivdep
+        for (int64_t c = 0; c < channels; ++c) to[c] = mean<donors, T>([&](int k) { return row[k][c]; });
+      }
+    });
+  };
+  const int64_t grain = kGrain / std::max<int64_t>(1, channels) + 1;
+  if (call.in_place) {
+    parallel_for(0, static_cast<int64_t>(plan.targets.size()), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) replace(i);
+    });
+    return;
+  }
+  const int64_t patches = call.grid.patches();
+  parallel_for(0, call.x.size(0) * patches, grain, [&](int64_t begin, int64_t end) {
+    int64_t next = plan.find(static_cast<int>(begin / patches), static_cast<int>(begin % patches));
+    for (int64_t row = begin; row < end; ++row) {
+      const int b = static_cast<int>(row / patches), p = static_cast<int>(row % patches);
+      if (next < static_cast<int64_t>(plan.targets.size()) && plan.targets[next].image == b &&
+          plan.targets[next].patch == p) {
+        replace(next++);
+      } else {
+        const T* from = x + b * call.in.image + call.in.at(p, call.grid);
+        std::memcpy(out + b * call.to.image + call.to.at(p, call.grid), from, bytes);
+      }
+    }
+  });
+}
+
+Strides strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
+
+void replace_patches_cpp(
+    const Tensor x,              // [B, d, H, W], any strides
     const Tensor mask,           // [B, N] bool, contiguous
     const Tensor u,              // [B, N] float32, contiguous
     std::optional<Tensor> bank,  // [B, M, d] dtype of x, contiguous
     int64_t padding,
     int64_t source,
-    Tensor replaced) {  // [B, N] bool, contiguous, all false
-  const int64_t batch = x.size(0);
-  const Grid grid{x.size(2), x.size(3)};
-  const int64_t patches = grid.patches();
-  STD_TORCH_CHECK(mask.numel() == batch * patches, "mask: expected [B, H*W] elements");
-  STD_TORCH_CHECK(source >= kRandom && source <= kMean, "source: expected 0, 1 or 2");
+    Tensor out,         // like x, or x itself
+    Tensor replaced) {  // [B, N] bool, contiguous
+  const int64_t height = x.size(2), width = x.size(3);
+  STD_TORCH_CHECK(mask.numel() == x.size(0) * height * width, "mask: expected [B, H*W] elements");
+  STD_TORCH_CHECK(source >= lbdt::kRandom && source <= lbdt::kMean, "source: expected 0, 1 or 2");
+  STD_TORCH_CHECK(height * width <= INT32_MAX - 32, "x: expected fewer than 2^31 patches");
   if (x.numel() == 0) return;
-  const int64_t bank_rows = bank ? bank->size(1) : 0;
-  padding = std::min(padding, std::max(grid.height, grid.width));
-
-  const bool* masks = static_cast<const bool*>(mask.const_data_ptr());
-  const float* numbers = static_cast<const float*>(u.const_data_ptr());
-  bool* flags = static_cast<bool*>(replaced.mutable_data_ptr());
-  std::vector<std::vector<Target>> targets(batch);
-  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> masked;
-    for (int64_t image = begin; image < end; ++image) {
-      dilate(masks + image * patches, grid, padding, masked);
-      targets[image] = plan(masked, numbers + image * patches, grid, source, bank_rows);
-      for (const Target& t : targets[image]) flags[image * patches + t.patch] = true;
-    }
-  });
+  const Grid grid{static_cast<int>(height), static_cast<int>(width)};
+  const bool in_place = x.const_data_ptr() == out.const_data_ptr();
+  const Call call{x, out, strides(x), strides(out), grid, x.size(1), bank ? bank->size(1) : 0, bank, in_place};
+  const Plan plan = make_plan(
+      call,
+      static_cast<const bool*>(mask.const_data_ptr()),
+      static_cast<const float*>(u.const_data_ptr()),
+      static_cast<int>(std::min(padding, std::max(height, width))),
+      static_cast<int>(source),
+      static_cast<bool*>(replaced.mutable_data_ptr()));
+  const bool rows = call.in.channel == 1 && call.to.channel == 1;
+  auto write = [&](auto element) {
+    using T = decltype(element);
+    return rows ? write_rows<T>(call, plan) : write_planes<T>(call, plan);
+  };
   switch (x.scalar_type()) {
-    case ScalarType::Float: return write<float>(x, targets, bank, grid);
-    case ScalarType::Double: return write<double>(x, targets, bank, grid);
-    case ScalarType::Half: return write<torch::headeronly::Half>(x, targets, bank, grid);
-    case ScalarType::BFloat16: return write<torch::headeronly::BFloat16>(x, targets, bank, grid);
+    case ScalarType::Float: return write(float{});
+    case ScalarType::Double: return write(double{});
+    case ScalarType::Half: return write(torch::headeronly::Half{});
+    case ScalarType::BFloat16: return write(torch::headeronly::BFloat16{});
     default: STD_TORCH_CHECK(false, "x: expected float32, float64, float16 or bfloat16");
   }
+}
+
+void replace_patches_cpp_(
+    Tensor x, const Tensor mask, const Tensor u, std::optional<Tensor> bank, int64_t padding, int64_t source,
+    Tensor replaced) {
+  replace_patches_cpp(x, mask, u, bank, padding, source, x, replaced);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lbdt, CPU, m) {
+  m.impl("replace_patches_cpp", TORCH_BOX(&replace_patches_cpp));
   m.impl("replace_patches_cpp_", TORCH_BOX(&replace_patches_cpp_));
 }

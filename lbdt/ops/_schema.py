@@ -13,8 +13,7 @@ _COMPLIANT = (torch.Tag.pt2_compliant_tag,)
 LIBRARY.define(
     "detect_patches(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
     "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus=None, *, str backend='') -> Tensor",
-    # The reference reads the number of candidates on the host.
-    tags=(*_COMPLIANT, torch.Tag.cudagraph_unsafe),
+    tags=_COMPLIANT,
 )
 LIBRARY.define(
     "replace_patches(Tensor x, Tensor mask, Tensor u, int height, int width, int padding=0, "
@@ -36,7 +35,22 @@ LIBRARY.define(
 )
 # x is [B, d, H, W]; source is an index into lbdt.ops.replace_patches.SOURCES.
 LIBRARY.define(
+    "replace_patches_cpp(Tensor x, Tensor mask, Tensor u, Tensor? bank, int padding, int source, "
+    "Tensor(a!) out, Tensor(b!) replaced) -> ()",
+    tags=_COMPLIANT,
+)
+LIBRARY.define(
     "replace_patches_cpp_(Tensor(a!) x, Tensor mask, Tensor u, Tensor? bank, int padding, int source, "
     "Tensor(b!) replaced) -> ()",
+    tags=_COMPLIANT,
+)
+LIBRARY.define(
+    "patch_uniform_cpp(Tensor seeds, Tensor timesteps, Tensor halves, Tensor(a!) out) -> ()",
+    tags=_COMPLIANT,
+)
+# Contiguous but for x, weight and minus; bias and thresholds in float32.
+LIBRARY.define(
+    "detect_patches_cpp(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
+    "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus, Tensor(a!) mask) -> ()",
     tags=_COMPLIANT,
 )

@@ -1,10 +1,12 @@
 """`lbdt::detect_patches`: which patches of a feature map carry a concept."""
 
+import functools
+
 import torch
 from torch import Tensor
 
-from lbdt import reference
-from lbdt.ops import _checks, _dispatch
+from lbdt import _build, reference
+from lbdt.ops import _checks, _dispatch, _triton
 from lbdt.ops._schema import LIBRARY
 
 
@@ -96,3 +98,60 @@ def _fake(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=
 LIBRARY.impl("detect_patches", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("lbdt::detect_patches", _fake, lib=LIBRARY)
 _dispatch.register("detect_patches", "reference", _dispatch.always, reference.detect_patches)
+
+
+def _cpp_supports(x, *args, **kwargs) -> str | None:
+    if x.device.type != "cpu":
+        return f"needs a CPU tensor, got one on {x.device}"
+    if x.dtype == torch.float64:
+        return "computes in float32, and x is float64"
+    return _build.load()
+
+
+@functools.cache
+def _cpp_declines_processor() -> str | None:
+    if torch.backends.cpu.get_cpu_capability().startswith(("AVX2", "AVX512")):
+        return None
+    return "its matrix product is written for AVX2 and AVX-512, which this processor lacks"
+
+
+def _cpp_declines(*args, **kwargs) -> str | None:
+    return _cpp_declines_processor()
+
+
+def _cpp(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None) -> Tensor:
+    mask = torch.empty(x.shape[0], x.shape[2:].numel(), dtype=torch.bool)
+    torch.ops.lbdt.detect_patches_cpp(
+        x,
+        weight,
+        bias.float().contiguous(),
+        latents.contiguous(),
+        thresholds.float().contiguous(),
+        timestep_bin.contiguous(),
+        enabled.contiguous(),
+        k,
+        minus,
+        mask,
+    )
+    return mask
+
+
+torch.library.register_fake("lbdt::detect_patches_cpp", lambda *args: None, lib=LIBRARY)
+_dispatch.register("detect_patches", "cpp", _cpp_supports, _cpp, _cpp_declines)
+
+
+def _triton_supports(
+    x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None
+) -> str | None:
+    return _triton.supports_product(x, weight, minus) or _triton.supports(x)
+
+
+def _triton_declines(x, *args, **kwargs) -> str | None:
+    return _triton.declines(x)
+
+
+def _triton_run(*args) -> Tensor:
+    return _triton.kernels("detect_patches").detect_patches(*args)
+
+
+_dispatch.register("detect_patches", "triton", _triton_supports, _triton_run, _triton_declines)

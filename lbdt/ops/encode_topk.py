@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lbdt import reference
-from lbdt.ops import _checks, _dispatch
+from lbdt.ops import _checks, _dispatch, _triton
 from lbdt.ops._schema import LIBRARY
 
 
@@ -58,3 +58,21 @@ def _fake(x, weight, bias, k, *, backend=""):
 LIBRARY.impl("encode_topk", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("lbdt::encode_topk", _fake, lib=LIBRARY)
 _dispatch.register("encode_topk", "reference", _dispatch.always, reference.encode_topk)
+
+
+def _triton_supports(x, weight, bias, k) -> str | None:
+    reason = _triton.supports_product(x, weight) or _triton.supports(x)
+    if reason is None and k > (most := _triton.kernels("encode_topk").MOST_K):
+        reason = f"keeps at most {most} latents a patch, got k = {k}"
+    return reason
+
+
+def _triton_declines(x, weight, bias, k) -> str | None:
+    return _triton.declines(x)
+
+
+def _triton_run(*args) -> tuple[Tensor, Tensor]:
+    return _triton.kernels("encode_topk").encode_topk(*args)
+
+
+_dispatch.register("encode_topk", "triton", _triton_supports, _triton_run, _triton_declines)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lbdt import reference
+from lbdt import _build, reference
 from lbdt.ops import _checks, _dispatch
 from lbdt.ops._schema import LIBRARY
 
@@ -62,6 +62,19 @@ def _fake(seeds, timesteps, halves, patches, *, backend=""):
     return seeds.new_empty((seeds.shape[0], patches), dtype=torch.float32)
 
 
+def _cpp_supports(seeds, timesteps, halves, patches) -> str | None:
+    return _build.missing("patch_uniform_cpp", seeds.device.type)
+
+
+def _cpp(seeds, timesteps, halves, patches) -> Tensor:
+    out = seeds.new_empty((seeds.shape[0], patches), dtype=torch.float32)
+    if out.numel() != 0:
+        torch.ops.lbdt.patch_uniform_cpp(seeds, timesteps, halves, out)
+    return out
+
+
 LIBRARY.impl("patch_uniform", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("lbdt::patch_uniform", _fake, lib=LIBRARY)
+torch.library.register_fake("lbdt::patch_uniform_cpp", lambda *args: None, lib=LIBRARY)
+_dispatch.register("patch_uniform", "cpp", _cpp_supports, _cpp)
 _dispatch.register("patch_uniform", "reference", _dispatch.always, reference.patch_uniform)

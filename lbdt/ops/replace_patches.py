@@ -9,6 +9,11 @@ from lbdt.ops._schema import LIBRARY
 
 SOURCES = ("random", "nearest", "mean")
 
+# csrc/cuda/replace_patches.cu: its fixed part of a block's shared memory, and the number of patches whose mask fits
+# beside it in the 48 KB that every GPU has.
+_FIXED_BYTES = 16 << 10
+_ANY_GPU = 1 << 17
+
 
 def replace_patches(
     x: Tensor,  # [B, d, H, W] or [B, d, N]
@@ -127,34 +132,59 @@ def _fake_(x, mask, u, height, width, padding=0, source="random", bank=None, *, 
 
 
 def _cpp_supports(x, mask, u, height, width, padding=0, source="random", bank=None) -> str | None:
-    if x.device.type != "cpu":
-        return f"needs a CPU tensor, got one on {x.device}"
-    return _build.load()
+    reason = _build.missing("replace_patches_cpp", x.device.type)
+    if reason is None and x.device.type == "cuda" and mask.shape[1] > _ANY_GPU:
+        return _shared_memory(x, mask.shape[1])
+    return reason
 
 
-def _cpp_(x, mask, u, height, width, padding=0, source="random", bank=None) -> Tensor:
-    replaced = torch.zeros_like(mask, memory_format=torch.contiguous_format)
-    torch.ops.lbdt.replace_patches_cpp_(
+def _shared_memory(x, patches) -> str | None:
+    properties = torch.cuda.get_device_properties(x.device)
+    limit = getattr(properties, "shared_memory_per_block_optin", 48 << 10)
+    needed = _FIXED_BYTES + (patches + 31) // 32 * 8
+    if needed <= limit:
+        return None
+    return (
+        f"keeps the mask of {patches} patches in {needed} bytes of shared memory, and {x.device} has {limit}"
+    )
+
+
+def _cpp_arguments(x, mask, u, height, width, padding, source, bank) -> tuple:
+    return (
         x if x.dim() == 4 else x.unflatten(2, (height, width)),
         mask.contiguous(),
         u.contiguous(),
         None if bank is None else bank.to(x.dtype).contiguous(),
         padding,
         SOURCES.index(source),
-        replaced,
     )
+
+
+def _cpp_(x, mask, u, height, width, padding=0, source="random", bank=None) -> Tensor:
+    if x.numel() == 0:
+        return torch.zeros_like(mask, memory_format=torch.contiguous_format)
+    replaced = torch.empty_like(mask, memory_format=torch.contiguous_format)
+    arguments = _cpp_arguments(x, mask, u, height, width, padding, source, bank)
+    torch.ops.lbdt.replace_patches_cpp_(*arguments, replaced)
     return replaced
 
 
 def _cpp(x, mask, u, height, width, padding=0, source="random", bank=None) -> tuple[Tensor, Tensor]:
-    out = x.clone()
-    return out, _cpp_(out, mask, u, height, width, padding, source, bank)
+    out = torch.empty_like(x)
+    if x.numel() == 0:
+        return out, torch.zeros_like(mask, memory_format=torch.contiguous_format)
+    replaced = torch.empty_like(mask, memory_format=torch.contiguous_format)
+    arguments = _cpp_arguments(x, mask, u, height, width, padding, source, bank)
+    to = out if out.dim() == 4 else out.unflatten(2, (height, width))
+    torch.ops.lbdt.replace_patches_cpp(*arguments, to, replaced)
+    return out, replaced
 
 
 LIBRARY.impl("replace_patches", _run, "CompositeExplicitAutograd")
 LIBRARY.impl("replace_patches_", _run_, "CompositeExplicitAutograd")
 torch.library.register_fake("lbdt::replace_patches", _fake, lib=LIBRARY)
 torch.library.register_fake("lbdt::replace_patches_", _fake_, lib=LIBRARY)
+torch.library.register_fake("lbdt::replace_patches_cpp", lambda *args: None, lib=LIBRARY)
 torch.library.register_fake("lbdt::replace_patches_cpp_", lambda *args: None, lib=LIBRARY)
 for _op, _reference, _run_cpp in (
     ("replace_patches", reference.replace_patches, _cpp),

@@ -26,6 +26,13 @@ def detect_patches(
     threshold only the largest needs the rank test, and it needs a count, so nothing of size N x L is held.
     arXiv 2606.31699, section 3; the identity is ours.
     """
+    # Which patches need the rank test is data: elsewhere than on the CPU, reading it would wait for the device.
+    select = x.device.type == "cpu"
+    return _detect(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus, select)
+
+
+def _detect(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus, select: bool) -> Tensor:
+    """`detect_patches`; where `select`, only candidates are counted, and until their count reaches k."""
     x = x.flatten(2)
     minus = None if minus is None else minus.flatten(2)
     batch, width, patches = x.shape
@@ -51,17 +58,22 @@ def detect_patches(
     if k == 0:
         return candidate
 
-    images, places = candidate.nonzero(as_tuple=True)
-    for rows in range(0, images.numel(), _ROWS):
-        image, place = images[rows : rows + _ROWS], places[rows : rows + _ROWS]
+    if select:
+        ranked = candidate.flatten().nonzero().squeeze(1)
+    else:
+        ranked = torch.arange(batch * patches, device=x.device)
+    for start in range(0, ranked.numel(), _ROWS):
+        rows = ranked[start : start + _ROWS]
+        image, place = rows // patches, rows % patches
         patch = x[image, :, place].to(dtype)
         if minus is not None:
             patch = patch - minus[image, :, place].to(dtype)
-        mask[image, place] = _in_first_k(patch, largest[image, place], owner[image, place], weight, bias, k)
+        inside = _in_first_k(patch, largest[image, place], owner[image, place], weight, bias, k, select)
+        mask[image, place] = inside & candidate[image, place]
     return mask
 
 
-def _in_first_k(patch: Tensor, value: Tensor, owner: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
+def _in_first_k(patch, value, owner, weight, bias, k: int, select: bool) -> Tensor:
     """Whether fewer than k latents other than `owner` [C] exceed `value` [C] on `patch` [C, d]; bool [C]."""
     total = weight.shape[0]
     inside = torch.zeros(patch.shape[0], dtype=torch.bool, device=patch.device)
@@ -73,13 +85,16 @@ def _in_first_k(patch: Tensor, value: Tensor, owner: Tensor, weight: Tensor, bia
         size = max(64, _BLOCK // max(rows.numel(), patch.shape[1]))
         stop = min(start + size, total)
         h = torch.addmm(bias[start:stop].to(patch.dtype), patch, weight[start:stop].to(patch.dtype).t())
+        # Ones and zeros in h's own dtype: they are summed several times faster than bools.
+        larger = h.gt_(value.unsqueeze(1))
         # By index, not by value: the owner's two computations may round differently.
-        mine = ((owner >= start) & (owner < stop)).nonzero().squeeze(1)
-        h[mine, owner[mine] - start] = -torch.inf
-        count += (h > value.unsqueeze(1)).sum(dim=1)
-        alive = count < k
-        if not bool(alive.all()):
-            rows, patch, value, owner, count = (t[alive] for t in (rows, patch, value, owner, count))
+        here = (owner >= start) & (owner < stop)
+        own = larger.gather(1, (owner - start).clamp(0, stop - start - 1).unsqueeze(1)).squeeze(1)
+        count += (larger.sum(dim=1) - own * here).to(count.dtype)
+        if select:
+            alive = count < k
+            if not bool(alive.all()):
+                rows, patch, value, owner, count = (t[alive] for t in (rows, patch, value, owner, count))
         start = stop
-    inside[rows] = True
+    inside[rows] = count < k
     return inside

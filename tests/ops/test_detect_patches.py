@@ -1,14 +1,33 @@
 """detect_patches against the literal version: encode everything, top-k, scatter, compare."""
 
+import os
+import subprocess
+import sys
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
 
 from lbdt import ops
+from lbdt.reference.detect_patches import _detect
 from lbdt.testing import DTYPES, TOLERANCES, integers, layouts
+from tests.backends import DEVICE, HAS_CPP, every_backend, on_device
 
 INF = float("inf")
+backends = every_backend("cpp", "triton")
+large_backends = every_backend("cpp")  # sizes that are too much for Triton's interpreter
+
+
+def needs_the_cpu(backend):
+    if backend == "cpp" and DEVICE.type != "cpu":
+        pytest.skip("the C++ version takes CPU tensors")
+
+
+def detect(backend, **arguments):
+    """On the tested device, the answer on the CPU."""
+    needs_the_cpu(backend)
+    return ops.detect_patches(**on_device(arguments), backend=backend).cpu()
 
 
 def pre_activations(x, weight, bias, minus=None):
@@ -61,17 +80,24 @@ ROWS = [
     pytest.param({"threshold": 1e9}, id="no-candidate"),
     pytest.param({"threshold": INF}, id="inf-everywhere"),
     pytest.param({"d": 2, "L": 200, "k": 9}, id="ties"),  # few distinct values
-    pytest.param({"L": 3000, "U": 30, "k": 16, "d": 700}, id="several-dictionary-blocks"),
-    pytest.param({"H": 40, "W": 30, "threshold": -1e9}, id="several-row-blocks"),
     pytest.param({"B": 0}, id="no-image"),
     pytest.param({"U": 0}, id="no-latent"),
 ]
+LARGE_ROWS = [
+    pytest.param({"L": 3000, "U": 30, "k": 16, "d": 700}, id="several-dictionary-blocks"),
+    pytest.param({"H": 40, "W": 30, "threshold": -1e9}, id="several-row-blocks"),
+    pytest.param(
+        {"H": 13, "W": 11, "L": 2000, "U": 9, "k": 40, "threshold": -1e9}, id="refuted-at-every-stage"
+    ),
+    pytest.param(
+        {"H": 9, "W": 11, "L": 500, "U": 250, "k": 30, "threshold": 20}, id="several-blocks-watched"
+    ),
+]
 
 
-@pytest.mark.parametrize("sizes", ROWS)
-def test_equals_the_literal_version(sizes, poisoned):
+def check_equals_the_literal_version(backend, sizes):
     arguments = inputs(**sizes)
-    mask = ops.detect_patches(**arguments)
+    mask = detect(backend, **arguments)
     assert mask.dtype == torch.bool
     assert mask.shape == (arguments["x"].shape[0], arguments["x"].shape[2] * arguments["x"].shape[3])
     if sizes.get("U") == 0:
@@ -80,65 +106,107 @@ def test_equals_the_literal_version(sizes, poisoned):
         assert torch.equal(mask, literal(**arguments))
 
 
+@backends
+@pytest.mark.parametrize("sizes", ROWS)
+def test_equals_the_literal_version(sizes, backend, poisoned):
+    check_equals_the_literal_version(backend, sizes)
+
+
+@large_backends
+@pytest.mark.parametrize("sizes", LARGE_ROWS)
+def test_large_sizes(sizes, backend, poisoned):
+    check_equals_the_literal_version(backend, sizes)
+
+
 def test_the_rows_contain_both_answers():
-    mask = ops.detect_patches(**inputs())
-    assert mask.any() and not mask.all()
+    for sizes in [{}, *(row.values[0] for row in LARGE_ROWS)]:
+        mask = literal(**inputs(**sizes))
+        assert mask.any() and not mask.all(), sizes
     tied = inputs(d=2, L=200, k=9)
     h = pre_activations(tied["x"], tied["weight"], tied["bias"]).sort(-1, descending=True).values
     assert (h[..., 8] == h[..., 9]).any(), "no tie at the k-th place"
 
 
+@backends
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_minus", [False, True], ids=["output", "update"])
-def test_every_dtype(dtype, with_minus):
+def test_every_dtype(dtype, with_minus, backend):
     arguments = inputs(seed=1, dtype=dtype)
     if with_minus:
         arguments["minus"] = integers(tuple(arguments["x"].shape), torch.Generator().manual_seed(5), dtype)
-    assert torch.equal(ops.detect_patches(**arguments), literal(**arguments))
+    if dtype == torch.float64 and backend != "reference":
+        with pytest.raises(ValueError, match=f"'{backend}' cannot serve .*float"):
+            detect(backend, **arguments)
+    else:
+        assert torch.equal(detect(backend, **arguments), literal(**arguments))
 
 
-def test_every_layout():
-    arguments = inputs(seed=2, H=3, W=5)
-    minus = integers(tuple(arguments["x"].shape), torch.Generator().manual_seed(5), torch.float32)
-    expected = literal(**arguments, minus=minus)
-    assert expected.any()
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grid", [(3, 5), (8, 9)], ids=["15-patches", "72-patches"])
+def test_every_layout(grid, dtype, backend):
+    arguments = inputs(seed=2, H=grid[0], W=grid[1], dtype=dtype)
+    minus = integers(tuple(arguments["x"].shape), torch.Generator().manual_seed(5), dtype)
+    plain, updated = literal(**arguments), literal(**arguments, minus=minus)
+    assert plain.any() and updated.any() and not torch.equal(plain, updated)
     others = layouts(minus)
     for name, x in layouts(arguments["x"]).items():
-        assert torch.equal(ops.detect_patches(**{**arguments, "x": x, "minus": others[name]}), expected), name
+        arguments["x"] = x
+        assert torch.equal(detect(backend, **arguments), plain), name
+        for other in (name, "channels_last" if x.dim() == 4 else "patches"):
+            assert torch.equal(detect(backend, **arguments, minus=others[other]), updated), (name, other)
 
 
-def test_sliced_weight_and_thresholds():
+@backends
+def test_one_image_expanded_to_a_batch(backend):
+    arguments = inputs(seed=2)
+    arguments["x"] = arguments["x"][:1].expand(2, -1, -1, -1)
+    mask = detect(backend, **arguments)
+    assert torch.equal(mask, literal(**arguments))
+    assert mask.any() and torch.equal(mask[0], mask[1])
+
+
+@backends
+def test_other_strides_and_dtypes_of_the_encoder(backend):
     arguments = inputs(seed=3)
     expected = literal(**arguments)
     arguments["weight"] = torch.cat([arguments["weight"]] * 2, dim=1)[:, :12]
     arguments["thresholds"] = torch.cat([arguments["thresholds"]] * 2, dim=1)[:, :5]
     arguments["enabled"] = torch.cat([arguments["enabled"]] * 2, dim=1)[:, :5]
-    assert torch.equal(ops.detect_patches(**arguments), expected)
+    assert torch.equal(detect(backend, **arguments), expected)
+    arguments["weight"] = arguments["weight"].t().contiguous().t()
+    arguments |= {"bias": arguments["bias"].double(), "thresholds": arguments["thresholds"].double()}
+    assert torch.equal(detect(backend, **arguments), expected)
+    half = {"x": arguments["x"].half(), "weight": arguments["weight"].half()}
+    assert torch.equal(detect(backend, **{**arguments, **half}), expected)
 
 
-def test_three_images_with_their_own_bins_and_sets():
+@backends
+def test_three_images_with_their_own_bins_and_sets(backend):
     arguments = inputs(seed=4, B=3, T=4, k=6)
     arguments["timestep_bin"] = torch.tensor([3, 0, 2])
     arguments["thresholds"] = torch.arange(20.0).view(4, 5).flip(0) - 4
     arguments["thresholds"][0] = INF
     arguments["enabled"] = torch.tensor([[1, 0, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]], dtype=torch.bool)
-    mask = ops.detect_patches(**arguments)
+    mask = detect(backend, **arguments)
     assert torch.equal(mask, literal(**arguments))
     assert mask[0].any() and not mask[1].any()
     for image in range(3):
         alone = {**arguments}
         for name in ("x", "timestep_bin", "enabled"):
             alone[name] = arguments[name][image : image + 1]
-        assert torch.equal(ops.detect_patches(**alone)[0], mask[image])
+        assert torch.equal(detect(backend, **alone)[0], mask[image])
 
 
-def test_disabled_everywhere_detects_nothing():
+@backends
+def test_disabled_everywhere_detects_nothing(backend):
     arguments = inputs(threshold=-1e9)
     arguments["enabled"] = torch.zeros_like(arguments["enabled"])
-    assert not ops.detect_patches(**arguments).any()
+    assert not detect(backend, **arguments).any()
 
 
-def test_rank_counts_strictly_greater_values():
+@backends
+def test_rank_counts_strictly_greater_values(backend):
     """Five latents at 2.0 and one at 3.0, k = 2: all five are kept, as one value only is greater."""
     weight = torch.tensor([[2.0]] * 5 + [[3.0]])
     arguments = inputs()
@@ -146,12 +214,12 @@ def test_rank_counts_strictly_greater_values():
     arguments |= {"thresholds": torch.zeros(1, 1), "timestep_bin": torch.zeros(1, dtype=torch.int64)}
     arguments |= {"enabled": torch.ones(1, 1, dtype=torch.bool)}
     for latent in range(6):
-        assert ops.detect_patches(**{**arguments, "latents": torch.tensor([latent])}).all()
-        assert ops.detect_patches(**{**arguments, "latents": torch.tensor([latent]), "k": 1}).all() == (
-            latent == 5
-        )
+        arguments["latents"] = torch.tensor([latent])
+        assert detect(backend, **arguments).all()
+        assert detect(backend, **{**arguments, "k": 1}).all() == (latent == 5)
 
 
+@backends
 @given(
     seed=st.integers(0, 10**6),
     B=st.integers(1, 3),
@@ -161,19 +229,21 @@ def test_rank_counts_strictly_greater_values():
     L=st.integers(1, 80),
     data=st.data(),
 )
-def test_property_exact_inputs(seed, B, d, H, W, L, data):
+def test_property_exact_inputs(backend, seed, B, d, H, W, L, data):
     U = data.draw(st.integers(1, L), label="U")
     k = data.draw(st.integers(0, L), label="k")
     threshold = data.draw(st.sampled_from([-1e9, -3.0, 0.0, 2.0, 9.0, INF]), label="threshold")
-    dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
+    dtypes = DTYPES if backend == "reference" else [t for t in DTYPES if t != torch.float64]
+    dtype = data.draw(st.sampled_from(dtypes), label="dtype")
     arguments = inputs(seed, B, d, H, W, L, U, 2, k, dtype, threshold)
     g = torch.Generator().manual_seed(seed)
     arguments["enabled"] = torch.rand(B, U, generator=g) < 0.7
-    assert torch.equal(ops.detect_patches(**arguments), literal(**arguments))
+    assert torch.equal(detect(backend, **arguments), literal(**arguments))
 
 
+@backends
 @given(seed=st.integers(0, 10**6), k=st.integers(0, 32), threshold=st.floats(0, 3))
-def test_property_real_inputs(seed, k, threshold):
+def test_property_real_inputs(backend, seed, k, threshold):
     """Same mask wherever the decision is not within rounding of a threshold or of the k-th value."""
     arguments = inputs(seed, d=24, L=96, U=6, k=k, threshold=threshold)
     g = torch.Generator().manual_seed(seed)
@@ -187,14 +257,78 @@ def test_property_real_inputs(seed, k, threshold):
         gap = (ranked[..., k - 1] - ranked[..., k]).unsqueeze(-1) if k < 96 else torch.tensor(INF)
         margin = margin.minimum(gap)
     sure = margin.amin(-1) > TOLERANCES[torch.float32, "detect_margin"][1] * h.abs().max()
-    assert torch.equal(ops.detect_patches(**arguments)[sure], literal(**arguments)[sure])
+    assert torch.equal(detect(backend, **arguments)[sure], literal(**arguments)[sure])
+
+
+@backends
+def test_not_a_number_is_never_detected_and_never_counted(backend):
+    arguments = inputs(seed=6, threshold=-1e9, k=3)
+    arguments["x"][0, 0, 0, 0] = float("nan")  # all of one patch's pre-activations
+    arguments["weight"][arguments["latents"].max() - 1] = float("nan")  # one latent's, of every patch
+    h = pre_activations(arguments["x"], arguments["weight"], arguments["bias"])
+    h = torch.where(h.isnan(), -INF, h)
+    largest = h[..., arguments["latents"]].amax(-1, keepdim=True)
+    expected = ((h > largest).sum(-1) < 3) & (largest.squeeze(-1) > -1e9)
+    assert expected.any() and not expected[0, 0]
+    assert torch.equal(detect(backend, **arguments), expected)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu" or not HAS_CPP, reason="needs the C++ version")
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_older_processors(capability):
+    """The same rows in a process that is held to an older instruction set."""
+    chosen = [f"{__file__}::test_large_sizes", f"{__file__}::test_every_layout"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpp", *chosen],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("sizes", [*ROWS, *LARGE_ROWS])
+@pytest.mark.parametrize("with_minus", [False, True], ids=["output", "update"])
+def test_the_reference_with_and_without_selection(sizes, with_minus):
+    arguments = inputs(**sizes)
+    if sizes.get("U") == 0:
+        return
+    minus = integers(tuple(arguments["x"].shape), torch.Generator().manual_seed(5), torch.float32)
+    arguments["minus"] = minus if with_minus else None
+    expected = literal(**arguments)
+    for select in (True, False):
+        assert torch.equal(_detect(**arguments, select=select), expected), select
+
+
+@pytest.mark.parametrize("with_minus", [False, True], ids=["output", "update"])
+def test_the_reference_never_waits_for_a_device(with_minus):
+    """Tensors of the meta device have no data: reading them, or a shape that depends on them, raises."""
+    arguments = inputs()
+    arguments["minus"] = torch.ones_like(arguments["x"]) if with_minus else None
+    given = {n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+    mask = ops.detect_patches(**given, backend="reference")
+    assert mask.device.type == "meta" and mask.shape == (2, 20) and mask.dtype == torch.bool
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        _detect(**given, select=True)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs CUDA")
+def test_the_reference_never_waits_for_the_gpu():
+    arguments = on_device(inputs())
+    ops.detect_patches(**arguments, backend="reference")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.detect_patches(**arguments, backend="reference")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_nothing_of_size_n_by_l_is_held():
     """The peak of what the op itself allocates, from the profiler's record of the CPU allocator."""
     arguments = inputs(B=2, d=16, H=16, W=16, L=65536, U=4, k=16, threshold=-1e9)
     with torch.profiler.profile(profile_memory=True) as record:
-        ops.detect_patches(**arguments)
+        ops.detect_patches(**arguments, backend="reference")
     held = peak = 0
     for event in record.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -229,28 +363,36 @@ BAD = [
 ]
 
 
+@backends
 @pytest.mark.parametrize(("change", "error", "message"), BAD)
-def test_bad_arguments(change, error, message):
-    with pytest.raises(error, match=message):
-        ops.detect_patches(**{**inputs(), **change})
+def test_bad_arguments(change, error, message, backend):
+    with pytest.raises(error, match=message):  # on the CPU, the only place where values are read
+        ops.detect_patches(**{**inputs(), **change}, backend=backend)
 
 
+@backends
 @pytest.mark.parametrize(
     "change", [{}, {"dtype": torch.bfloat16}, {"B": 0}, {"k": 0}, {"threshold": INF}], ids=str
 )
-def test_opcheck(change):
-    arguments = inputs(**change)
+def test_opcheck(change, backend):
+    needs_the_cpu(backend)
+    arguments = tuple(on_device(inputs(**change)).values())
     with torch.inference_mode():
-        torch.library.opcheck(torch.ops.lbdt.detect_patches.default, tuple(arguments.values()))
+        torch.library.opcheck(torch.ops.lbdt.detect_patches.default, arguments, {"backend": backend})
+        if backend == "cpp":
+            mask = torch.zeros(arguments[0].shape[0], 20, dtype=torch.bool)
+            torch.library.opcheck(torch.ops.lbdt.detect_patches_cpp.default, (*arguments, None, mask))
 
 
-def test_fullgraph():
-    arguments = inputs(seed=8)
+@backends
+def test_fullgraph(backend):
+    needs_the_cpu(backend)
+    arguments = on_device(inputs(seed=8))
     minus = torch.ones_like(arguments["x"])
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def detect(x, minus):
-        return ~ops.detect_patches(**{**arguments, "x": x * 1, "minus": minus})
+        return ~ops.detect_patches(**{**arguments, "x": x * 1, "minus": minus}, backend=backend)
 
     with torch.no_grad():
         assert torch.equal(~detect(arguments["x"], minus), literal(**arguments, minus=minus))

@@ -1,13 +1,18 @@
 """The choice of a backend: explained, forced, and what happens where one is absent or broken."""
 
+import importlib
 import logging
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
 from lbdt import _build, ops
-from lbdt.ops import _dispatch
+from lbdt.ops import _dispatch, _triton
+from tests.backends import HAS_TRITON
 
 ENCODE = (torch.zeros(1, 3, 2, 2), torch.zeros(4, 3), torch.zeros(4), 2)
 REPLACE = (torch.randn(1, 3, 2, 2), torch.tensor([[True, False, False, True]]), torch.rand(1, 4), 2, 2)
@@ -37,7 +42,7 @@ def test_explain_names_the_choice_and_why_not_the_others():
     choice = ops.explain("encode_topk", *ENCODE)
     assert choice.op == "encode_topk" and choice.backend == "reference"
     assert set(choice.reasons) == {"triton", "cpp"}
-    assert all("not implemented" in reason for reason in choice.reasons.values())
+    assert "not implemented" in choice.reasons["cpp"] and "riton" in choice.reasons["triton"]
     assert str(choice).splitlines()[0] == "encode_topk: reference" and "not cpp: " in str(choice)
 
 
@@ -67,8 +72,8 @@ def test_a_named_backend_that_cannot_serve_the_call_raises_its_reason(no_library
         ValueError, match="replace_patches: backend 'cpp' cannot .* at the cleaner's.*reference"
     ):
         ops.replace_patches(*REPLACE, backend="cpp")
-    with pytest.raises(ValueError, match="encode_topk: backend 'triton' cannot serve.*not implemented"):
-        ops.encode_topk(*ENCODE, backend="triton")
+    with pytest.raises(ValueError, match="encode_topk: backend 'cpp' cannot serve.*not implemented"):
+        ops.encode_topk(*ENCODE, backend="cpp")
     with ops.use_backend("cpp"), pytest.raises(ValueError, match="cannot serve this call"):
         ops.encode_topk(*ENCODE)
 
@@ -77,6 +82,73 @@ def test_the_reason_is_about_the_tensors_not_the_machine():
     x, mask, u = (t.to("meta") for t in REPLACE[:3])
     choice = ops.explain("replace_patches", x, mask, u, 2, 2)
     assert choice.backend == "reference" and choice.reasons["cpp"] == "needs a CPU tensor, got one on meta"
+
+
+def test_auto_passes_over_a_backend_that_declines_and_a_name_does_not(spy):
+    _dispatch._registry["spy"].pop("cpp")
+    _dispatch.register("spy", "cpp", _dispatch.always, lambda: spy.append("cpp"), lambda: "slow at this size")
+    _dispatch.call("spy", "")
+    _dispatch.call("spy", "cpp")
+    assert spy == ["reference", "cpp"]
+    assert ops.explain("spy").reasons["cpp"] == "usable, but slow at this size"
+    assert ops.explain("spy", backend="cpp").backend == "cpp"
+
+
+TRITON = [
+    pytest.param({"_installed": False}, ENCODE, "triton is not installed: pip install", id="not-installed"),
+    pytest.param({"_interpreted": False}, ENCODE, "needs a CUDA tensor, got one on cpu", id="on-the-CPU"),
+    pytest.param(
+        {}, tuple(t.double() for t in ENCODE[:3]) + (2,), "needs float32, .*got float64", id="float64"
+    ),
+    pytest.param(
+        {},
+        (torch.empty_strided((1, 3, 1, 1), (0, 1 << 30, 1, 1), device="meta"), *ENCODE[1:]),
+        r"needs channels within 2\*\*31 elements",
+        id="far-channels",
+    ),
+]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize(("machine", "arguments", "reason"), TRITON)
+def test_why_not_triton(machine, arguments, reason, monkeypatch):
+    for name, answer in machine.items():
+        monkeypatch.setattr(_triton, name, lambda answer=answer: answer)
+    with pytest.raises(ValueError, match=f"backend 'triton' cannot serve this call: {reason}"):
+        ops.explain("encode_topk", *arguments, backend="triton")
+
+
+def test_a_gpu_that_is_too_old_for_the_kernels_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert "8.0 or later, cuda:1 has 7.5" in _triton._too_old.__wrapped__(torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert _triton._too_old.__wrapped__(torch.device("cuda:1")) is None
+
+
+def test_an_installation_without_the_kernels_is_an_error_not_a_fallback(monkeypatch):
+    monkeypatch.setattr(importlib, "import_module", lambda name: __import__("lbdt.kernels_of_another_age"))
+    with pytest.raises(ModuleNotFoundError, match="another_age"):
+        _triton.kernels("encode_topk")
+
+    def missing(name):
+        raise ModuleNotFoundError(name=name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(ImportError, match="lacks its package lbdt.kernels .* install lbdt with pip"):
+        _triton.kernels("encode_topk")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_calls_on_the_cpu_do_not_import_triton():
+    code = (
+        "import sys, torch; from lbdt import ops\n"
+        "ops.encode_topk(torch.ones(1, 3, 2, 2), torch.ones(4, 3), torch.zeros(4), 2)\n"
+        "print('triton' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 def test_keyword_goes_before_context_goes_before_environment(spy, monkeypatch):

@@ -1,8 +1,5 @@
 """replace_patches, reference and C++, against one Python loop over the patches."""
 
-import os
-import shutil
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -10,22 +7,12 @@ from hypothesis import given
 
 from lbdt import _build, ops
 from lbdt.testing import DTYPES, assert_close, layouts
+from tests import backends
+from tests.backends import DEVICE, HAS_CPP, on_device
+from tests.layouts import bits, misaligned
 
 SOURCES = ("random", "nearest", "mean")
-HAS_COMPILER = bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++"))
-HAS_LIBRARY = (_build._PACKAGE / _build.LIBRARY).exists()
-BACKENDS = [
-    "reference",
-    pytest.param(
-        "cpp", marks=pytest.mark.skipif(not (HAS_COMPILER or HAS_LIBRARY), reason="no C++ compiler")
-    ),
-]
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def bits(x):
-    """Comparable with torch.equal where NaN and -0.0 count too."""
-    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+every_backend = backends.every_backend("cpp")
 
 
 def dilated(mask, H, W, padding):
@@ -36,7 +23,8 @@ def dilated(mask, H, W, padding):
 
 
 def literal(x, mask, u, height, width, padding=0, source="random", bank=None):
-    """method.md, "Detection mask, padding, replacement", patch by patch, in float64."""
+    """method.md, "Detection mask, padding, replacement", patch by patch, in float64 on the CPU."""
+    x, mask, u, bank = (None if t is None else t.cpu() for t in (x, mask, u, bank))
     flat = x.flatten(2).double()
     out, replaced = flat.clone(), torch.zeros_like(mask)
     for b in range(x.shape[0]):
@@ -54,21 +42,29 @@ def literal(x, mask, u, height, width, padding=0, source="random", bank=None):
                 y, z = divmod(p, width)
                 order = sorted(free, key=lambda q: ((q // width - y) ** 2 + (q % width - z) ** 2, q))
                 out[b, :, p] = flat[b][:, order[: 1 if source == "nearest" else 5]].mean(1)
-    return out.to(x.dtype).view_as(x), replaced
+    return out.to(x.dtype).view_as(x).to(DEVICE), replaced.to(DEVICE)
+
+
+def referenced(arguments):
+    """The reference's answer, computed on the CPU."""
+    given = {n: v.cpu() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+    return tuple(t.to(DEVICE) for t in ops.replace_patches(**given, backend="reference"))
 
 
 def inputs(seed=0, B=2, d=6, H=5, W=7, rate=0.3, dtype=torch.float32, bank=0, padding=0, source="random"):
     g = torch.Generator().manual_seed(seed)
-    return {
-        "x": torch.randn(B, d, H, W, generator=g).to(dtype),
-        "mask": torch.rand(B, H * W, generator=g) < rate,
-        "u": torch.rand(B, H * W, generator=g),
-        "height": H,
-        "width": W,
-        "padding": padding,
-        "source": source,
-        "bank": torch.randn(B, bank, d, generator=g).to(dtype) if bank else None,
-    }
+    return on_device(
+        {
+            "x": torch.randn(B, d, H, W, generator=g).to(dtype),
+            "mask": torch.rand(B, H * W, generator=g) < rate,
+            "u": torch.rand(B, H * W, generator=g),
+            "height": H,
+            "width": W,
+            "padding": padding,
+            "source": source,
+            "bank": torch.randn(B, bank, d, generator=g).to(dtype) if bank else None,
+        }
+    )
 
 
 def check(arguments, backend):
@@ -99,6 +95,8 @@ ROWS = [
     pytest.param({"rate": 0.93}, id="few-donors"),  # fewer than 5 for the mean
     pytest.param({"d": 1, "B": 1}, id="one-channel"),
     pytest.param({"d": 700, "B": 3, "H": 16, "W": 16}, id="several-tasks"),
+    pytest.param({"H": 11, "W": 33, "rate": 0.02, "padding": 1}, id="rows-across-words"),
+    pytest.param({"B": 1, "d": 2, "H": 19, "W": 32, "rate": 0.97}, id="few-donors-far-away"),
     pytest.param({"B": 0}, id="no-image"),
 ]
 
@@ -114,10 +112,13 @@ def test_the_rows_stress_what_they_say():
     full = inputs(rate=2.0)
     assert full["mask"].all() and not literal(**full)[1].any()
     mixed = inputs(rate=0.2, bank=3, padding=1)
-    grown = [dilated(mask, 5, 7, 1) for mask in mixed["mask"]]
+    grown = [dilated(mask, 5, 7, 1) for mask in mixed["mask"].cpu()]
     assert any(bool(g.any()) and not bool(g.all()) for g in grown)
     few = (~inputs(rate=0.93)["mask"]).sum(1)
     assert ((few > 0) & (few < 5)).any()
+    # Fewer free patches than an eighth of all: found by a walk over the mask, not by growing rings.
+    far = (~inputs(B=1, d=2, H=19, W=32, rate=0.97)["mask"]).sum()
+    assert 5 < far and 19 + far <= 19 * 32 / 8
 
 
 @every_backend
@@ -158,7 +159,7 @@ def test_u_of_zero_takes_the_first_donor_and_the_largest_u_the_last(backend):
 def test_every_layout_in_place_and_functional(source, bank, backend):
     arguments = inputs(seed=4, H=5, W=6, rate=0.15, padding=1, source=source, bank=bank)
     arguments["mask"][1] = True
-    expected, where = ops.replace_patches(**arguments, backend="reference")
+    expected, where = referenced(arguments)
     assert where.any() and not where.all()
     for name, x in layouts(arguments["x"]).items():
         before = bits(x).clone()
@@ -177,6 +178,21 @@ def test_every_layout_in_place_and_functional(source, bank, backend):
 
 
 @every_backend
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("bank", [0, 3], ids=["no-bank", "bank"])
+def test_misaligned_layouts(bank, source, backend):
+    arguments = inputs(seed=9, d=16, H=4, W=8, rate=0.2, source=source, bank=bank)
+    arguments["mask"][1] = bool(bank)
+    expected, where = referenced(arguments)
+    for name, x in misaligned(arguments["x"]).items():
+        out, replaced = ops.replace_patches(**{**arguments, "x": x}, backend=backend)
+        in_place = ops.replace_patches_(**{**arguments, "x": x}, backend=backend)
+        assert torch.equal(replaced, where) and torch.equal(in_place, where), name
+        assert torch.equal(bits(out.flatten(2)), bits(expected.flatten(2))), name
+        assert torch.equal(bits(x.flatten(2)), bits(expected.flatten(2))), name
+
+
+@every_backend
 def test_strided_mask_numbers_and_bank(backend):
     arguments = inputs(seed=5, rate=0.4, bank=3)
     arguments["mask"][0] = True
@@ -192,7 +208,7 @@ def test_strided_mask_numbers_and_bank(backend):
 @every_backend
 def test_a_bank_of_another_dtype_is_rounded_to_that_of_x(backend):
     arguments = inputs(rate=2.0, dtype=torch.float16)
-    arguments["bank"] = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    arguments["bank"] = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     out, _ = check(arguments, backend)
     rows = arguments["bank"].half()
     assert all((out[1, :, y, x] == rows[1]).all(1).any() for y in range(5) for x in range(7))
@@ -203,8 +219,8 @@ def test_a_bank_of_another_dtype_is_rounded_to_that_of_x(backend):
 def test_an_image_does_not_depend_on_the_batch_around_it(source, backend):
     arguments = inputs(seed=6, B=4, rate=0.2, padding=1, source=source, bank=2)
     arguments["mask"][2] = True
-    seeds = torch.tensor([11, 12, 13, 14])
-    zero = torch.zeros(4, dtype=torch.int64)
+    seeds = torch.tensor([11, 12, 13, 14], device=DEVICE)
+    zero = torch.zeros_like(seeds)
     arguments["u"] = ops.patch_uniform(seeds, zero + 981, zero, 35)
     out, replaced = ops.replace_patches(**arguments, backend=backend)
     for order in ([0], [2], [3, 1], [2, 0, 3]):
@@ -234,7 +250,7 @@ def test_property_donors_lie_outside_the_mask_and_the_rest_is_untouched(
     arguments = inputs(seed, B, d, H, W, rate, dtype, padding=padding, source=source)
     x = arguments["x"]
     x[0, 0, 0, 0] = -0.0
-    grown = torch.stack([dilated(mask, H, W, padding) for mask in arguments["mask"]])
+    grown = torch.stack([dilated(mask, H, W, padding) for mask in arguments["mask"].cpu()]).to(DEVICE)
     x = x.flatten(2).masked_fill(grown.unsqueeze(1), float("nan")).view_as(x)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
@@ -252,11 +268,11 @@ def test_property_donors_lie_outside_the_mask_and_the_rest_is_untouched(
             assert source == "mean" or tuple(column.tolist()) in donors
 
 
-@pytest.mark.skipif(not (HAS_COMPILER or HAS_LIBRARY), reason="no C++ compiler")
+@pytest.mark.skipif(not HAS_CPP, reason="no C++ compiler")
 @given(
     seed=st.integers(0, 10**6),
-    H=st.integers(1, 9),
-    W=st.integers(1, 9),
+    H=st.integers(1, 12),
+    W=st.integers(1, 40),
     rate=st.floats(0, 1),
     padding=st.integers(0, 3),
     dtype=st.sampled_from(DTYPES),
@@ -266,7 +282,8 @@ def test_property_donors_lie_outside_the_mask_and_the_rest_is_untouched(
 def test_property_cpp_equals_the_reference_bit_for_bit(seed, H, W, rate, padding, dtype, source, bank):
     arguments = inputs(seed, 2, 5, H, W, rate, dtype, bank, padding, source)
     (out, replaced), (expected, where) = (
-        ops.replace_patches(**arguments, backend=backend) for backend in ("cpp", "reference")
+        ops.replace_patches(**arguments, backend="cpp"),
+        referenced(arguments),
     )
     assert torch.equal(replaced, where) and torch.equal(bits(out), bits(expected))
 
@@ -281,7 +298,9 @@ BAD = [
     pytest.param({"mask": torch.zeros(2, 35)}, TypeError, "mask: expected dtype bool", id="mask-dtype"),
     pytest.param({"u": torch.zeros(1, 35)}, ValueError, "u: ", id="u-shape"),
     pytest.param({"u": torch.zeros(2, 35).double()}, TypeError, "u: expected dtype float32", id="u-dtype"),
-    pytest.param({"u": torch.zeros(2, 35, device="meta")}, ValueError, "u: expected on cpu", id="u-device"),
+    pytest.param(
+        {"u": torch.zeros(2, 35, device="meta")}, ValueError, f"u: expected on {DEVICE.type}", id="u-device"
+    ),
     pytest.param({"padding": -1}, ValueError, "padding: expected >= 0, got -1", id="padding"),
     pytest.param({"source": "far"}, ValueError, "source: expected one of random, nearest", id="source"),
     pytest.param({"bank": torch.zeros(2, 0, 6)}, ValueError, "bank: .*M >= 1", id="bank-empty"),
@@ -295,6 +314,8 @@ BAD = [
 @every_backend
 @pytest.mark.parametrize(("change", "error", "message"), BAD)
 def test_bad_arguments(change, error, message, backend, op):
+    if "meta" not in {str(getattr(value, "device", None)) for value in change.values()}:
+        change = on_device(change)
     with pytest.raises(error, match=message):
         op(**{**inputs(), **change}, backend=backend)
 
@@ -343,3 +364,27 @@ def test_fullgraph_in_place(backend):
 
     out, replaced = replace(arguments["x"])
     assert torch.equal(out, expected) and torch.equal(replaced, where)
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="no C++ compiler")
+def test_a_single_donor_keeps_its_bits_even_as_nan():
+    for source, rate in (("random", 0.3), ("nearest", 0.3), ("mean", 2.0)):
+        arguments = inputs(B=1, dtype=torch.float16, source=source, rate=rate)
+        arguments["mask"][0, 17] = False
+        odd = torch.tensor(
+            [0x7E55, -0x8000, 0x7D01], dtype=torch.int16, device=DEVICE
+        )  # NaNs with payloads, -0.0
+        bits(arguments["x"])[0, :3] = odd[:, None, None]
+        out, _ = ops.replace_patches(**arguments, backend="cpp")
+        assert (bits(out)[0, :3] == odd[:, None, None]).all(), source
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="no C++ compiler")
+def test_cpp_says_why_not():
+    arguments = inputs()
+    meta = {n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+    reasons = ops.explain("replace_patches", **meta, backend="reference").reasons
+    assert reasons["cpp"] == "needs a CPU tensor, got one on meta"
+    missing = _build.missing("replace_patches_cpp", "cuda")
+    assert missing is None or "built without CUDA: install nvcc and rebuild with LBDT_BUILD=1" in missing
+    assert missing is None or DEVICE.type == "cpu"

@@ -1,0 +1,357 @@
+// detect_patches on CPU tensors: what lbdt/reference/detect_patches.py computes, in float32.
+// Schema, checks and fake: lbdt/ops/_schema.py and lbdt/ops/detect_patches.py.
+//
+// Eq.: method.md, "The rank identity"; arXiv 2606.31699, section 3. With h = weight (x - minus) + bias,
+// m = max{ h_u : h_u > mu_u } over the watched latents of a patch and u* the latent that has it, the patch is
+// detected iff m > -inf and, for k > 0, #{ j != u* : h_j > m } < k.
+// 2 N U d flops for m, then 2 C L d for the C patches with m > -inf (candidates), less where counts reach k
+// early. Reads x once and, where there is a candidate, the dictionary once. Holds C d floats.
+
+#include "feature_map.h"
+#include "tiles.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__)
+#define LBDT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define LBDT_CLONES
+#endif
+
+namespace {
+
+using lbdt::FeatureMap;
+using lbdt::Floats;
+using lbdt::floats;
+using lbdt::Kernels;
+using lbdt::kernels;
+using lbdt::kMostLanes;
+using lbdt::product;
+using lbdt::Rows;
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr int64_t kBlock = 96;       // latents of a task: a multiple of the rows of every tile
+constexpr int64_t kGrain = 1 << 17;  // multiply-adds for which a thread is worth waking
+constexpr float kZeros[kBlock] = {};
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The largest value of each patch above its threshold, so far, and the latent that has it.
+LBDT_CLONES void keep_largest(
+    const float* h, int64_t patches, float floor, int32_t latent, float* largest, int32_t* owner) {
+  for (int64_t i = 0; i < patches; ++i) {
+    const bool larger = h[i] > floor && h[i] > largest[i];
+    largest[i] = larger ? h[i] : largest[i];
+    owner[i] = larger ? latent : owner[i];
+  }
+}
+
+// The owner is left out by index, not by value: its two computations may round differently.
+LBDT_CLONES void count_larger(
+    const float* h,
+    int64_t rows,
+    int64_t patches,
+    int32_t first,
+    const float* value,
+    const int32_t* owner,
+    int32_t* count) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < patches; ++i)
+      count[i] += (h[r * patches + i] > value[i]) & (owner[i] != first + static_cast<int32_t>(r));
+}
+
+struct Call {
+  const Tensor& weight;
+  const float* bias;
+  const int64_t* latents;
+  const float* thresholds;
+  const int64_t* bins;
+  const bool* enabled;
+  int64_t union_size, k;
+  bool* mask;
+};
+
+template <typename T>
+class Detection {
+ public:
+  Detection(const Call& call, const FeatureMap<T>& x)
+      : call_(call), x_(x), largest_(x.images * x.patches, -kInf), owner_(x.images * x.patches) {}
+
+  void run() {
+    find_largest();
+    std::vector<int64_t> alive;
+    for (int64_t p = 0; p < x_.images * x_.patches; ++p) {
+      call_.mask[p] = largest_[p] > -kInf;
+      if (call_.mask[p]) alive.push_back(p);
+    }
+    if (call_.k > 0) rank(alive);
+  }
+
+ private:
+  // Latents [first, first + count) of the dictionary: in place, or in `room` [count, d].
+  Rows dictionary(int64_t first, int64_t count, float* room) const {
+    const int64_t step = call_.weight.stride(0), inner = call_.weight.stride(1);
+    const T* from = static_cast<const T*>(call_.weight.const_data_ptr()) + first * step;
+    if constexpr (std::is_same_v<T, float>)
+      if (inner == 1) return {from, step};
+    for (int64_t r = 0; r < count; ++r) lbdt::widen(from + r * step, inner, x_.width, room + r * x_.width);
+    return {room, x_.width};
+  }
+
+  struct Watched {  // the U latents of the concepts
+    Floats weight;             // [U, d]
+    std::vector<float> bias;   // [U]
+    std::vector<float> floor;  // [B, U], +inf where a latent does not count
+  };
+
+  Watched watch() const {
+    const int64_t count = call_.union_size, width = x_.width;
+    Watched own{floats(count * width), {}, {}};
+    for (int64_t u = 0; u < count; ++u) {
+      float* to = own.weight.get() + u * width;
+      const Rows row = dictionary(call_.latents[u], 1, to);
+      if (row.data != to) std::copy_n(row.data, width, to);
+      own.bias.push_back(call_.bias[call_.latents[u]]);
+    }
+    for (int64_t b = 0; b < x_.images; ++b)
+      for (int64_t u = 0; u < count; ++u)
+        own.floor.push_back(
+            call_.enabled[b * count + u] ? call_.thresholds[call_.bins[b] * count + u] : kInf);
+    return own;
+  }
+
+  // Fills largest_ and owner_.
+  void find_largest() {
+    const Watched own = watch();
+    const int64_t lanes = kernels().lanes * kernels().vectors;
+    const int64_t size = x_.in_rows() ? kBlock / 2 : lanes;  // patches of a task
+    const int64_t tasks = divide_up(x_.patches, size);
+    const Floats turned = x_.in_rows() ? turn(own.weight.get(), lanes) : floats(0);
+    const int64_t grain = 1 + kGrain / (1 + size * call_.union_size * x_.width);
+    parallel_for(0, x_.images * tasks, grain, [&](int64_t begin, int64_t end) {
+      Floats room = floats(size * x_.width), h = floats(kBlock * lanes);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t image = task / tasks, start = task % tasks * size;
+        const int64_t count = std::min(size, x_.patches - start);
+        if (x_.in_rows()) {
+          largest_in_rows(own, turned.get(), lanes, image, start, count, room.get(), h.get());
+        } else {
+          largest_in_columns(own, image, start, count, room.get(), h.get());
+        }
+      }
+    });
+  }
+
+  // h [latents, patches]: the patches are the columns.
+  void largest_in_columns(
+      const Watched& own, int64_t image, int64_t start, int64_t count, float* room, float* h) {
+    const int64_t lanes = divide_up(count, kernels().lanes) * kernels().lanes;
+    const Rows panel = x_.columns(image, start, count, lanes, room);
+    float* largest = largest_.data() + image * x_.patches + start;
+    int32_t* owner = owner_.data() + image * x_.patches + start;
+    for (int64_t u = 0; u < call_.union_size; u += kBlock) {
+      const int64_t some = std::min(kBlock, call_.union_size - u);
+      const Rows rows{own.weight.get() + u * x_.width, x_.width};
+      product(rows, own.bias.data() + u, some, panel.data, panel.step, x_.width, h, lanes);
+      for (int64_t r = 0; r < some; ++r)
+        keep_largest(
+            h + r * lanes,
+            count,
+            own.floor[image * call_.union_size + u + r],
+            static_cast<int32_t>(call_.latents[u + r]),
+            largest,
+            owner);
+    }
+  }
+
+  // h [patches, latents]: the patches are the rows, and need not be turned.
+  void largest_in_rows(
+      const Watched& own,
+      const float* turned,
+      int64_t most,
+      int64_t image,
+      int64_t start,
+      int64_t count,
+      float* room,
+      float* h) {
+    const Rows rows = x_.rows(image, start, count, room);
+    for (int64_t u = 0; u < call_.union_size; u += most) {
+      const int64_t some = std::min(most, call_.union_size - u);
+      const int64_t lanes = divide_up(some, kernels().lanes) * kernels().lanes;
+      product(rows, kZeros, count, turned + u * x_.width, lanes, x_.width, h, lanes);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t r = 0; r < some; ++r) {
+          const int64_t patch = image * x_.patches + start + i;
+          const float value = h[i * lanes + r] + own.bias[u + r];
+          if (value > own.floor[image * call_.union_size + u + r] && value > largest_[patch]) {
+            largest_[patch] = value;
+            owner_[patch] = static_cast<int32_t>(call_.latents[u + r]);
+          }
+        }
+    }
+  }
+
+  // The rows of w [U, d] as the columns of panels [d, most] side by side in memory; zeros in the lanes left.
+  Floats turn(const float* w, int64_t most) const {
+    const int64_t width = x_.width;
+    Floats out = floats(divide_up(call_.union_size, most) * most * width);
+    for (int64_t u = 0; u < call_.union_size; u += most) {
+      const int64_t some = std::min(most, call_.union_size - u);
+      const int64_t lanes = divide_up(some, kernels().lanes) * kernels().lanes;
+      float* to = out.get() + u * width;
+      for (int64_t c = 0; c < width; ++c)
+        for (int64_t i = 0; i < lanes; ++i) to[c * lanes + i] = i < some ? w[(u + i) * width + c] : 0.0f;
+    }
+    return out;
+  }
+
+  struct Panel {  // candidates side by side, [d, lanes]
+    float* data;
+    int64_t lanes, filled;
+    int64_t patch[kMostLanes];
+    float value[kMostLanes];  // +inf, which nothing exceeds, in the lanes left
+    int32_t owner[kMostLanes];
+  };
+
+  // Clears the mask of those `alive` that at least k other latents exceed. Between parts of the dictionary,
+  // each as long as all before it, the patches whose count is full are dropped.
+  void rank(std::vector<int64_t> alive) const {
+    const int64_t latents = call_.weight.size(0), lanes = kernels().lanes;
+    const int64_t least = std::max<int64_t>(4 * call_.k, kBlock * torch::stable::get_num_threads());
+    std::vector<std::atomic<int32_t>> counts(alive.empty() ? 0 : x_.images * x_.patches);
+    const Floats packed = floats(divide_up(alive.size(), lanes) * lanes * x_.width);
+    std::vector<Panel> panels;
+    int64_t vectors = 0;
+    for (int64_t start = 0, stop; start < latents && !alive.empty(); start = stop) {
+      stop = std::min(latents, start + std::max(start, divide_up(least, kBlock) * kBlock));
+      const int64_t needed = divide_up(alive.size(), lanes);
+      if (needed != vectors) panels = pack(alive, needed, packed.get());
+      vectors = needed;
+      count(panels, start, stop, counts);
+      const auto full = [&](int64_t p) {
+        if (counts[p].load(std::memory_order_relaxed) < call_.k) return false;
+        call_.mask[p] = false;
+        return true;
+      };
+      alive.erase(std::remove_if(alive.begin(), alive.end(), full), alive.end());
+    }
+  }
+
+  std::vector<Panel> pack(const std::vector<int64_t>& alive, int64_t vectors, float* packed) const {
+    const Kernels& isa = kernels();
+    std::vector<Panel> panels(divide_up(vectors, isa.vectors));
+    int64_t lane = 0;
+    for (size_t i = 0; i < panels.size(); ++i) {
+      Panel& panel = panels[i];
+      // Evenly wide: a narrow panel is a slow one.
+      panel.lanes = divide_up(vectors - lane / isa.lanes, panels.size() - i) * isa.lanes;
+      panel.filled = std::min<int64_t>(panel.lanes, alive.size() - lane);
+      panel.data = packed + lane * x_.width;
+      std::fill_n(panel.value, kMostLanes, kInf);
+      std::fill_n(panel.owner, kMostLanes, -1);
+      for (int64_t j = 0; j < panel.filled; ++j) {
+        panel.patch[j] = alive[lane + j];
+        panel.value[j] = largest_[panel.patch[j]];
+        panel.owner[j] = owner_[panel.patch[j]];
+      }
+      lane += panel.lanes;
+    }
+    parallel_for(0, x_.width, 1 + kGrain / (8 * lane), [&](int64_t first, int64_t last) {
+      for (const Panel& p : panels) x_.pack(p.patch, p.filled, first, last, p.lanes, p.data);
+    });
+    return panels;
+  }
+
+  // Adds to each patch's count the latents of [start, stop), but its owner, that exceed its value.
+  void count(
+      const std::vector<Panel>& panels,
+      int64_t start,
+      int64_t stop,
+      std::vector<std::atomic<int32_t>>& counts) const {
+    const int64_t tasks = divide_up(stop - start, kBlock);
+    const int64_t work = kBlock * x_.width * static_cast<int64_t>(panels.size()) * kMostLanes;
+    const auto open = [&](int64_t p) { return counts[p].load(std::memory_order_relaxed) < call_.k; };
+    std::atomic<int64_t> next{0};  // taken one by one: the cores may be shared, and unequally fast
+    parallel_for(0, tasks, 1 + kGrain / (1 + work), [&](int64_t, int64_t) {
+      const Floats room = floats(kBlock * x_.width), h = floats(kBlock * kMostLanes);
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+        const int64_t first = start + task * kBlock, some = std::min(kBlock, stop - first);
+        const Rows w = dictionary(first, some, room.get());
+        for (const Panel& p : panels) {
+          if (std::none_of(p.patch, p.patch + p.filled, open)) continue;
+          int32_t larger[kMostLanes] = {};
+          product(w, call_.bias + first, some, p.data, p.lanes, x_.width, h.get(), p.lanes);
+          count_larger(h.get(), some, p.lanes, static_cast<int32_t>(first), p.value, p.owner, larger);
+          for (int64_t i = 0; i < p.filled; ++i)
+            if (larger[i] > 0) counts[p.patch[i]].fetch_add(larger[i], std::memory_order_relaxed);
+        }
+      }
+    });
+  }
+
+  const Call& call_;
+  const FeatureMap<T>& x_;
+  std::vector<float> largest_;  // [B * N], -inf where no watched latent is above its threshold
+  std::vector<int32_t> owner_;
+};
+
+template <typename T>
+void detect(const Tensor& x, const std::optional<Tensor>& minus, const Call& call) {
+  const FeatureMap<T> map(x, minus);
+  Detection<T>(call, map).run();
+}
+
+void detect_patches_cpp(
+    const Tensor x,             // [B, d, H, W] or [B, d, N], any strides
+    const Tensor weight,        // [L, d] dtype of x, any strides
+    const Tensor bias,          // [L] float32, contiguous
+    const Tensor latents,       // [U] int64, contiguous, in [0, L)
+    const Tensor thresholds,    // [T, U] float32, contiguous
+    const Tensor timestep_bin,  // [B] int64, contiguous, in [0, T)
+    const Tensor enabled,       // [B, U] bool, contiguous
+    int64_t k,
+    std::optional<Tensor> minus,  // like x
+    Tensor mask) {                // [B, N] bool, contiguous
+  if (mask.numel() == 0) return;
+  STD_TORCH_CHECK(weight.size(0) <= std::numeric_limits<int32_t>::max(), "weight: expected L < 2^31");
+  const Call call{
+      weight,
+      static_cast<const float*>(bias.const_data_ptr()),
+      static_cast<const int64_t*>(latents.const_data_ptr()),
+      static_cast<const float*>(thresholds.const_data_ptr()),
+      static_cast<const int64_t*>(timestep_bin.const_data_ptr()),
+      static_cast<const bool*>(enabled.const_data_ptr()),
+      latents.size(0),
+      k,
+      static_cast<bool*>(mask.mutable_data_ptr())};
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return detect<float>(x, minus, call);
+    case ScalarType::Half: return detect<torch::headeronly::Half>(x, minus, call);
+    case ScalarType::BFloat16: return detect<torch::headeronly::BFloat16>(x, minus, call);
+    default: STD_TORCH_CHECK(false, "x: expected float32, float16 or bfloat16");
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lbdt, CPU, m) {
+  m.impl("detect_patches_cpp", TORCH_BOX(&detect_patches_cpp));
+}

@@ -1,0 +1,389 @@
+// replace_patches on CUDA tensors: dilation, donor choice and copy in one launch, without a host read.
+// Schema, checks and fake: lbdt/ops/_schema.py and lbdt/ops/replace_patches.py.
+//
+// Eq.: method.md, "Detection mask, padding, replacement"; arXiv 2606.31699, section 3.
+// In place it reads and writes 2 * replaced * d * sizeof(element) bytes (6 * replaced * d for the mean of 5); the
+// functional op reads x and writes out once, 2 * B * N * d * sizeof(element); a block reads its image's N mask bytes
+// besides.
+//
+// Every block builds its image's dilated mask in shared memory (8 bytes per 32 patches) rather than wait for another
+// launch to do it; what it then takes of the image is a range of channels (planes) or of patches (rows, channels last).
+// Donors lie outside of the mask, so no block reads what another one writes, in place too.
+
+#include "cuda_launch.h"
+#include "cuda_values.h"
+#include "replace_patches.h"
+
+#include <algorithm>
+#include <optional>
+
+namespace {
+
+using lbdt::Grid;
+using lbdt::near_in_column;
+using lbdt::near_in_row;
+using lbdt::Strides;
+using lbdt::to_sum;
+using lbdt::Vector;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kTile = kThreads;  // patches whose donors a block holds at once, one a thread
+constexpr int kBlocksPerUnit = 4;  // blocks to aim at per multiprocessor
+constexpr int kPlainShared = 48 << 10;  // beyond it a kernel must ask for its shared memory
+
+struct Call {
+  const void* x;     // [B, d, H, W]
+  void* out;         // like x, or x itself
+  const bool* mask;  // [B, N]
+  const float* u;    // [B, N]
+  const void* bank;  // [B, M, d] or null
+  bool* replaced;    // [B, N]
+  Strides in, to;
+  Grid grid;
+  int channels, bank_rows, padding, source;
+  bool in_place;
+  // Blocks an image: chunks of channels times splits of the tiles of patches (planes), or chunks of patches (rows).
+  int chunks = 1, splits = 1, step = 1;  // step: channels or patches of a chunk
+};
+
+struct Mask {
+  const uint32_t* masked;
+  const int* before;
+  int free;
+};
+
+// The image's dilated mask in `shared` [2 * words], and the number of its free patches. All threads of the block.
+__device__ Mask build_mask(const Call& call, int64_t image, uint32_t* shared) {
+  const Grid grid = call.grid;
+  const int patches = grid.patches(), words = grid.words();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint32_t* masked = shared;
+  uint32_t* rows = shared + words;
+  const bool* mask = call.mask + image * patches;
+  // A warp's 32 patches are one word.
+  for (int p = threadIdx.x; p < words * 32; p += kThreads) {
+    const uint32_t word = __ballot_sync(~0u, p >= patches || mask[p]);
+    if (lane == 0) masked[p / 32] = word;
+  }
+  __syncthreads();
+  if (call.padding > 0) {
+    for (int p = threadIdx.x; p < words * 32; p += kThreads) {
+      const uint32_t word = __ballot_sync(~0u, p >= patches || near_in_row(masked, grid, p, call.padding));
+      if (lane == 0) rows[p / 32] = word;
+    }
+    __syncthreads();
+    for (int p = threadIdx.x; p < words * 32; p += kThreads) {
+      const uint32_t word = __ballot_sync(~0u, p >= patches || near_in_column(rows, grid, p, call.padding));
+      if (lane == 0) masked[p / 32] = word;
+    }
+    __syncthreads();
+  }
+
+  // Exclusive prefix sum of the free patches, a run of words to each thread.
+  __shared__ int totals[kWarps];
+  int* before = reinterpret_cast<int*>(rows);
+  const int run = (words + kThreads - 1) / kThreads;
+  const int first = min(words, static_cast<int>(threadIdx.x) * run), last = min(words, first + run);
+  int own = 0;
+  for (int i = first; i < last; ++i) own += lbdt::count_bits(~masked[i]);
+  int sum = own;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_up_sync(~0u, sum, distance);
+    if (lane >= distance) sum += other;
+  }
+  if (lane == 31) totals[warp] = sum;
+  __syncthreads();
+  int free = 0, place = sum - own;
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < warp) place += totals[i];
+    free += totals[i];
+  }
+  for (int i = first; i < last; ++i) {
+    before[i] = place;
+    place += lbdt::count_bits(~masked[i]);
+  }
+  __syncthreads();
+  return {masked, before, free};
+}
+
+// Where the masked `patch` takes its values: offsets in its image of x, or in its image's bank when there is no free
+// patch. The k-th donor goes to donors[k * kTile].
+template <int K>
+__device__ void find_donors(const Call& call, const Mask& mask, int64_t image, int patch, int64_t* donors) {
+  const Grid grid = call.grid;
+  const float u = call.u[image * grid.patches() + patch];
+  if (mask.free == 0) {
+    donors[0] = static_cast<int64_t>(lbdt::pick(u, call.bank_rows)) * call.channels;
+  } else if (K == 1 && call.source == lbdt::kRandom) {
+    const int rank = lbdt::pick(u, mask.free);
+    donors[0] = call.in.at(lbdt::select_free(mask.masked, mask.before, grid.words(), rank), grid);
+  } else {
+    int64_t best[K];
+    lbdt::nearest_free(mask.masked, grid, mask.free, patch, best);
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      if (best[k] != lbdt::kNever) donors[k * kTile] = call.in.at(static_cast<int>(best[k] % grid.patches()), grid);
+  }
+}
+
+// The mean of `count` elements, nearest first, in float32 (float64 for float64).
+template <typename T, typename At>
+__device__ T mean(int count, At at) {
+  auto total = to_sum(at(0));
+#pragma unroll
+  for (int k = 1; k < lbdt::kMeanOf; ++k)
+    if (k < count) total += to_sum(at(k));
+  T result;
+  lbdt::from_sum(total / static_cast<decltype(total)>(count), result);
+  return result;
+}
+
+// Each thread owns V neighbouring patches of a tile and walks over its share of the chunk's channels. V > 1: the planes
+// are dense and aligned, and whole vectors move at once.
+template <typename T, int V, int K>
+__global__ void __launch_bounds__(kThreads, K == 1 ? 4 : 2) replace_planes_kernel(const __grid_constant__ Call call) {
+  extern __shared__ uint32_t shared[];
+  __shared__ int64_t donors[K * kTile];
+  const int chunk = blockIdx.x % call.chunks, split = blockIdx.x / call.chunks % call.splits;
+  const int64_t image = blockIdx.x / call.chunks / call.splits;
+  const int patches = call.grid.patches();
+  const Mask mask = build_mask(call, image, shared);
+  const bool served = mask.free > 0 || call.bank != nullptr;
+  const int count = min(K, max(1, mask.free));
+
+  const T* x = static_cast<const T*>(call.x) + image * call.in.image;
+  T* out = static_cast<T*>(call.out) + image * call.to.image;
+  const bool from_bank = mask.free == 0 && served;
+  const T* from = from_bank ? static_cast<const T*>(call.bank) + image * call.bank_rows * call.channels : x;
+  const int64_t from_step = from_bank ? 1 : call.in.channel;
+  const int begin = chunk * call.step, end = min(call.channels, begin + call.step);
+
+  for (int tile = split * kTile; tile < patches; tile += call.splits * kTile) {
+    const int patch = tile + threadIdx.x;
+    if (patch < patches) {
+      const bool taken = served && lbdt::get_bit(mask.masked, patch);
+      if (chunk == 0) call.replaced[image * patches + patch] = taken;
+      if (taken) find_donors<K>(call, mask, image, patch, donors + threadIdx.x);
+    }
+    __syncthreads();
+
+    const int columns = (min(kTile, patches - tile) + V - 1) / V, lanes = kThreads / columns;
+    const int column = threadIdx.x % columns, lane = threadIdx.x / columns;
+    const int first = tile + column * V;
+    constexpr uint32_t kAll = (1u << V) - 1;
+    const uint32_t taken = served ? mask.masked[first / 32] >> (first % 32) & kAll : 0;
+    if (lane < lanes && (taken != 0 || !call.in_place)) {
+      const int64_t in_at = call.in.at(first, call.grid), to_at = call.to.at(first, call.grid);
+      int64_t donor[V];
+#pragma unroll
+      for (int j = 0; j < V; ++j) donor[j] = K == 1 && taken >> j & 1 ? donors[column * V + j] : 0;
+      for (int c = begin + lane; c < end; c += lanes) {
+        const T* source = from + c * from_step;
+        T* to = out + c * call.to.channel + to_at;
+        Vector<T, V> value{};
+        if (!call.in_place && taken != kAll)
+          value = *reinterpret_cast<const Vector<T, V>*>(x + c * call.in.channel + in_at);
+        if (count == 1) {
+#pragma unroll
+          for (int j = 0; j < V; ++j)
+            if (taken >> j & 1) value.at[j] = source[K == 1 ? donor[j] : donors[column * V + j]];
+        } else if constexpr (K > 1) {
+#pragma unroll
+          for (int j = 0; j < V; ++j)
+            if (taken >> j & 1)
+              value.at[j] = mean<T>(count, [&](int k) { return source[donors[k * kTile + column * V + j]]; });
+        }
+        if (!call.in_place || taken == kAll) {
+          *reinterpret_cast<Vector<T, V>*>(to) = value;
+        } else {
+#pragma unroll
+          for (int j = 0; j < V; ++j)
+            if (taken >> j & 1) to[j] = value.at[j];
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// Channels last: a patch is one run of memory, which neighbouring threads copy. V > 1: the runs are aligned.
+template <typename T, int V, int K>
+__global__ void __launch_bounds__(kThreads) replace_rows_kernel(const __grid_constant__ Call call) {
+  extern __shared__ uint32_t shared[];
+  __shared__ int64_t donors[K * kTile], in_at[kTile], to_at[kTile];
+  __shared__ int listed[kTile], taken_rows;
+  const int chunk = blockIdx.x % call.chunks;
+  const int64_t image = blockIdx.x / call.chunks;
+  const int patches = call.grid.patches();
+  const int first = chunk * call.step, rows = min(call.step, patches - first);
+  if (threadIdx.x == 0) taken_rows = 0;
+  const Mask mask = build_mask(call, image, shared);
+  const bool served = mask.free > 0 || call.bank != nullptr;
+  const int count = min(K, max(1, mask.free));
+
+  if (threadIdx.x < rows) {
+    const int patch = first + threadIdx.x;
+    const bool taken = served && lbdt::get_bit(mask.masked, patch);
+    call.replaced[image * patches + patch] = taken;
+    in_at[threadIdx.x] = taken ? -1 : call.in.at(patch, call.grid);
+    to_at[threadIdx.x] = call.to.at(patch, call.grid);
+    if (taken) find_donors<K>(call, mask, image, patch, donors + threadIdx.x);
+    if (!call.in_place) {
+      listed[threadIdx.x] = threadIdx.x;
+    } else if (taken) {  // in any order: the rows are independent
+      listed[atomicAdd(&taken_rows, 1)] = threadIdx.x;
+    }
+  }
+  __syncthreads();
+
+  const T* x = static_cast<const T*>(call.x) + image * call.in.image;
+  T* out = static_cast<T*>(call.out) + image * call.to.image;
+  const T* from =
+      mask.free == 0 ? static_cast<const T*>(call.bank) + image * call.bank_rows * call.channels : x;
+  const unsigned vectors = call.channels / V, moved = (call.in_place ? taken_rows : rows) * vectors;
+  for (unsigned i = threadIdx.x; i < moved; i += kThreads) {
+    const int row = listed[i / vectors], c = static_cast<int>(i % vectors) * V;
+    auto& to = *reinterpret_cast<Vector<T, V>*>(out + to_at[row] + c);
+    if (in_at[row] >= 0) {
+      to = *reinterpret_cast<const Vector<T, V>*>(x + in_at[row] + c);
+    } else if (count == 1) {
+      to = *reinterpret_cast<const Vector<T, V>*>(from + donors[row] + c);
+    } else if constexpr (K > 1) {
+      Vector<T, V> donor[K], value;
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        if (k < count) donor[k] = *reinterpret_cast<const Vector<T, V>*>(from + donors[k * kTile + row] + c);
+#pragma unroll
+      for (int j = 0; j < V; ++j) value.at[j] = mean<T>(count, [&](int k) { return donor[k].at[j]; });
+      to = value;
+    }
+  }
+}
+
+int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+template <typename T, int V, int K>
+void launch(Call call, int64_t batch, bool rows, int units, cudaStream_t stream) {
+  const int64_t wanted = static_cast<int64_t>(units) * kBlocksPerUnit;
+  const int patches = call.grid.patches();
+  if (rows) {
+    // Positions in a block are 32-bit.
+    const int most = std::max(1, std::min<int>(kTile, INT32_MAX / call.channels));
+    call.step = std::clamp(divide_up(batch * patches, wanted), 1, most);
+    call.chunks = divide_up(patches, call.step);
+  } else {
+    const int lanes = kThreads / divide_up(std::min(kTile, patches), V);  // channels that a block moves at once
+    const int groups = divide_up(call.channels, lanes);
+    const int chunks = std::clamp(divide_up(wanted, batch), 1, groups);
+    call.step = divide_up(groups, chunks) * lanes;
+    call.chunks = divide_up(call.channels, call.step);
+    call.splits = std::clamp(divide_up(wanted, batch * call.chunks), 1, divide_up(patches, kTile));
+  }
+  const int64_t blocks = batch * call.chunks * call.splits;
+  STD_TORCH_CHECK(blocks <= INT32_MAX, "x: expected fewer images, got ", batch);
+  auto kernel = rows ? &replace_rows_kernel<T, V, K> : &replace_planes_kernel<T, V, K>;
+  const int shared = call.grid.words() * 2 * static_cast<int>(sizeof(uint32_t));
+  const int own = K * kTile * 8 + kTile * 24;  // at least the kernel's static part
+  if (shared + own > kPlainShared)
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  kernel<<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(call);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Strides with those of the axes of size 1 set to what the conditions below hope for: nothing depends on them.
+Strides strides(const Tensor& x) {
+  Strides s{x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  if (x.size(0) == 1) s.image = 0;
+  if (x.size(1) == 1) s.channel = 0;
+  if (x.size(3) == 1) s.column = x.size(2) == 1 ? 1 : s.row;
+  if (x.size(2) == 1) s.row = s.column * x.size(3);
+  return s;
+}
+
+template <typename T, int K>
+void launch_widest(const Call& call, int64_t batch, int units, cudaStream_t stream) {
+  constexpr int V = 16 / sizeof(T);
+  const Grid grid = call.grid;
+  const bool rows = call.in.channel == 1 && call.to.channel == 1;
+  // Whole vectors: every run of memory begins at a multiple of 16 bytes, and its length is one.
+  auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  auto whole = [&](const void* pointer, const Strides& s) {
+    const bool runs = rows ? s.row % V == 0 && s.column % V == 0 : s.channel % V == 0 && lbdt::dense(s, grid);
+    return aligned(pointer) && s.image % V == 0 && runs;
+  };
+  const bool divides = rows ? call.channels % V == 0 && aligned(call.bank) : grid.patches() % V == 0;
+  if (divides && whole(call.x, call.in) && whole(call.out, call.to)) {
+    launch<T, V, K>(call, batch, rows, units, stream);
+  } else {
+    launch<T, 1, K>(call, batch, rows, units, stream);
+  }
+}
+
+void replace_patches_cuda(
+    const Tensor x,              // [B, d, H, W], any strides
+    const Tensor mask,           // [B, N] bool, contiguous
+    const Tensor u,              // [B, N] float32, contiguous
+    std::optional<Tensor> bank,  // [B, M, d] dtype of x, contiguous
+    int64_t padding,
+    int64_t source,
+    Tensor out,         // like x, or x itself
+    Tensor replaced) {  // [B, N] bool, contiguous
+  const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
+  STD_TORCH_CHECK(mask.numel() == batch * height * width, "mask: expected [B, H*W] elements");
+  STD_TORCH_CHECK(source >= lbdt::kRandom && source <= lbdt::kMean, "source: expected 0, 1 or 2");
+  STD_TORCH_CHECK(height * width <= INT32_MAX - 32, "x: expected fewer than 2^31 patches");
+  STD_TORCH_CHECK(x.size(1) <= INT32_MAX - kThreads, "x: expected fewer than 2^31 channels");
+  if (x.numel() == 0) return;
+  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Call call{
+      .x = x.const_data_ptr(),
+      .out = out.mutable_data_ptr(),
+      .mask = static_cast<const bool*>(mask.const_data_ptr()),
+      .u = static_cast<const float*>(u.const_data_ptr()),
+      .bank = bank ? bank->const_data_ptr() : nullptr,
+      .replaced = static_cast<bool*>(replaced.mutable_data_ptr()),
+      .in = strides(x),
+      .to = strides(out),
+      .grid = {static_cast<int>(height), static_cast<int>(width)},
+      .channels = static_cast<int>(x.size(1)),
+      .bank_rows = bank ? static_cast<int>(bank->size(1)) : 0,
+      .padding = static_cast<int>(std::min(padding, std::max(height, width))),
+      .source = static_cast<int>(source),
+      .in_place = x.const_data_ptr() == out.const_data_ptr(),
+  };
+  const int units = lbdt::multiprocessors(x);
+  const cudaStream_t stream = lbdt::current_stream(x);
+  const ScalarType dtype = x.scalar_type();
+  if (source != lbdt::kMean) {  // bits are moved, whatever they mean
+    switch (dtype) {
+      case ScalarType::Half:
+      case ScalarType::BFloat16: return launch_widest<uint16_t, 1>(call, batch, units, stream);
+      case ScalarType::Float: return launch_widest<uint32_t, 1>(call, batch, units, stream);
+      case ScalarType::Double: return launch_widest<uint64_t, 1>(call, batch, units, stream);
+      default: break;
+    }
+  }
+  switch (dtype) {
+    case ScalarType::Half: return launch_widest<__half, lbdt::kMeanOf>(call, batch, units, stream);
+    case ScalarType::BFloat16: return launch_widest<__nv_bfloat16, lbdt::kMeanOf>(call, batch, units, stream);
+    case ScalarType::Float: return launch_widest<float, lbdt::kMeanOf>(call, batch, units, stream);
+    case ScalarType::Double: return launch_widest<double, lbdt::kMeanOf>(call, batch, units, stream);
+    default: STD_TORCH_CHECK(false, "x: expected float32, float64, float16 or bfloat16");
+  }
+}
+
+void replace_patches_cuda_(
+    Tensor x, const Tensor mask, const Tensor u, std::optional<Tensor> bank, int64_t padding, int64_t source,
+    Tensor replaced) {
+  replace_patches_cuda(x, mask, u, bank, padding, source, x, replaced);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lbdt, CUDA, m) {
+  m.impl("replace_patches_cpp", TORCH_BOX(&replace_patches_cuda));
+  m.impl("replace_patches_cpp_", TORCH_BOX(&replace_patches_cuda_));
+}

@@ -1,0 +1,70 @@
+"""`lbdt::patch_uniform` in Triton: one launch.
+
+Eq.: method.md, "Detection mask, padding, replacement"; reference: lbdt/reference/patch_uniform.py; Salmon et al., "Parallel
+random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def patch_uniform_kernel(
+    seeds,  # [B] int64
+    timesteps,  # [B]
+    halves,  # [B] int64
+    numbers,  # [B, patches] float32, out
+    patches,
+    seeds_stride,
+    timesteps_stride,
+    halves_stride,
+    BLOCK: tl.constexpr,
+):
+    """Philox4x32-10 with the seed as key and (patch, timestep, half, 0) as counter; writes 4 bytes a patch."""
+    image = tl.program_id(1)
+    patch = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    seed = tl.load(seeds + image * seeds_stride)
+    time = tl.load(timesteps + image * timesteps_stride)
+    if time.dtype.is_floating():
+        if time.dtype != tl.float64:
+            time = time.to(tl.float32)  # exact; the interpreter has no bfloat16 arithmetic
+        time = tl.floor(time)
+    time = time.to(tl.int64).to(tl.uint32)
+    half = tl.load(halves + image * halves_stride).to(tl.uint32)
+    zero = patch.to(tl.uint32) * 0
+    word, _, _, _ = tl.philox(seed, patch.to(tl.uint32), zero + time, zero + half, zero)
+    number = (word >> 8).to(tl.float32) * (1.0 / 16777216.0)
+    tl.store(numbers + image.to(tl.int64) * patches + patch, number, mask=patch < patches)
+
+
+def patch_uniform(
+    seeds: Tensor,  # [B]
+    timesteps: Tensor,  # [B]
+    halves: Tensor,  # [B]
+    patches: int,
+) -> Tensor:  # [B, patches]
+    """`lbdt.reference.patch_uniform`, the same bits."""
+    batch = seeds.shape[0]
+    numbers = torch.empty(batch, patches, dtype=torch.float32, device=seeds.device)
+    if numbers.numel() == 0:
+        return numbers
+    block = 256
+    with torch.cuda.device(seeds.device) if seeds.is_cuda else contextlib.nullcontext():
+        patch_uniform_kernel[(triton.cdiv(patches, block), batch)](
+            seeds,
+            timesteps,
+            halves,
+            numbers,
+            patches,
+            *seeds.stride(),
+            *timesteps.stride(),
+            *halves.stride(),
+            BLOCK=block,
+            num_warps=4,
+            num_stages=1,
+        )
+    return numbers

@@ -1,0 +1,80 @@
+"""What every Triton backend asks of a call, and where its kernels are."""
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LEAST_CAPABILITY = (8, 0)
+
+
+def supports(x: Tensor) -> str | None:
+    """Why Triton cannot take `x`; None if it can. Triton is imported only where the device could run it."""
+    if not _installed():
+        return "triton is not installed: pip install 'lbdt[gpu]'"
+    if x.device.type == "cuda":
+        return _too_old(x.device)
+    if x.device.type != "cpu" or not _interpreted():
+        return f"needs a CUDA tensor, got one on {x.device}"
+    return None
+
+
+def supports_product(*factors: Tensor | None) -> str | None:
+    """Why Triton cannot multiply these ([B, d, ...] or [L, d]); None if it can."""
+    for tensor in factors:
+        if tensor is None:
+            continue
+        if tensor.dtype not in _DTYPES:
+            return f"needs float32, float16 or bfloat16, got {str(tensor.dtype).removeprefix('torch.')}"
+        # A tile's 64-bit channel offsets would not fit in registers.
+        if tensor.shape[1] * tensor.stride(1) >= 1 << 31:
+            return f"needs channels within 2**31 elements, got stride {tensor.stride(1)} x {tensor.shape[1]}"
+    return None
+
+
+def declines(x: Tensor) -> str | None:
+    """Why "auto" does not choose Triton for `x` though it could."""
+    return None if x.device.type == "cuda" else "Triton's interpreter is for tests"
+
+
+def kernels(op: str) -> ModuleType:
+    """The module `lbdt.kernels.<op>`; ImportError where it is missing from the installation."""
+    try:
+        return importlib.import_module(f"lbdt.kernels.{op}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("lbdt.kernels", f"lbdt.kernels.{op}"):
+            raise
+        raise ImportError(
+            "this installation of lbdt lacks its package lbdt.kernels (in a checkout: kernels/triton): install lbdt "
+            "with pip (-e .), rather than by PYTHONPATH"
+        ) from error
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _interpreted() -> bool:
+    # Asked of the environment first: without it, calls on the CPU need not import Triton at all.
+    if not os.environ.get("TRITON_INTERPRET"):
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        return f"needs compute capability 8.0 or later, {device} has {'.'.join(map(str, capability))}"
+    return None

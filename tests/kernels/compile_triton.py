@@ -1,0 +1,180 @@
+"""Compiles every Triton kernel ahead of time, as its launcher would launch it: `python compile_triton.py ARCH`.
+
+Needs no GPU. The launchers run on CPU tensors of real sizes with their kernels replaced by recorders; what these
+were called with is specialised as Triton's own launcher does (pointers and integers that are multiples of 16,
+integers that are 1). Prints one JSON object a line: resources, instructions, and the case.
+"""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+
+class Recorder:
+    """Stands for a kernel: keeps the arguments of its launches."""
+
+    def __init__(self, kernel, launches: list) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def launches(op: str, arch: int, **arguments) -> list:
+    """(kernel, args, kwargs) of each launch that the launcher of `op` makes for these arguments."""
+    module = importlib.import_module(f"lbdt.kernels.{op}")
+    module.capability = lambda device: divmod(arch, 10)
+    found: list = []
+    kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
+    for name, kernel in kernels.items():
+        setattr(module, name, Recorder(kernel, found))
+    try:
+        getattr(module, op)(**arguments)
+    finally:
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+    return found
+
+
+def compile_launch(kernel, args: tuple, kwargs: dict, arch: int) -> dict:
+    """Resources of one launch's machine code."""
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages")}
+    given = dict(zip(kernel.arg_names, args, strict=False)) | {
+        name: value for name, value in kwargs.items() if name not in options
+    }
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(place,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name], divisible = _TYPES[value.dtype], value.data_ptr() % 16 == 0
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        if divisible:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    registers, spilled = resources(ptx, arch)
+    return {
+        "registers": registers,
+        "spilled": spilled,
+        "shared": compiled.metadata.shared,
+        "warps": options["num_warps"],
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": len(re.findall(r"\bmma\.sync|\btcgen05\.mma", ptx)),
+        "cp_async": len(re.findall(r"\bcp\.async\b(?!\.(?:wait|commit))", ptx)),
+        "bytes": len(compiled.asm["cubin"]),
+    }
+
+
+def resources(ptx: str, arch: int) -> tuple[int, int]:
+    """Registers a thread, and bytes spilled (stores and loads), in ptxas' own words."""
+    # Triton ships two: each knows other targets.
+    tool = TOOLS / ("ptxas-blackwell" if arch >= 90 else "ptxas")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        target = re.search(r"^\.target (\w+)", ptx, flags=re.MULTILINE)[1]
+        command = [tool, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", told))
+    return int(re.search(r"Used (\d+) registers", told)[1]), spilled
+
+
+def detection(batch, channels, side, latents, union, k, dtype, layout, update) -> dict:
+    x = torch.empty(batch, channels, side, side, dtype=dtype).to(memory_format=layout)
+    return {
+        "x": x,
+        "weight": torch.empty(latents, channels, dtype=dtype),
+        "bias": torch.empty(latents),
+        "latents": torch.empty(union, dtype=torch.int64),
+        "thresholds": torch.empty(50, union),
+        "timestep_bin": torch.empty(batch, dtype=torch.int64),
+        "enabled": torch.empty(batch, union, dtype=torch.bool),
+        "k": k,
+        "minus": torch.empty_like(x) if update else None,
+    }
+
+
+def encoding(batch, channels, side, latents, k, dtype, layout) -> dict:
+    return {
+        "x": torch.empty(batch, channels, side, side, dtype=dtype).to(memory_format=layout),
+        "weight": torch.empty(latents, channels, dtype=dtype),
+        "bias": torch.empty(latents),
+        "k": k,
+    }
+
+
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
+SD15 = {"channels": 1280, "side": 16, "latents": 20480, "k": 32}
+SDXL = {"channels": 1280, "side": 32, "latents": 5120, "k": 10}
+CASES = {
+    "detect_patches sd15-b1 NCHW float16": lambda: detection(
+        **SD15, batch=2, union=2, dtype=HALF, layout=NCHW, update=False
+    ),
+    "detect_patches sd15-b1 channels_last bfloat16": lambda: detection(
+        **SD15, batch=2, union=2, dtype=BRAIN, layout=NHWC, update=False
+    ),
+    "detect_patches sd15-b1 NCHW float32": lambda: detection(
+        **SD15, batch=2, union=2, dtype=FLOAT, layout=NCHW, update=False
+    ),
+    "detect_patches sd15-b8 NCHW float16": lambda: detection(
+        **SD15, batch=16, union=64, dtype=HALF, layout=NCHW, update=False
+    ),
+    "detect_patches sd15-b8 channels_last float32": lambda: detection(
+        **SD15, batch=16, union=64, dtype=FLOAT, layout=NHWC, update=False
+    ),
+    "detect_patches sdxl-1024 update bfloat16": lambda: detection(
+        **SDXL, batch=2, union=40, dtype=BRAIN, layout=NCHW, update=True
+    ),
+    "detect_patches sdxl-1024 update float32": lambda: detection(
+        **SDXL, batch=2, union=40, dtype=FLOAT, layout=NCHW, update=True
+    ),
+    "encode_topk sd15-b8 NCHW float16": lambda: encoding(**SD15, batch=16, dtype=HALF, layout=NCHW),
+    "encode_topk sdxl-1024 channels_last bfloat16": lambda: encoding(
+        **SDXL, batch=2, dtype=BRAIN, layout=NHWC
+    ),
+    "encode_topk sd15-b1 NCHW float32": lambda: encoding(**SD15, batch=2, dtype=FLOAT, layout=NCHW),
+    "encode_topk k 256": lambda: encoding(**SD15 | {"k": 256}, batch=2, dtype=HALF, layout=NCHW),
+    "patch_uniform": lambda: {
+        "seeds": torch.empty(8, dtype=torch.int64),
+        "timesteps": torch.empty(8),
+        "halves": torch.empty(8, dtype=torch.int64),
+        "patches": 256,
+    },
+}
+
+
+def main(arch: int) -> None:
+    for name, arguments in CASES.items():
+        for kernel, args, kwargs in launches(name.split()[0], arch, **arguments()):
+            result = compile_launch(kernel, args, kwargs, arch)
+            print(json.dumps({"case": name, "kernel": kernel.__name__, "arch": arch} | result), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

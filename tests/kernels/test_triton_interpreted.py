@@ -1,0 +1,176 @@
+"""What only the Triton kernels can get wrong, in the interpreter: tiles, lists, keys, memory around the outputs."""
+
+import importlib
+
+import pytest
+import torch
+
+from lbdt import ops
+from lbdt.ops import _triton
+from tests.backends import DEVICE, HAS_TRITON
+from tests.ops import test_detect_patches as detection
+from tests.ops import test_encode_topk as encoding
+
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"),
+    pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU the ops' own tests run the compiled kernels"),
+]
+CANARY = 77
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from lbdt.kernels.encode_topk import key_latent, key_value, to_key
+
+    @triton.jit
+    def keys_there_and_back(values, keys, again, latents, SIZE: tl.constexpr):
+        place = tl.arange(0, SIZE)
+        key = to_key(tl.load(values + place), place)
+        tl.store(keys + place, key)
+        tl.store(again + place, key_value(key))
+        tl.store(latents + place, key_latent(key))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 16 everywhere, so that small inputs make many of them."""
+    common = importlib.import_module("lbdt.kernels._common")
+    small = common.Config(16, 16, 16, 4, 2)
+    for op, names in {"detect_patches": ("candidates", "count"), "encode_topk": ("part",)}.items():
+        for name in names:
+            monkeypatch.setattr(_triton.kernels(op), f"{name}_config", lambda *arguments: small)
+
+
+@pytest.fixture
+def fenced(monkeypatch):
+    """Every tensor that a launcher makes lies between canaries; the list of the buffers."""
+    buffers = []
+
+    def fence(original):
+        def make(*shape, dtype, device):
+            tensor = original(*shape, dtype=dtype, device=device)
+            size, pad = tensor.numel(), 64
+            buffer = torch.full((size + 2 * pad,), CANARY, device=device).to(dtype)
+            buffers.append((buffer, pad))
+            inner = buffer[pad : pad + size].view(tensor.shape)
+            inner.copy_(tensor)
+            return inner
+
+        return make
+
+    for name in ("empty", "zeros"):
+        monkeypatch.setattr(torch, name, fence(getattr(torch, name)))
+    return buffers
+
+
+def intact(buffers) -> bool:
+    canary = [torch.full((1,), CANARY).to(buffer.dtype) for buffer, _ in buffers]
+    edges = [torch.cat([buffer[:pad], buffer[-pad:]]) for buffer, pad in buffers]
+    return bool(buffers) and all(bool((e == c).all()) for e, c in zip(edges, canary, strict=True))
+
+
+SIZES = [
+    pytest.param({"H": 7, "W": 9, "L": 90, "U": 20, "d": 40, "k": 5}, id="many-tiles"),
+    pytest.param({"H": 7, "W": 9, "L": 90, "U": 20, "d": 40, "k": 5, "threshold": -1e9}, id="all-candidates"),
+    pytest.param({"H": 5, "W": 9, "L": 70, "U": 3, "k": 60, "threshold": -1e9}, id="late-refusals"),
+    pytest.param({"H": 9, "W": 7, "L": 33, "U": 17, "k": 0}, id="no-rank-test"),
+    pytest.param({"B": 3, "H": 3, "W": 3, "L": 17, "U": 1, "d": 5, "k": 1}, id="last-tile-of-one"),
+]
+
+
+@pytest.mark.parametrize("update", [False, True], ids=["output", "update"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_many_tiles_detect_what_the_literal_version_does(sizes, dtype, update, small_tiles, fenced):
+    arguments = detection.inputs(seed=3, dtype=dtype, **sizes)
+    if update:
+        generator = torch.Generator().manual_seed(9)
+        arguments["minus"] = detection.integers(tuple(arguments["x"].shape), generator, dtype)
+    expected = detection.literal(**arguments)
+    fenced.clear()
+    mask = ops.detect_patches(**arguments, backend="triton")
+    assert torch.equal(mask, expected) and intact(fenced)
+    assert sum(b.numel() * b.element_size() for b, _ in fenced) < 17 * mask.numel() + 8 * 5 * 128, "scratch"
+
+
+def test_channels_last_and_gathered_loads_agree(small_tiles):
+    arguments = detection.inputs(seed=4, H=5, W=7, L=90, d=40, threshold=-1e9)
+    x = arguments["x"]
+    last = x.to(memory_format=torch.channels_last)
+    mixed = torch.randn_like(x).round().to(memory_format=torch.channels_last)
+    for minus in (None, mixed):
+        expected = detection.literal(**arguments, minus=minus)
+        for given in (x, last):
+            got = ops.detect_patches(**{**arguments, "x": given}, minus=minus, backend="triton")
+            assert torch.equal(got, expected)
+
+
+def test_tiles_whose_candidates_are_refuted_are_not_computed(small_tiles, monkeypatch):
+    """All patches are candidates and none is among the first k: the first tile of latents refutes them."""
+    arguments = detection.inputs(seed=5, H=4, W=4, L=160, U=1, k=2, threshold=-1e9)
+    arguments["latents"] = torch.tensor([159])
+    arguments["bias"][:16] += 1000.0
+    assert not ops.detect_patches(**arguments, backend="triton").any()
+    # Past the first tile the encoder is not read: what stands there cannot change the answer.
+    arguments["weight"][16:159] = float("nan")
+    module = _triton.kernels("detect_patches")
+    monkeypatch.setattr(module, "programs", lambda *_: 1)  # one after the other, as in waves on a GPU
+    assert not ops.detect_patches(**arguments, backend="triton").any()
+    counted = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: counted.append(empty(*a, **k)) or counted[-1])
+    ops.detect_patches(**arguments, backend="triton")
+    count = next(tensor for tensor in counted if tensor.dtype == torch.int32)[2]
+    assert (count == 16).all(), "a later tile was counted too"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "k"),
+    [
+        pytest.param({"L": 90, "d": 40, "H": 7, "W": 9}, 5, id="many-tiles"),
+        pytest.param({"L": 45, "d": 5, "H": 1, "W": 17}, 20, id="k-beyond-a-tile"),
+        pytest.param({"L": 17, "d": 16, "H": 3, "W": 5}, 17, id="k-all"),
+    ],
+)
+def test_many_tiles_encode_what_the_reference_does(sizes, k, dtype, small_tiles, fenced):
+    arguments = encoding.inputs(seed=6, **sizes, dtype=dtype)
+    expected, where = ops.encode_topk(*arguments, k, backend="reference")
+    fenced.clear()
+    values, indices = ops.encode_topk(*arguments, k, backend="triton")
+    encoding.assert_close(values, expected, "encode_topk")
+    assert torch.equal(indices, where) and intact(fenced)
+
+
+def test_tied_latents_go_by_index():
+    weight = torch.ones(50, 4)
+    _, indices = ops.encode_topk(torch.ones(1, 4, 2, 2), weight, torch.zeros(50), 7, backend="triton")
+    assert torch.equal(indices, torch.arange(7).expand(1, 4, 7))
+
+
+def test_keys_order_like_their_values():
+    inf, tiny = float("inf"), 1e-45
+    values = torch.tensor(
+        [-inf, -3e38, -2.5, -1e-38, -tiny, -0.0, 0.0, tiny, 1e-38, 1.0, 1.5, 3e38, inf, inf, inf, inf]
+    )
+    keys, latents = torch.empty(16, dtype=torch.int64), torch.empty(16, dtype=torch.int64)
+    again = torch.empty(16)
+    keys_there_and_back[(1,)](values, keys, again, latents, SIZE=16)
+    assert torch.equal(again, values) and torch.equal(latents, torch.arange(16))
+    assert (keys[1:13] > keys[:12]).all(), "larger value, larger key"
+    assert (keys[13:] < keys[12:-1]).all(), "of tied ones the first is the largest"
+
+
+def test_more_latents_than_fit_are_refused():
+    x, weight, bias = encoding.inputs(L=300)
+    with pytest.raises(ValueError, match="keeps at most 256 latents a patch, got k = 257"):
+        ops.encode_topk(x, weight, bias, 257, backend="triton")
+    assert ops.explain("encode_topk", x, weight, bias, 3).backend == "reference"
+
+
+def test_tf32_is_used_only_where_torch_allows_it(monkeypatch):
+    common = importlib.import_module("lbdt.kernels._common")
+    assert common.precision(torch.float32) == "ieee"
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert common.precision(torch.float32) == "tf32" and common.precision(torch.float16) == "ieee"
