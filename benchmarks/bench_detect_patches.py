@@ -1,24 +1,17 @@
-"""detect_patches and the literal version under pytest-benchmark: `pytest benchmarks`."""
+"""detect_patches and its baselines under pytest-benchmark: `pytest benchmarks`."""
 
 import pytest
-import torch
 
-from benchmarks import shapes
-from lbdt import ops
+from benchmarks.timed import time_version
+from lbdt.bench.cases import OUTSIDE, Spec
 
 
-@pytest.mark.parametrize("version", ["ours", "literal"])
-@pytest.mark.parametrize("share", [0.0, 0.1], ids=lambda share: f"{share:.0%} pass")
-@pytest.mark.parametrize("name", shapes.SHAPES)
-def test_detect_patches(benchmark, name, share, version):
-    arguments = shapes.detection(shapes.SHAPES[name], share)
-    benchmark.group = f"detect_patches, {name}, {share:.0%} pass"
-    with torch.inference_mode():
-        mask = benchmark.pedantic(
-            {"ours": ops.detect_patches, "literal": shapes.literal}[version],
-            kwargs=arguments,
-            rounds=10,
-            warmup_rounds=2,
-        )
-        assert torch.equal(mask, ops.detect_patches(**arguments))
-    assert mask.sum() == round(share * shapes.SHAPES[name].patches)
+@pytest.mark.parametrize("version", ["ours", "literal", "compiled"])
+@pytest.mark.parametrize(
+    ("share", "variant"),
+    [(0.0, ""), (0.1, ""), (1.0, ""), (1.0, OUTSIDE)],
+    ids=["0%", "10%", "100%", "outside"],
+)
+@pytest.mark.parametrize("shape", ["sd15-b1", "canvas"])
+def test_detect_patches(benchmark, shape, share, variant, version):
+    time_version(benchmark, Spec("detect_patches", shape, share, variant, "float32"), version)

@@ -1,30 +1,19 @@
-"""replace_patches_, C++ and reference, under pytest-benchmark: `pytest benchmarks`."""
+"""replace_patches_ by backend, layout and source under pytest-benchmark: `pytest benchmarks`."""
 
 import pytest
-import torch
 
-from benchmarks import shapes
-from lbdt import ops
+from benchmarks.timed import time_version
+from lbdt.bench.cases import Spec
 
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+_ROWS = [
+    (f"{layout}, {source}", version)
+    for layout in ("NCHW", "channels_last")
+    for source in ("random", "nearest", "mean")
+    for version in ("ours", "reference", *(["published"] * (source == "random")))
+]
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
-@pytest.mark.parametrize("source", ["random", "nearest", "mean"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", shapes.SHAPES)
-def test_replace_patches(benchmark, name, layout, source, backend):
-    arguments = shapes.replacement(shapes.SHAPES[name], 0.05, LAYOUTS[layout])
-    arguments |= {"padding": 1, "source": source}
-    expected, where = ops.replace_patches(**arguments, backend="reference")
-    assert where.any() and not where.all()
-    benchmark.group = f"replace_patches_, {name}, {layout}, {source}"
-    # In place: what a second round writes is what the first one wrote, as donors are never overwritten.
-    benchmark.pedantic(
-        ops.replace_patches_,
-        kwargs={**arguments, "backend": backend},
-        rounds=20,
-        iterations=5,
-        warmup_rounds=2,
-    )
-    assert torch.equal(arguments["x"], expected)
+@pytest.mark.parametrize(("variant", "version"), _ROWS)
+@pytest.mark.parametrize("shape", ["sd15-b1", "canvas"])
+def test_replace_patches(benchmark, shape, variant, version):
+    time_version(benchmark, Spec("replace_patches_", shape, 0.1, variant, "float32"), version)

@@ -1,77 +1,184 @@
-"""The benchmark's own arithmetic, its inputs, and the result files."""
+"""`lbdt bench`: its inputs, baselines, floors, checks and result; the scripts beside it; and the committed
+results."""
 
 import json
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import detect_vs_literal, machine, shapes
-from lbdt import ops
+from benchmarks import sanitize
+from lbdt.bench import baselines, cases, hook, machine, run, shapes, table, targets
+from lbdt.bench.shapes import Place
 
-RESULTS = sorted(detect_vs_literal.RESULTS.glob("cpu-*.json"))
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = shapes.QUICK["quick"]
+TINY = shapes.Shape("tiny", 1, 1, 10, 2, 5, latents=100, k=3, union=2)
+RESULTS = [
+    path
+    for path in sorted((ROOT / "benchmarks/results").glob("*.json"))
+    if json.loads(path.read_text()).get("benchmark") == run.BENCHMARK
+]
 
 
 def check(result):
-    assert result["benchmark"] == "detect_vs_literal" and result["dtype"] == "float32"
-    assert result["command"].startswith("python -m benchmarks.detect_vs_literal")
-    assert set(result["versions"]) == {"lbdt", "torch", "python", "mkl"}
+    assert result["command"].startswith("lbdt bench")
+    assert {"lbdt", "torch", "triton", "python", "cuda", "driver"} <= set(result["versions"])
     assert result["device"]["name"] and result["threads"] >= 1 and result["date"]
-    assert set(result["sizes"]) == set(shapes.Shape._fields)
-    assert [case["case"] for case in result["cases"]] == [case.name for case in detect_vs_literal.CASES]
-    for case in result["cases"]:
-        assert case["masks_equal"] is True
-        for name in ("ours", "literal"):
-            ms = case[name]["ms"]
+    assert result["rows"] and {row["dtype"] for row in result["rows"]} == set(result["limits"])
+    for row in result["rows"]:
+        assert row["op"] in cases.OPS and row["shape"] in result["shapes"] and row["equal"] is True
+        assert row["backend"] and row["floor"]["ms"] > 0 and row["floor"]["bytes"] > 0
+        for name, version in row["versions"].items():
+            ms = version["ms"]
             assert 0 < ms["least"] <= ms["p20"] <= ms["median"] <= ms["p80"] <= ms["most"]
-            assert case[name]["allocated_bytes"] > 0
-        assert case["ratio"] == pytest.approx(case["literal"]["ms"]["median"] / case["ours"]["ms"]["median"])
-        assert case["floor"]["ms"] > 0 and case["floor"]["bytes"] > 0 and case["times_the_floor"] > 0
+            assert version["rounds"] >= 2 and version["allocated_bytes"] >= 0
+            if name in row["ratio"]:
+                assert row["ratio"][name] == pytest.approx(
+                    version["own_ms"] / row["versions"]["ours"]["own_ms"]
+                )
+        assert set(row["versions"]) - {"ours", "bare"} == set(row["ratio"])
 
 
-def test_a_quick_run_writes_a_complete_result(tmp_path, capsys):
-    out = tmp_path / "deep" / "result.json"
-    assert detect_vs_literal.main(["--quick", "--rounds", "2", "--out", str(out)]) == 0
-    result = json.loads(out.read_text())
+@pytest.fixture(scope="module")
+def quick():
+    """Every op at the small sizes."""
+    options = run.Options(quick=True, rounds=2, shares=(0.0, 0.1, 1.0), budget=0.1)
+    return run.run(options)
+
+
+def test_a_quick_run_measures_every_op_against_its_baselines(quick):
+    check(json.loads(json.dumps(quick)))
+    assert quick["targets"] is None and quick["skipped"] == {}
+    found = {(row["op"], row["share"], row["variant"]): row for row in quick["rows"]}
+    assert {key[0] for key in found} == set(cases.OPS)
+    assert [row["count"] for row in quick["rows"] if row["op"] == "detect_patches"] == [0, 13, 128, 0, 0]
+    dense = 2 * 4 * QUICK.patches * QUICK.latents  # h and z, which the literal way has to hold
+    for op, version in (("detect_patches", "literal"), ("hook", "published")):
+        assert found[op, 0.0, ""]["versions"][version]["allocated_bytes"] >= dense
+        assert found[op, 0.0, ""]["versions"]["ours"]["allocated_bytes"] < dense / 8
+    wanted = {
+        "detect_patches": {"literal", "compiled"},
+        "encode_topk": {"literal", "compiled"},
+        "hook": {"published", "compiled"},
+    }
+    assert all(set(row["ratio"]) == wanted.get(row["op"], set(row["ratio"])) for row in quick["rows"])
+    own = found["hook", 0.1, ""]["versions"]
+    assert own["ours"]["own_ms"] == own["ours"]["ms"]["median"] - own["bare"]["ms"]["median"]
+
+
+def test_the_table_has_a_row_for_every_case_and_a_line_for_every_target(quick):
+    wanted = [
+        {"target": "so fast", "got": 2.0, "met": True},
+        {"target": "so small", "got": 9.0, "met": False},
+    ]
+    lines = table.lines(quick | {"targets": wanted, "skipped": {"hook": "no diffusers"}})
+    assert sum(line.startswith("| quick ") for line in lines) == len(quick["rows"])
+    assert [line for line in lines if line in cases.OPS] == list(cases.OPS)
+    assert lines[-2:] == ["met: so fast, got 2", "MISSED: so small, got 9"]
+    assert "left out: hook: no diffusers" in lines
+
+
+def test_a_compiled_baseline_that_cannot_be_compiled_is_left_out_and_named(monkeypatch):
+    def fails(**arguments):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(cases, "compiled", lambda function: fails)
+    result = run.run(run.Options(quick=True, rounds=2, ops=["detect_patches"], shares=[0.1], budget=0.1))
     check(result)
-    assert result["targets"] is None
-    assert result["sizes"] == shapes.QUICK._asdict()
-    patches = shapes.QUICK.patches
-    assert [case["detected"] for case in result["cases"]] == [0, 13, patches // 2, patches, 0, 0]
-    for case in result["cases"]:
-        dense = 2 * 4 * patches * shapes.QUICK.latents  # what the literal version has to hold
-        assert case["literal"]["allocated_bytes"] >= dense
-    none = result["cases"][0]["ours"]["allocated_bytes"]
-    assert none < 4 * patches * shapes.QUICK.latents / 8
-    printed = capsys.readouterr().out
-    assert all(case.name in printed for case in detect_vs_literal.CASES)
+    assert result["skipped"] == {"detect_patches, compiled": "no compiler"}
+    assert all("compiled" not in row["versions"] for row in result["rows"])
 
 
-def test_different_masks_end_the_run_before_a_time_is_shown(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(shapes, "literal", lambda **arguments: ~ops.detect_patches(**arguments))
-    out = tmp_path / "result.json"
-    assert detect_vs_literal.main(["--quick", "--rounds", "2", "--out", str(out)]) == 1
-    printed = capsys.readouterr()
-    assert "the masks differ" in printed.err and "ms" not in printed.out and not out.exists()
+@pytest.mark.parametrize("op", cases.OPS)
+def test_a_version_that_answers_otherwise_ends_the_run(op):
+    plain = cases.PLAIN if op == "replace_patches_" else ""
+    case = cases.build(cases.Spec(op, "quick", 0.1, plain, "float32"))
+    other = next(name for name in case.versions if name != "ours")
+
+    def spoiled():
+        answer = case.versions[other]()
+        if isinstance(answer, tuple):
+            return tuple(torch.zeros_like(part) for part in answer)
+        return torch.zeros_like(answer)
+
+    with pytest.raises(cases.Mismatch, match=f"{op}, quick.*no time is shown"):
+        case.check({"ours": case.versions["ours"], other: spoiled})
 
 
+@pytest.mark.parametrize("name", ["quick", "canvas"])
 @pytest.mark.parametrize("inside", [True, False])
-def test_the_inputs_have_the_chosen_share_above_the_threshold(inside):
-    arguments = shapes.detection(shapes.QUICK, 0.25, inside)
-    h = torch.einsum("bdhw,ld->bhwl", arguments["x"], arguments["weight"]).flatten(0, 2)
-    above = (h[:, arguments["latents"]] > 0).any(1)
-    assert above.sum() == shapes.QUICK.patches // 4
-    first = h.topk(shapes.QUICK.k).indices
-    ranked = (first == arguments["latents"][0]).any(1)
+def test_the_inputs_have_the_chosen_share_above_the_threshold(name, inside):
+    shape = (shapes.SHAPES | shapes.QUICK)[name]
+    arguments = shapes.detection(shape, 0.25, inside)
+    x = arguments["x"] if arguments["minus"] is None else arguments["x"] - arguments["minus"]
+    assert (arguments["minus"] is not None) == shape.update
+    h = torch.einsum("bdhw,ld->bhwl", x, arguments["weight"]).flatten(0, 2)
+    above = (h[:, arguments["latents"]] > shapes.THRESHOLD).any(1)
+    assert above.sum() == shape.patches // 4
+    ranked = (h.topk(shape.k).indices == arguments["latents"][0]).any(1)
     assert torch.equal(ranked, above if inside else torch.zeros_like(above))
 
 
-def test_the_floor_counts_what_has_to_be_read_and_multiplied():
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_shares_are_exact_in_half_precision_too(dtype):
+    place = Place(dtype=cases.DTYPES[dtype])
+    for shape in (QUICK, shapes.SHAPES["canvas"]):
+        mask = baselines.literal(**shapes.detection(shape, 0.1, place=place))
+        assert mask.sum() == round(0.1 * shape.patches)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("share", shapes.SHARES)
+@pytest.mark.parametrize("name", ["quick", "canvas"])
+def test_the_published_way_finds_and_writes_the_same_patches_as_ours(name, share):
+    shape = (shapes.SHAPES | shapes.QUICK)[name]
+    stand = hook.Stand(shape, share, Place())
+    versions = stand.versions()
+    assert versions["bare"]() is stand.x
+    ours, published = versions["ours"](), versions["published"]()
+    mask = baselines.literal(**stand.arguments)
+    assert mask.sum() == round(share * shape.patches)
+    grid = mask.view(shape.batch, shape.height, shape.grid_width)
+    for image, y, x in grid.nonzero().tolist():  # by hand: a square of side 3 around each
+        mask.view_as(grid)[image, max(0, y - 1) : y + 2, max(0, x - 1) : x + 2] = True
+    assert torch.equal(stand.published.mask, mask)
+    assert torch.equal(cases.changed(stand.x, ours), mask)
+    assert torch.equal(cases.changed(stand.x, published), mask)
+
+
+def test_published_donors_are_free_patches_of_the_same_image():
+    x = torch.arange(2 * 3 * 4.0).view(2, 3, 2, 2)
+    mask = torch.tensor([[True, False, False, True], [False, False, False, False]])
+    out = baselines.replace_in_turn(x, mask)
+    assert torch.equal(out[1], x[1])
+    before, after = x[0].flatten(1), out[0].flatten(1)
+    assert torch.equal(after[:, 1:3], before[:, 1:3])
+    for patch in (0, 3):
+        assert any(torch.equal(after[:, patch], before[:, donor]) for donor in (1, 2))
+    noise = baselines.replace_in_turn(x, torch.ones_like(mask))
+    assert cases.changed(x, noise).all()
+
+
+def test_the_floor_of_detection_counts_what_has_to_be_read_and_multiplied():
     limits = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
-    shape = shapes.Shape(batch=1, width=10, height=2, grid_width=5, latents=100, k=3, union=2)
-    none = detect_vs_literal._floor(shape, 0, limits)
+    none = run.floor_of(*cases.detection_floor(TINY, 0, 4), limits)
     assert none == {"bytes": 480, "flops": 400, "ms": pytest.approx(480e-6), "bound": "memory"}
-    some = detect_vs_literal._floor(shape, 7, limits)
+    some = run.floor_of(*cases.detection_floor(TINY, 7, 4), limits)
     assert some == {"bytes": 4480, "flops": 14400, "ms": pytest.approx(0.0144), "bound": "product"}
+    assert cases.detection_floor(TINY._replace(update=True), 0, 2)[0] == 2 * (2 * 100 + 20)
+
+
+def test_the_floor_of_replacement_counts_donors_once():
+    replaced = torch.tensor([[True] * 8 + [False] * 2])
+    own = 2 * TINY.patches  # mask and flags
+    # 8 written, and at most the 2 free ones read.
+    assert cases.replacement_floor(TINY, replaced, 4, "random", False) == (40 * (8 + 2) + own, 0)
+    assert cases.replacement_floor(TINY, ~replaced, 4, "mean", False) == (40 * (2 + 8) + own, 5 * 2 * 10)
+    assert cases.replacement_floor(TINY, replaced, 4, "random", True) == (40 * 20 + own, 0)
+    assert cases.replacement_floor(TINY, replaced | True, 4, "random", False)[0] == 40 * (10 + 10) + own
 
 
 def test_peaks_see_a_buffer_and_not_what_was_there_before():
@@ -84,24 +191,93 @@ def test_peaks_see_a_buffer_and_not_what_was_there_before():
 
 
 def test_a_slug_is_a_file_name():
-    device = {"name": "Intel(R) Xeon(R) Platinum 8370C CPU @ 2.80GHz", "cpu family": "6", "model": "106"}
-    assert machine.slug(device) == "intel-xeon-platinum-8370c-cpu-6-106"
+    name = "Intel(R) Xeon(R) Platinum 8370C CPU @ 2.80GHz"
+    device = {"type": "cpu", "name": name, "cpu family": "6", "model": "106"}
+    assert machine.slug(device) == "cpu-intel-xeon-platinum-8370c-cpu-6-106"
+    assert machine.slug({"type": "cuda", "name": "NVIDIA H100 80GB HBM3"}) == "nvidia-h100-80gb-hbm3"
     assert machine.cpu()["name"]
 
 
+def row(op, share, variant="", mb=0.0, floor=1.0, graph=None, **ratio):
+    ours = {"allocated_bytes": mb * 1e6} | ({} if graph is None else {"graph": graph})
+    return {
+        "op": op,
+        "shape": "sd15-b1",
+        "share": share,
+        "variant": variant,
+        "ratio": ratio,
+        "times_the_floor": floor,
+        "versions": {"ours": ours},
+    }
+
+
 def test_targets_are_missed_where_they_are_missed():
-    def case(ratio):
-        return {"ratio": ratio, "ours": {"allocated_bytes": 31e6}}
+    def met(absent, tenth, full, c, detect, mb):
+        rows = [
+            row("detect_patches", 0.0, literal=detect, mb=mb),
+            row("replace_patches_", 0.1, cases.PLAIN, reference=c),
+            *(row("hook", share, published=x) for share, x in ((0.0, absent), (0.1, tenth), (1.0, full))),
+        ]
+        return [t["met"] for t in targets.targets(rows, None, "cpu")]
 
-    def met(*ratios):
-        return [t["met"] for t in detect_vs_literal._targets([case(r) for r in ratios])]
+    assert met(150, 4, 1.3, 3, 100, 31) == [True] * 6
+    assert met(149, 3.9, 1.2, 2.9, 99, 32) == [False] * 6
+    assert targets.targets([row("hook", 0.5, published=9)], None, "cpu") == []
 
-    assert met(100, 3, 1, 1, 1, 1) == [True, True, True]
-    assert met(99, 2.9, 1, 1, 1, 1) == [False, False, True]
+
+def test_targets_on_a_gpu():
+    def met(floor, micros, ratio, percent):
+        graph = {"error": "a sync"} if micros is None else {"warm": {"median": micros / 1e3}}
+        rows = [
+            row("detect_patches", 0.0, graph=graph),
+            row("detect_patches", 1.0, floor=floor),
+            row("hook", 0.0, published=ratio),
+        ]
+        step = {"present": {"percent_of_step": 5 * percent}, "absent": {"percent_of_step": percent}}
+        return [t["met"] for t in targets.targets(rows, step, "cuda")]
+
+    assert met(1.5, 14.9, 30, 0.09) == [True] * 5
+    assert met(1.6, 15.1, 29, 0.11) == [False] * 5
+    assert met(1.0, None, 30, 0.09)[1] is False
+
+
+def test_a_unet_step_is_timed_with_the_hook_in_it():
+    from lbdt.bench.unet import measure
+
+    step = measure(torch.device("cpu"), quick=True, rounds=2, seed=0, budget=0.05)
+    assert 0.03 < step["present"]["share"] < 0.15 and step["absent"]["share"] == 0
+    assert step["present"]["step_ms"]["median"] > 0
+    assert len(table.lines({**_EMPTY, "unet": step})) >= 4
+
+
+_EMPTY = {
+    "versions": dict.fromkeys(("lbdt", "torch", "triton", "cuda", "driver"), ""),
+    "device": {"name": "none"},
+    "threads": 1,
+    "load_average_before": 0.0,
+    "commit": "",
+    "dirty": False,
+    "limits": {},
+    "rows": [],
+    "skipped": {},
+    "targets": None,
+}
+
+
+def test_the_sanitizer_script_runs_every_op_here(capsys):
+    assert sanitize.main(["--device", "cpu", "--op", "patch_uniform", "--op", "replace_patches"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["patch_uniform", "replace_patches"]
+
+
+def test_the_gpu_script_is_shell():
+    script = ROOT / "benchmarks/gpu.sh"
+    assert os.access(script, os.X_OK)
+    assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_committed_results_are_complete(path):
     result = json.loads(path.read_text())
     check(result)
-    assert result["sizes"] == shapes.SD15._asdict() and result["targets"] and result["commit"]
+    assert not result["quick"] and result["targets"] and result["commit"]

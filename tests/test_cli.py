@@ -141,6 +141,45 @@ def test_env_names_a_backend_for_every_op():
     assert lbdt("env").stdout.splitlines() == env.lines(env.collect())
 
 
+def test_bench_prints_its_table_and_writes_the_same_numbers(tmp_path):
+    out = tmp_path / "deep" / "result.json"
+    quick = "bench --quick --op patch_uniform --rounds 2 --device cpu --threads 1".split()
+    done = lbdt(*quick, "--json", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    values = json.loads(done.stdout)
+    assert values == json.loads(out.read_text()) and values["benchmark"] == "lbdt bench"
+    assert "--op patch_uniform" in values["command"] and "--quick" in values["command"]
+    assert values["threads"] == 1 and [row["op"] for row in values["rows"]] == ["patch_uniform"]
+    shown = lbdt(*quick).stdout
+    assert "patch_uniform" in shown and "x floor" in shown and "written" not in shown
+
+
+def test_bench_shows_no_time_where_masks_differ(tmp_path, monkeypatch):
+    from lbdt.bench import baselines
+
+    monkeypatch.setattr(baselines, "literal", lambda x, **rest: x.new_zeros(x.shape[0], 64, dtype=bool))
+    out = tmp_path / "result.json"
+    failed = lbdt("bench", "--quick", "--op", "detect_patches", "--share", "10", "--out", str(out))
+    assert failed.exit_code == 1 and failed.stdout == "" and not out.exists()
+    assert "lbdt: detect_patches, quick, 10%, float32: the masks differ" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--op", "paint"],
+        ["--shape", "sd15-b1", "--quick"],
+        ["--dtype", "int8"],
+        ["--share", "101"],
+        ["--rounds", "1"],
+        ["--unet"],
+    ],
+    ids=["op", "shape", "dtype", "share", "rounds", "unet_on_a_cpu"],
+)
+def test_bench_refuses_bad_usage(arguments):
+    assert lbdt("bench", "--device", "cpu", *arguments).exit_code == 2
+
+
 def test_help_is_quick_and_loads_nothing_heavy():
     code = (
         "import sys; from lbdt.cli import app; from typer.testing import CliRunner\n"

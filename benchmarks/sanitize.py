@@ -1,0 +1,134 @@
+"""Every compiled op once on small tensors, for compute-sanitizer: `compute-sanitizer python -m
+benchmarks.sanitize`.
+
+`--device cpu` (no sanitizer) shows that the script itself works. Ragged sizes, every source, layout and
+dtype; answers are compared with the reference's, as a kernel that reads too far may still answer.
+"""
+
+import argparse
+import itertools
+import sys
+
+import torch
+
+from lbdt import ops
+from lbdt.ops.replace_patches import SOURCES
+from lbdt.testing import DTYPES, assert_close, layouts
+
+BATCH, WIDTH, HEIGHT, GRID_WIDTH, LATENTS, K = 3, 40, 5, 7, 130, 4
+
+
+def backends(op: str, *arguments) -> list[str]:
+    """The compiled backends that can serve the call."""
+    choice = ops.explain(op, *arguments)
+    usable = {choice.backend, *(name for name, why in choice.reasons.items() if why.startswith("usable"))}
+    return sorted(usable - {"reference"})
+
+
+def put(device: torch.device, *arguments) -> tuple:
+    """The arguments with their tensors on the device."""
+    return tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments)
+
+
+# Answers come from the reference on the CPU, so that a sanitizer on a GPU has only the kernels in question
+# to watch. Every function returns how many calls it compared.
+
+
+def replace_patches(device: torch.device, g: torch.Generator) -> int:
+    calls = 0
+    patches = HEIGHT * GRID_WIDTH
+    mask = torch.rand(BATCH, patches, generator=g) < 0.2
+    mask[1] = False
+    mask[2] = True  # no free patch: the bank's turn
+    for dtype, source, padding, banked in itertools.product(DTYPES, SOURCES, (0, 2), (False, True)):
+        values = torch.randn(BATCH, WIDTH, HEIGHT, GRID_WIDTH, generator=g).to(dtype)
+        u = torch.rand(BATCH, patches, generator=g)
+        bank = torch.randn(BATCH, 2, WIDTH, generator=g).to(dtype) if banked else None
+        rest = (mask, u, HEIGHT, GRID_WIDTH, padding, source, bank)
+        for x in layouts(values).values():
+            expected, where = ops.replace_patches(x, *rest, backend="reference")
+            there = put(device, *rest)
+            for backend in backends("replace_patches_", x.to(device), *there):
+                # A view again: a plain copy to the device could come out dense.
+                out = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device).copy_(x)
+                replaced = ops.replace_patches_(out, *there, backend=backend)
+                assert torch.equal(replaced.cpu(), where), (backend, dtype, source)
+                assert_close(out.cpu(), expected, "replace_mean")
+                calls += 1
+    return calls
+
+
+def detect_patches(device: torch.device, g: torch.Generator) -> int:
+    calls = 0
+    size = (BATCH, WIDTH, HEIGHT, GRID_WIDTH)
+    for dtype, k, update in itertools.product(DTYPES[:3], (0, K), (False, True)):
+        # Integers, so that every order of summation gives the same.
+        x, minus = (torch.randint(-3, 4, size, generator=g).to(dtype) for _ in range(2))
+        arguments = (
+            x,
+            torch.randint(-1, 2, (LATENTS, WIDTH), generator=g).to(dtype),
+            torch.zeros(LATENTS),
+            torch.tensor([1, 64, LATENTS - 1]),
+            torch.full((2, 3), 4.5),
+            torch.tensor([0, 1, 0]),
+            torch.ones(BATCH, 3, dtype=torch.bool),
+            k,
+            minus if update else None,
+        )
+        expected, there = ops.detect_patches(*arguments, backend="reference"), put(device, *arguments)
+        for backend in backends("detect_patches", *there):
+            found = ops.detect_patches(*there, backend=backend)
+            assert torch.equal(found.cpu(), expected), (backend, dtype, k, update)
+            calls += 1
+    return calls
+
+
+def encode_topk(device: torch.device, g: torch.Generator) -> int:
+    calls = 0
+    for dtype in DTYPES[:3]:
+        x = torch.randn(BATCH, WIDTH, HEIGHT, GRID_WIDTH, generator=g).to(dtype)
+        weight = torch.randn(LATENTS, WIDTH, generator=g).to(dtype)
+        arguments = (x, weight, torch.zeros(LATENTS), K)
+        expected, there = ops.encode_topk(*arguments, backend="reference")[0], put(device, *arguments)
+        for backend in backends("encode_topk", *there):
+            assert_close(ops.encode_topk(*there, backend=backend)[0].cpu(), expected, "encode_topk")
+            calls += 1
+    return calls
+
+
+def patch_uniform(device: torch.device, g: torch.Generator) -> int:
+    calls = 0
+    for dtype in (torch.int64, torch.float32):
+        seeds = torch.tensor([0, -1, 2**62])
+        arguments = (seeds, torch.tensor([1, 500, 999]).to(dtype), seeds % 2, HEIGHT * GRID_WIDTH)
+        expected, there = ops.patch_uniform(*arguments, backend="reference"), put(device, *arguments)
+        for backend in backends("patch_uniform", *there):
+            assert torch.equal(ops.patch_uniform(*there, backend=backend).cpu(), expected), backend
+            calls += 1
+    return calls
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0; an AssertionError where an answer differs."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--op", action="append", choices=list(_OPS), help="default: all")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    for name in options.op or _OPS:
+        calls = _OPS[name](device, torch.Generator().manual_seed(0))
+        print(f"{name}: {calls} calls of compiled backends on {device} agree with the reference")
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 0
+
+
+_OPS = {
+    "replace_patches": replace_patches,
+    "detect_patches": detect_patches,
+    "encode_topk": encode_topk,
+    "patch_uniform": patch_uniform,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

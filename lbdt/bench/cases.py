@@ -1,0 +1,310 @@
+"""One case: an op or the hook at a shape, share and dtype, with its baselines, its check and its floor."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lbdt import ops, reference, testing
+from lbdt.bench import baselines, shapes
+from lbdt.bench.baselines import compiled
+from lbdt.bench.shapes import Place, Shape
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+OUTSIDE = "none in the first k"
+PLAIN = "NCHW, random"
+_MEAN_OF = 5
+_LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+# One share for these: they differ in how much a patch costs, not in how that grows with the share.
+_OTHERS_AT = 0.1
+_FEW = (0.0, 0.1, 1.0)
+_OTHERS = (
+    f"{PLAIN}, functional",
+    "channels_last, random",
+    "NCHW, nearest",
+    "channels_last, nearest",
+    "NCHW, mean",
+    "channels_last, mean",
+)
+
+
+class Mismatch(RuntimeError):
+    """Two versions of a case gave different answers, so none of their times means anything."""
+
+
+class Spec(NamedTuple):
+    """Names a case."""
+
+    op: str
+    shape: str
+    share: float | None
+    """Of the patches: above the threshold, or in the mask before padding. None: the op has none."""
+    variant: str
+    dtype: str
+
+    def __str__(self) -> str:
+        parts = (
+            self.op,
+            self.shape,
+            None if self.share is None else f"{self.share:.0%}",
+            self.variant,
+            self.dtype,
+        )
+        return ", ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed."""
+
+    spec: Spec
+    versions: dict[str, Callable[[], Any]]
+    """"ours", then baselines."""
+    check: Callable[[dict[str, Callable[[], Any]]], int | None]
+    """Runs the given ones of them once; returns how many patches were detected or replaced. Raises
+    Mismatch."""
+    bytes: int
+    """That have to be read and written at least."""
+    flops: int
+    backend: str
+    bare: str | None = None
+    """The version whose time is no part of the others' own."""
+
+
+def specs(
+    wanted: Iterable[str],
+    names: Iterable[str],
+    shares: Sequence[float],
+    dtypes: Iterable[str],
+    shortened: Iterable[str] = (),
+) -> list[Spec]:
+    """All cases of the named ops, shapes, shares and dtypes; of the `shortened` shapes only three shares."""
+    found = []
+    for dtype, name, op in itertools.product(dtypes, names, wanted):
+        own = [share for share in shares if share in _FEW] if name in shortened else shares
+        if op in ("encode_topk", "patch_uniform"):
+            found.append(Spec(op, name, None, "", dtype))
+            continue
+        found += [Spec(op, name, share, PLAIN if op == "replace_patches_" else "", dtype) for share in own]
+        if op == "detect_patches" and name not in shortened:
+            found += [Spec(op, name, share, OUTSIDE, dtype) for share in own if share in (0.1, 1.0)]
+        if op == "replace_patches_" and _OTHERS_AT in own and name not in shortened:
+            found += [Spec(op, name, _OTHERS_AT, variant, dtype) for variant in _OTHERS]
+    return found
+
+
+def build(spec: Spec, device: torch.device | None = None, seed: int = 0) -> Case:
+    """The case with its inputs on the device (default: CPU)."""
+    shape = (shapes.SHAPES | shapes.QUICK)[spec.shape]
+    return _BUILD[spec.op](spec, shape, Place(device or torch.device("cpu"), DTYPES[spec.dtype], seed))
+
+
+def _detect(spec: Spec, shape: Shape, place: Place) -> Case:
+    inside = spec.variant != OUTSIDE
+    arguments = shapes.detection(shape, spec.share, inside, place)
+    wanted = round(spec.share * shape.patches) if inside else 0
+
+    def check(versions: dict[str, Callable]) -> int:
+        masks = {name: version() for name, version in versions.items()}
+        for name, mask in masks.items():
+            _require(torch.equal(mask, masks["ours"]), spec, f"the masks differ: {name} and ours")
+        detected = int(masks["ours"].sum())
+        _require(detected == wanted, spec, f"{detected} patches detected, {wanted} expected")
+        return detected
+
+    versions = {
+        "ours": partial(ops.detect_patches, **arguments),
+        "literal": partial(baselines.literal, **arguments),
+        "compiled": partial(compiled(baselines.literal), **arguments),
+    }
+    backend = ops.explain("detect_patches", **arguments).backend
+    return Case(spec, versions, check, *detection_floor(shape, wanted, place.dtype.itemsize), backend)
+
+
+def _replace(spec: Spec, shape: Shape, place: Place) -> Case:
+    layout, source, *functional = spec.variant.split(", ")
+    arguments = shapes.replacement(shape, spec.share, _LAYOUTS[layout], place) | {"source": source}
+    x = arguments["x"]
+
+    def in_place(function: Callable, **more: Any) -> Callable[[], tuple[Tensor, Tensor]]:
+        # A second call writes what the first one wrote, as donors are never overwritten.
+        given = arguments | more | {"x": x.clone()}
+        return lambda: (given["x"], function(**given))
+
+    def published() -> tuple[Tensor, Tensor]:
+        mask = baselines.grow(arguments["mask"], shape.height, shape.grid_width, shapes.PADDING)
+        return baselines.replace_in_turn(x, mask), mask
+
+    if functional:
+        versions = {
+            "ours": partial(ops.replace_patches, **arguments),
+            "reference": partial(ops.replace_patches, **arguments, backend="reference"),
+        }
+    else:
+        versions = {
+            "ours": in_place(ops.replace_patches_),
+            "reference": in_place(ops.replace_patches_, backend="reference"),
+        }
+    if spec.variant == PLAIN:
+        versions["compiled"] = in_place(compiled(reference.replace_patches_))
+    if source == "random":
+        versions["published"] = published
+    expected, replaced = reference.replace_patches(**arguments)
+
+    def check(versions: dict[str, Callable]) -> int:
+        for name, version in versions.items():
+            out, where = version()
+            _require(torch.equal(where, replaced), spec, f"other patches were replaced: {name}")
+            if name == "published":  # other donors: its draws come from the global generator
+                _require(torch.equal(changed(x, out), replaced), spec, f"other patches were written: {name}")
+            elif source == "mean":
+                _close(out, expected, "replace_mean", spec, name)
+            else:
+                _require(torch.equal(out, expected), spec, f"the embeddings differ: {name}")
+        return int(replaced.sum())
+
+    op = spec.op.rstrip("_") if functional else spec.op
+    size = replacement_floor(shape, replaced, place.dtype.itemsize, source, bool(functional))
+    return Case(spec, versions, check, *size, ops.explain(op, **arguments).backend)
+
+
+def _topk(spec: Spec, shape: Shape, place: Place) -> Case:
+    given = shapes.detection(shape, _OTHERS_AT, place=place)
+    arguments = {name: given[name] for name in ("x", "weight", "bias", "k")}
+    versions = {
+        "ours": partial(ops.encode_topk, **arguments),
+        "literal": partial(baselines.literal_topk, **arguments),
+        "compiled": partial(compiled(baselines.literal_topk), **arguments),
+    }
+
+    def check(versions: dict[str, Callable]) -> None:
+        x, weight = arguments["x"].float(), arguments["weight"].float()
+        h = torch.nn.functional.linear(x.flatten(2).transpose(1, 2), weight, arguments["bias"])
+        best = h.topk(shape.k, dim=-1).values.relu().to(place.dtype)
+        for name, version in versions.items():
+            values, indices = version()
+            # Half-precision baselines round the sums where their libraries like; ours promises float32 ones.
+            if name == "ours" or place.dtype == torch.float32:
+                _close(values, best, "encode_topk", spec, name)
+                # Not the indices themselves: near ties may come in any order.
+                there = h.gather(-1, indices).relu().to(place.dtype)
+                _close(values, there, "encode_topk", spec, name)
+
+    flops = 2 * shape.patches * shape.latents * shape.width
+    size = place.dtype.itemsize
+    moved = size * shape.width * (shape.patches + shape.latents) + (size + 8) * shape.patches * shape.k
+    return Case(spec, versions, check, moved, flops, ops.explain("encode_topk", **arguments).backend)
+
+
+def _uniform(spec: Spec, shape: Shape, place: Place) -> Case:
+    row = torch.arange(shape.batch, device=place.device)
+    arguments = {
+        "seeds": place.seed + row % shape.images,
+        "timesteps": torch.full_like(row, 481),
+        "halves": row // shape.images,
+        "patches": shape.patches // shape.batch,
+    }
+    sizes = (shape.batch, arguments["patches"])
+    versions = {
+        "ours": partial(ops.patch_uniform, **arguments),
+        "literal": partial(reference.patch_uniform, **arguments),
+        "compiled": partial(compiled(reference.patch_uniform), **arguments),
+        # Not the same numbers: what it would cost not to care about the batch.
+        "rand": partial(torch.rand, sizes, device=place.device),
+    }
+
+    def check(versions: dict[str, Callable]) -> None:
+        drawn = {name: version() for name, version in versions.items()}
+        for name in drawn.keys() - {"rand"}:
+            _require(torch.equal(drawn[name], drawn["ours"]), spec, f"the numbers differ: {name} and ours")
+
+    moved = 4 * shape.patches + 3 * 8 * shape.batch
+    return Case(spec, versions, check, moved, 0, ops.explain("patch_uniform", **arguments).backend)
+
+
+def _hook(spec: Spec, shape: Shape, place: Place) -> Case:
+    from lbdt.bench.hook import Stand
+
+    stand = Stand(shape, spec.share, place)
+    detected = round(spec.share * shape.patches)
+    mask = baselines.literal(**stand.arguments)
+    replaced = baselines.grow(mask, shape.height, shape.grid_width, shapes.PADDING)
+
+    def check(versions: dict[str, Callable]) -> int:
+        _require(
+            int(mask.sum()) == detected, spec, f"{int(mask.sum())} patches detected, {detected} expected"
+        )
+        for name, version in versions.items():
+            where = changed(stand.x, version())
+            wanted = torch.zeros_like(replaced) if name == "bare" else replaced
+            _require(torch.equal(where, wanted), spec, f"the masks differ: {name} and the literal one")
+        return detected
+
+    read, flops = detection_floor(shape, detected, place.dtype.itemsize)
+    written, more = replacement_floor(shape, replaced, place.dtype.itemsize, "random", False)
+    used = {
+        "detect_patches": ops.explain("detect_patches", **stand.arguments),
+        "replace_patches": ops.explain("replace_patches", **stand.replacement),
+    }
+    backend = ", ".join(sorted({choice.backend for choice in used.values()}))
+    return Case(spec, stand.versions(), check, read + written, flops + more, backend, bare="bare")
+
+
+_BUILD = {
+    "detect_patches": _detect,
+    "replace_patches_": _replace,
+    "encode_topk": _topk,
+    "patch_uniform": _uniform,
+    "hook": _hook,
+}
+OPS = tuple(_BUILD)
+
+
+def changed(before: Tensor, after: Tensor) -> Tensor:
+    """Patches of [B, d, H, W] in which any value differs; bool [B, N]."""
+    return (before != after).flatten(2).any(dim=1)
+
+
+def detection_floor(shape: Shape, counted: int, size: int) -> tuple[int, int]:
+    """Bytes and flops of reading the feature map and the own rows and multiplying them, and, for `counted`
+    patches that must be ranked among all latents, of the whole dictionary; `size` bytes an element."""
+    maps = 2 if shape.update else 1
+    moved = size * shape.width * (maps * shape.patches + shape.union)
+    flops = 2 * shape.patches * shape.union * shape.width
+    if counted:
+        moved += size * shape.latents * shape.width
+        flops += 2 * counted * shape.latents * shape.width
+    return moved, flops
+
+
+def replacement_floor(
+    shape: Shape, replaced: Tensor, size: int, source: str, functional: bool
+) -> tuple[int, int]:
+    """Bytes and flops of reading the mask, writing the `replaced` patches [B, N] and their flags, and
+    reading each donor once; all patches are read and written where the result is a new tensor."""
+    each = _MEAN_OF if source == "mean" else 1
+    taken = replaced.sum(dim=1)
+    free = replaced.shape[1] - taken
+    donors = torch.minimum(each * taken, torch.where(free > 0, free, shapes.BANK))
+    rows = 2 * shape.patches if functional else int(taken.sum() + donors.sum())
+    return size * shape.width * rows + 2 * shape.patches, (each if each > 1 else 0) * int(
+        taken.sum()
+    ) * shape.width
+
+
+def _require(condition: bool, spec: Spec, text: str) -> None:
+    if not condition:
+        raise Mismatch(f"{spec}: {text}; no time is shown")
+
+
+def _close(actual: Tensor, expected: Tensor, quantity: str, spec: Spec, name: str) -> None:
+    try:
+        testing.assert_close(actual, expected, quantity)
+    except AssertionError as error:
+        raise Mismatch(f"{spec}: {name}: {error}; no time is shown") from error

@@ -1,0 +1,205 @@
+"""Measures cases and collects them in one result: `lbdt bench`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lbdt.bench import cases, machine, shapes, timing
+from lbdt.bench.cases import Case, Spec
+from lbdt.bench.targets import targets
+
+BENCHMARK = "lbdt bench"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure. Empty sequences: everything."""
+
+    ops: Sequence[str] = ()
+    shapes: Sequence[str] = ()
+    shares: Sequence[float] = ()
+    dtypes: Sequence[str] = ()
+    """Empty: float32 on the CPU, float16 on a GPU."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seed: int = 0
+    quick: bool = False
+    """Small sizes instead of real ones; no targets."""
+    rounds: int | None = None
+    """At most; None: 15, on a GPU 50, quick 3."""
+    budget: float = 2.5
+    """Seconds for the rounds of a case; at least 3 rounds are made."""
+    unet: bool = False
+    """Time a UNet step too."""
+
+    def specs(self) -> list[Spec]:
+        """The cases, in the order in which they are measured; ValueError for what cannot be asked for."""
+        known = shapes.QUICK if self.quick else shapes.SHAPES
+        for name in self.shapes:
+            if name not in known:
+                raise ValueError(f"--shape {name}: expected one of {', '.join(known)}")
+        for op in self.ops:
+            if op not in cases.OPS:
+                raise ValueError(f"--op {op}: expected one of {', '.join(cases.OPS)}")
+        for dtype in self.dtypes:
+            if dtype not in cases.DTYPES:
+                raise ValueError(f"--dtype {dtype}: expected one of {', '.join(cases.DTYPES)}")
+        if self.unet and self.device.type != "cuda" and not self.quick:
+            raise ValueError(
+                "--unet: a step of SD 1.5's UNet takes minutes on a CPU; use a GPU, or --quick for a small UNet"
+            )
+        on_gpu = self.device.type == "cuda"
+        # Eight images take seconds a call on a CPU, and grow with the share as one does.
+        slow = [] if on_gpu or self.shapes else [name for name in known if known[name].images > 1]
+        return cases.specs(
+            self.ops or cases.OPS,
+            self.shapes or known,
+            self.shares or shapes.SHARES,
+            self.dtypes or ["float16" if on_gpu else "float32"],
+            shortened=slow,
+        )
+
+    def command(self) -> str:
+        """A command line that measures the same."""
+        words = ["lbdt", "bench", "--device", str(self.device), "--seed", str(self.seed)]
+        for option, values in (
+            ("--op", self.ops),
+            ("--shape", self.shapes),
+            ("--share", [f"{100 * share:g}" for share in self.shares]),
+            ("--dtype", self.dtypes),
+            ("--rounds", [] if self.rounds is None else [str(self.rounds)]),
+        ):
+            words += [word for value in values for word in (option, value)]
+        words += ["--quick"] * self.quick + ["--unet"] * self.unet
+        return f"{shlex.join(words)} --threads {torch.get_num_threads()}"
+
+    @property
+    def most_rounds(self) -> int:
+        """Of a case."""
+        return self.rounds or (3 if self.quick else 50 if self.device.type == "cuda" else 15)
+
+
+def run(options: Options, progress: Callable[[list[Spec]], Iterator[Spec]] = iter) -> dict[str, Any]:
+    """The result as plain values; `progress` may wrap the list of cases.
+
+    Raises:
+        Mismatch: versions disagree.
+        ValueError: what cannot be asked for.
+    """
+    wanted = options.specs()
+    about = machine.describe(options.device)
+    quick = shapes.QUICK["quick"] if options.quick else shapes.SHAPES["sd15-b1"]
+    limits = {
+        name: machine.limits(options.device, cases.DTYPES[name], quick, options.quick)
+        for name in dict.fromkeys(spec.dtype for spec in wanted)
+    }
+    skipped: dict[str, str] = {}
+    rows = []
+    before = None
+    for spec in progress(wanted):
+        if before != (spec.op, spec.shape, spec.dtype):
+            torch.compiler.reset()  # what was compiled for other sizes would be looked through at every call
+            before = (spec.op, spec.shape, spec.dtype)
+        row = measure(spec, options, limits[spec.dtype], skipped)
+        if row is not None:
+            rows.append(row)
+    step = None
+    if options.unet:
+        from lbdt.bench.unet import measure as measure_unet
+
+        try:
+            step = measure_unet(options.device, options.quick, options.most_rounds, options.seed)
+        except ImportError as error:
+            skipped["UNet step"] = _first_line(error)
+    names = dict.fromkeys(spec.shape for spec in wanted)
+    known = shapes.SHAPES | shapes.QUICK
+    return {
+        "benchmark": BENCHMARK,
+        "command": options.command(),
+        **about,
+        "load_average_after": round(os.getloadavg()[0], 2),
+        "seed": options.seed,
+        "quick": options.quick,
+        "limits": limits,
+        "shapes": {name: known[name]._asdict() | {"batch": known[name].batch} for name in names},
+        "rows": rows,
+        "skipped": skipped,
+        "unet": step,
+        "targets": None if options.quick else targets(rows, step, options.device.type),
+    }
+
+
+@torch.inference_mode()
+def measure(
+    spec: Spec, options: Options, limits: dict[str, Any], skipped: dict[str, str]
+) -> dict[str, Any] | None:
+    """Times, peak memory and floor of one case, or None with an entry in `skipped`."""
+    try:
+        case = cases.build(spec, options.device, options.seed)
+    except ImportError as error:  # the hook without diffusers
+        skipped[spec.op] = _first_line(error)
+        return None
+    versions = _usable(case, skipped)
+    count = case.check(versions)
+    measured: dict[str, dict[str, Any]] = {
+        name: machine.peaks(function, options.device) for name, function in versions.items()
+    }
+    times = timing.in_turn(versions, options.device, options.most_rounds, options.budget)
+    for name in versions:
+        measured[name] |= times[name]
+    if options.device.type == "cuda":
+        measured["ours"]["graph"] = timing.graph(versions["ours"], options.device, options.most_rounds)
+    return row(case, measured, count, limits)
+
+
+def row(
+    case: Case, measured: dict[str, dict[str, Any]], count: int | None, limits: dict[str, Any]
+) -> dict[str, Any]:
+    """A row of the result. `own_ms` is a version's median without the bare call's; ratios are of those."""
+    bare = measured[case.bare]["ms"]["median"] if case.bare else 0.0
+    for version in measured.values():
+        version["own_ms"] = version["ms"]["median"] - bare
+    ours = measured["ours"]
+    others = [name for name in measured if name not in ("ours", case.bare)]
+    floor = floor_of(case.bytes, case.flops, limits)
+    graph = ours.get("graph", {})
+    best = graph["cold"]["median"] - bare if "cold" in graph and not case.bare else ours["own_ms"]
+    return {
+        **case.spec._asdict(),
+        "count": count,
+        "backend": case.backend,
+        "equal": True,
+        "versions": measured,
+        "ratio": {name: measured[name]["own_ms"] / ours["own_ms"] for name in others},
+        "floor": floor,
+        "times_the_floor": best / floor["ms"],
+    }
+
+
+def floor_of(size: int, flops: int, limits: dict[str, Any]) -> dict[str, Any]:
+    """The longer of moving `size` bytes and computing `flops` at the measured rates. Less is possible where
+    the inputs lie in a cache."""
+    parts = {"memory": size / limits["bytes_per_second"], "product": flops / limits["flops_per_second"]}
+    bound = max(parts, key=lambda name: parts[name])
+    return {"bytes": size, "flops": flops, "ms": 1e3 * parts[bound], "bound": bound}
+
+
+def _usable(case: Case, skipped: dict[str, str]) -> dict[str, Callable[[], Any]]:
+    """The versions without the compiled one where it cannot be compiled here (no compiler, no Triton)."""
+    versions = dict(case.versions)
+    if "compiled" in versions:
+        try:
+            versions["compiled"]()
+        except Exception as error:  # of torch's own kinds, which depend on the version; the result names it
+            skipped[f"{case.spec.op}, compiled"] = _first_line(error)
+            del versions["compiled"]
+    return versions
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

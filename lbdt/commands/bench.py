@@ -1,0 +1,75 @@
+"""`lbdt bench`: kernels and the hook, timed on this machine against the baselines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lbdt.bench import machine, table
+from lbdt.bench.cases import Spec
+from lbdt.bench.run import Options
+from lbdt.bench.run import run as run_cases
+from lbdt.commands.erase import _device
+
+AUTO = "auto"
+
+
+def options_of(*, device: str, **settings: Any) -> Options:
+    """The options of a command line; `device` may be "auto". ValueError where it is not usable here."""
+    return Options(device=_device(device), **settings)
+
+
+def run(options: Options, *, threads: int | None, out: str | None) -> tuple[dict[str, Any], list[str]]:
+    """The result and its table; written to `out` too.
+
+    Raises Mismatch, a RuntimeError, where a version disagrees with another, before any of its times is shown.
+    """
+    path = None if out is None else _path(out, options)
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        result = run_cases(options, _bar)
+    finally:
+        torch.set_num_threads(before)
+    lines = table.lines(result)
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        lines.append(f"written: {path}")
+    return result, lines
+
+
+def _bar(specs: list[Spec]) -> Iterator[Spec]:
+    with tqdm(specs, desc="bench", unit="case", file=sys.stderr) as bar:
+        for spec in bar:
+            bar.set_postfix_str(str(spec), refresh=False)
+            yield spec
+
+
+def _path(out: str, options: Options) -> Path:
+    """Where the result goes, refused before anything is measured if it cannot be written."""
+    if out == AUTO:
+        folder = machine.ROOT / "benchmarks" / "results"
+        if not folder.parent.is_dir():
+            raise ValueError(
+                "--out auto: means benchmarks/results of a checkout, but this is an installation"
+            )
+        if options.quick:
+            raise ValueError("--out auto: results of --quick are not kept there; name a file")
+        about = machine.cuda(options.device) if options.device.type == "cuda" else machine.cpu()
+        path = folder / f"{machine.slug(about)}.json"
+    else:
+        path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    existed = path.exists()
+    with path.open("a"):
+        pass
+    if not existed:  # a run that fails leaves no file behind
+        path.unlink()
+    return path
