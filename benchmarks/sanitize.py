@@ -108,6 +108,26 @@ def patch_uniform(device: torch.device, g: torch.Generator) -> int:
     return calls
 
 
+def record_patches(device: torch.device, g: torch.Generator) -> int:
+    calls = 0
+    for kept in (0, 50):
+        mask, replaced = (torch.rand(BATCH, HEIGHT * GRID_WIDTH, generator=g) < 0.5 for _ in range(2))
+        buffers = (
+            torch.zeros(4, 5, dtype=torch.float64),
+            torch.zeros(kept, dtype=torch.uint8),
+            torch.tensor([3, 7]),
+        )
+        arguments = (mask, replaced, torch.rand(BATCH, generator=g), 9)
+        expected, there = [b.clone() for b in buffers], put(device, *arguments)
+        ops.record_patches(*arguments, *expected, backend="reference")
+        for backend in backends("record_patches", *there, *put(device, *buffers)):
+            got = put(device, *(b.clone() for b in buffers))
+            ops.record_patches(*there, *got, backend=backend)
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(got, expected, strict=True)), backend
+            calls += 1
+    return calls
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; an AssertionError where an answer differs."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -128,6 +148,7 @@ _OPS = {
     "detect_patches": detect_patches,
     "encode_topk": encode_topk,
     "patch_uniform": patch_uniform,
+    "record_patches": record_patches,
 }
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def bench(
         typer.Option(
             "--op",
             metavar="NAME",
-            help="detect_patches, replace_patches_, encode_topk, patch_uniform or hook; may be repeated. "
+            help="detect_patches, replace_patches_, encode_topk, patch_uniform, record_patches or hook; may be repeated. "
             "Default: all.",
         ),
     ] = None,

@@ -92,6 +92,15 @@ def _ops(device: str) -> dict[str, Any]:
         "replace_patches_": (x, mask, u, 2, 2),
         "encode_topk": (x, weight, bias, 2),
         "patch_uniform": (one, one, one, 4),
+        "record_patches": (
+            mask,
+            mask,
+            u[:, 0],
+            0,
+            torch.zeros(1, 5, dtype=torch.float64, device=device),
+            u,
+            one,
+        ),
     }
     answer = {}
     for op, given in arguments.items():

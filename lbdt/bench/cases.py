@@ -15,6 +15,7 @@ from lbdt import ops, reference, testing
 from lbdt.bench import baselines, shapes
 from lbdt.bench.baselines import compiled
 from lbdt.bench.shapes import Place, Shape
+from lbdt.ops.record_patches import FIELDS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTSIDE = "none in the first k"
@@ -88,7 +89,7 @@ def specs(
     found = []
     for dtype, name, op in itertools.product(dtypes, names, wanted):
         own = [share for share in shares if share in _FEW] if name in shortened else shares
-        if op in ("encode_topk", "patch_uniform"):
+        if op in ("encode_topk", "patch_uniform", "record_patches"):
             found.append(Spec(op, name, None, "", dtype))
             continue
         found += [Spec(op, name, share, PLAIN if op == "replace_patches_" else "", dtype) for share in own]
@@ -228,6 +229,45 @@ def _uniform(spec: Spec, shape: Shape, place: Place) -> Case:
     return Case(spec, versions, check, moved, 0, ops.explain("patch_uniform", **arguments).backend)
 
 
+def _record(spec: Spec, shape: Shape, place: Place) -> Case:
+    g = torch.Generator().manual_seed(place.seed)
+    mask, replaced = (
+        (torch.rand(shape.batch, shape.patches // shape.batch, generator=g) < _OTHERS_AT).to(place.device)
+        for _ in range(2)
+    )
+    times = torch.full((shape.batch,), 481.0, device=place.device)
+
+    def into(function: Callable) -> Callable[[], tuple[Tensor, ...]]:
+        rows = torch.zeros(1 << 16, FIELDS, dtype=torch.float64, device=place.device)
+        cells = torch.zeros(0, dtype=torch.uint8, device=place.device)
+        written = torch.zeros(2, dtype=torch.int64, device=place.device)
+
+        def run() -> tuple[Tensor, ...]:
+            function(mask, replaced, times, shape.patches, rows, cells, written)
+            return rows, written
+
+        return run
+
+    versions = {
+        "ours": into(ops.record_patches),
+        "literal": into(reference.record_patches),
+        "compiled": into(compiled(reference.record_patches)),
+    }
+
+    def check(versions: dict[str, Callable]) -> None:
+        for name, version in versions.items():
+            rows, written = version()
+            last = rows[(int(written[0]) - 1) % rows.shape[0]].tolist()
+            wanted = [int(mask[-1].sum()), int(replaced[-1].sum()), 481.0, shape.patches, shape.batch - 1]
+            _require(last == wanted, spec, f"the record differs: {name}: {last}, {wanted} expected")
+
+    rows, written = torch.zeros(1, FIELDS, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    given = (mask, replaced, times, 0, rows.to(place.device), mask.new_zeros(0, dtype=torch.uint8), written)
+    backend = ops.explain("record_patches", *given).backend
+    moved = 2 * shape.patches + (8 * FIELDS + 4) * shape.batch
+    return Case(spec, versions, check, moved, 0, backend)
+
+
 def _hook(spec: Spec, shape: Shape, place: Place) -> Case:
     from lbdt.bench.hook import Stand
 
@@ -261,6 +301,7 @@ _BUILD = {
     "replace_patches_": _replace,
     "encode_topk": _topk,
     "patch_uniform": _uniform,
+    "record_patches": _record,
     "hook": _hook,
 }
 OPS = tuple(_BUILD)

@@ -15,14 +15,14 @@ from lbdt.bench import machine, table
 from lbdt.bench.cases import Spec
 from lbdt.bench.run import Options
 from lbdt.bench.run import run as run_cases
-from lbdt.commands.erase import _device
+from lbdt.commands.device import usable_device
 
 AUTO = "auto"
 
 
 def options_of(*, device: str, **settings: Any) -> Options:
     """The options of a command line; `device` may be "auto". ValueError where it is not usable here."""
-    return Options(device=_device(device), **settings)
+    return Options(device=usable_device(device), **settings)
 
 
 def run(options: Options, *, threads: int | None, out: str | None) -> tuple[dict[str, Any], list[str]]:

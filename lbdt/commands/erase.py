@@ -12,6 +12,7 @@ import torch
 
 from lbdt import picture
 from lbdt.commands.concepts import load_eraser
+from lbdt.commands.device import usable_device
 
 
 def run(
@@ -33,7 +34,7 @@ def run(
     Everything that can be refused is refused before the first image is generated.
     """
     picture.check_path(out)
-    where = _device(device)
+    where = usable_device(device)
     loaded = load_eraser(eraser)
     if padding is not None:
         loaded.padding = padding
@@ -80,20 +81,6 @@ def run(
         "out": str(out),
     }
     return values, _table(values, report)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(
-            f"--device {name}: not usable here ({first}); `lbdt env` lists the devices"
-        ) from error
-    return device
 
 
 def _pipeline(model: str | None, device: torch.device):

@@ -51,7 +51,7 @@ class TimestepHook(_Hook):
             timesteps = args[0] if args else next(iter(kwargs.values()))
             self.plan.check_call(self.state, timesteps.shape[0])
             self.state.timesteps = timesteps
-            self.state.mask = None
+            self.state.rows = self.state.mask = None
         return args, kwargs
 
 
@@ -132,10 +132,10 @@ class EraseHook(_InputHook):
             out = (given + update).where(where, x)
         else:
             out, replaced = self.plan.replace(x, mask, height, width, self.state)
-        timesteps = self.state.timesteps
-        if self.recorder.counts.device != x.device:
+        if self.recorder.rows.device != x.device:
             self.recorder.to(x.device)
-        self.recorder.add(timesteps, mask, replaced, height, width, self.state.halves_of(timesteps.shape[0]))
+        rows = self.plan.rows(self.state)
+        self.recorder.add(rows.timesteps, mask, replaced, height, width, rows.halves)
         # Nothing of this call may be kept alive, nor met by the next one.
-        self.state.timesteps = self.state.mask = self.state.grid = None
+        self.state.timesteps = self.state.rows = self.state.mask = self.state.grid = None
         return layout.with_tensor(output, layout.from_patches(out, raw))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,12 +36,29 @@ class Options:
     seed_list: bool
 
 
+class Rows(NamedTuple):
+    """The rows of a UNet call: images, half by half."""
+
+    timesteps: Tensor
+    """[B] float32."""
+    bins: Tensor
+    """[B] int64, of the dictionary."""
+    half: Tensor
+    """[B] int64: 0 the unconditional or the only one, 1 the conditional one."""
+    halves: int
+    seeds: Tensor
+    """[B] int64."""
+    enabled: Tensor
+    """[B, U] bool."""
+
+
 class CallState:
     """What a UNet call hands from its timestep embedding to the hooked blocks; nothing outlives the call."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.timesteps: Tensor | None = None  # [B]
+        self.rows: Rows | None = None
         self.mask: Tensor | None = None  # [B, N], of detect_at
         self.grid: tuple[int, int] | None = None
         self.prompts: int | None = None
@@ -100,24 +117,23 @@ class Plan:
 
     def detect(self, x: Tensor, minus: Tensor | None, state: CallState) -> Tensor:
         """Mask [B, N] of `x` [B, d, H, W] or [B, d, N], by the concept sets, window and half of each row."""
-        timesteps = state.timesteps
-        image, half, images, halves = self._rows(state)
-        enabled = self.enabled[image // (images // self.enabled.shape[0])]
+        rows = self.rows(state)
+        enabled = rows.enabled
         if self.options.steps is not None:
-            schedule = state.pipe.scheduler.timesteps.to(timesteps.device)
+            schedule = state.pipe.scheduler.timesteps.to(rows.timesteps.device)
             # The nearest entry, not equality: a pipeline may round the timesteps to half precision.
-            step = (timesteps.unsqueeze(1).to(torch.float32) - schedule.to(torch.float32)).abs().argmin(1)
+            step = (rows.timesteps.unsqueeze(1) - schedule.to(torch.float32)).abs().argmin(1)
             inside = (step >= self.options.steps[0]) & (step < self.options.steps[1])
             enabled = enabled & inside.unsqueeze(1)
-        if self.options.rows == "cond" and halves > 1:
-            enabled = enabled & (half > 0).unsqueeze(1)
+        if self.options.rows == "cond" and rows.halves > 1:
+            enabled = enabled & (rows.half > 0).unsqueeze(1)
         return ops.detect_patches(
             x,
             self.weight,
             self.bias,
             self.latents,
             self.thresholds,
-            self.bins(timesteps),
+            rows.bins,
             enabled,
             self.options.k,
             minus,
@@ -127,25 +143,37 @@ class Plan:
         self, x: Tensor, mask: Tensor, height: int, width: int, state: CallState
     ) -> tuple[Tensor, Tensor]:
         """`x` with the padded mask replaced, and which patches were; the draws of a row depend on its image only."""
-        image, half, images, _ = self._rows(state)
-        each = images // self.seeds.shape[0]
-        seeds = self.seeds[image // each] + image % each
-        # Half 0 is the unconditional or the only one, 1 the conditional one.
-        u = ops.patch_uniform(seeds, state.timesteps, half, mask.shape[1])
-        bank = None if self.bank is None else self.bank[self.bins(state.timesteps)]
+        rows = self.rows(state)
+        u = ops.patch_uniform(rows.seeds, state.timesteps, rows.half, mask.shape[1])
+        bank = None if self.bank is None else self.bank.index_select(0, rows.bins)
         return ops.replace_patches(x, mask, u, height, width, self.options.padding, self.options.source, bank)
 
-    def bins(self, timesteps: Tensor) -> Tensor:
-        """The dictionary bin nearest to each timestep [B] -> int64 [B], without a host sync."""
-        return (timesteps.to(torch.float32).unsqueeze(-1) - self.timesteps).abs().argmin(-1)
+    def rows(self, state: CallState) -> Rows:
+        """What the plan says of each row of this UNet call, worked out once a call: every small operation counts."""
+        if state.rows is None:
+            batch = state.timesteps.shape[0]
+            halves = state.halves_of(batch)
+            images = batch // halves
+            row = torch.arange(batch, device=state.timesteps.device)
+            half = row // images
+            image = row - half * images
+            seeds, sets = self.seeds, self.enabled
+            each = images // seeds.shape[0]
+            if seeds.shape[0] == 1:
+                seeds = seeds + image
+            else:
+                seeds = seeds.index_select(0, image // each) + image % each
+            if sets.shape[0] == 1:
+                enabled = sets.expand(batch, -1)
+            else:
+                enabled = sets.index_select(0, image // (images // sets.shape[0]))
+            timesteps = state.timesteps.to(torch.float32)
+            state.rows = Rows(timesteps, self.bins(timesteps), half, halves, seeds, enabled)
+        return state.rows
 
-    def _rows(self, state: CallState) -> tuple[Tensor, Tensor, int, int]:
-        """Image and half of each row, int64 [B] each, and their numbers: rows run over the images, half by half."""
-        batch = state.timesteps.shape[0]
-        halves = state.halves_of(batch)
-        images = batch // halves
-        row = torch.arange(batch, device=state.timesteps.device)
-        return row % images, row // images, images, halves
+    def bins(self, timesteps: Tensor) -> Tensor:
+        """The dictionary bin nearest to each timestep [B] float32 -> int64 [B], without a host sync."""
+        return (timesteps.unsqueeze(-1) - self.timesteps).abs().argmin(-1)
 
 
 def check_lengths(plan: Plan, images: int, prompts: int | None) -> None:

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_CALLS = 4096
+from lbdt import ops
+from lbdt.ops.record_patches import FIELDS
+
+_ROWS = 1 << 16
 _CELLS = 1 << 22
-_FIELDS = 6
 _SIDE = 1 << 16
 
 
@@ -34,30 +36,29 @@ class Call(NamedTuple):
 
 
 class Recorder:
-    """Ring buffers of the last 4096 calls and, with `masks`, of the last 4 Mi cells (4 MiB).
+    """Ring buffers of the last 65536 rows (2.5 MiB on the device) and, with `masks`, of the last 4 Mi cells (4 MiB).
 
-    Writing is tensor arithmetic on the device: no host sync, no Python state, so it is the same under
-    `torch.compile`.
+    Writing is one op on the device: no host sync, no Python state, so it is the same under `torch.compile` and in a
+    CUDA graph. What can be worked out of a row's two counts waits for `read`.
     """
 
     def __init__(self, device: torch.device, masks: bool = False) -> None:
         self.masks = masks
-        self.calls = torch.zeros(1, dtype=torch.int64, device=device)
-        self.written = torch.zeros(1, dtype=torch.int64, device=device)
-        self.counts = torch.zeros(_CALLS, _FIELDS, dtype=torch.int64, device=device)
-        self.times = torch.zeros(_CALLS, dtype=torch.float32, device=device)
+        self.written = torch.zeros(2, dtype=torch.int64, device=device)  # rows and cells
+        # float64 holds every count, and a call's sizes in one number.
+        self.rows = torch.zeros(_ROWS, FIELDS, dtype=torch.float64, device=device)
         self.cells = torch.zeros(_CELLS if masks else 0, dtype=torch.uint8, device=device)
 
     def to(self, device: torch.device) -> None:
         """Moves the buffers, with what they hold."""
         # Copies made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            for name in ("calls", "written", "counts", "times", "cells"):
+            for name in ("written", "rows", "cells"):
                 setattr(self, name, getattr(self, name).to(device))
 
     def add(
         self,
-        timesteps: Tensor,  # [B]
+        timesteps: Tensor,  # [B] float32
         mask: Tensor,  # [B, N]
         replaced: Tensor,  # [B, N]
         height: int,
@@ -65,45 +66,32 @@ class Recorder:
         halves: int,
     ) -> None:
         """Writes one call. `mask` before padding, `replaced` after it, both bool."""
-        rows = mask.shape[0]
-        touched = replaced.any(dim=1)
-        unchanged = mask.any(dim=1) & ~touched
-        full = unchanged | replaced.all(dim=1)
-        # One number for the sizes, as every fill is a kernel launch.
-        sizes = torch.full_like(self.written, ((height * _SIDE + width) * 8 + halves) * _SIDE + rows)
-        row = torch.cat(
-            [
-                sizes,
-                torch.stack([mask.sum(), replaced.sum(), full.sum(), unchanged.sum()]),
-                self.written,
-            ]
-        )
-        slot = self.calls % _CALLS
-        self.counts.index_copy_(0, slot, row.unsqueeze(0))
-        self.times.index_copy_(0, slot, timesteps[:1].to(torch.float32))
-        self.calls.add_(1)
-        if self.masks:
-            cells = (mask.to(torch.uint8) + 2 * replaced.to(torch.uint8)).flatten()
-            places = torch.arange(cells.shape[0], device=cells.device)
-            self.cells.index_copy_(0, (self.written + places) % _CELLS, cells)
-            self.written.add_(cells.shape[0])
+        sizes = ((height * _SIDE + width) * 8 + halves) * _SIDE + mask.shape[0]
+        ops.record_patches(mask, replaced, timesteps, sizes, self.rows, self.cells, self.written)
 
     def read(self) -> list[Call]:
         """The kept calls, oldest first. Waits for the device."""
-        total, written = int(self.calls), int(self.written)
-        counts, times, cells = self.counts.cpu(), self.times.cpu(), self.cells.cpu()
+        end, cell = self.written.tolist()
+        rows, cells = self.rows.cpu(), self.cells.cpu()
+        first_cell, oldest = max(0, cell - _CELLS), max(0, end - _ROWS)
         calls = []
-        for number in range(max(0, total - _CALLS), total):
-            sizes, detected, replaced, full, unchanged, start = counts[number % _CALLS].tolist()
-            sizes, rows = divmod(sizes, _SIDE)
+        while end > oldest:
+            _, _, time, sizes, last = rows[(end - 1) % _ROWS].tolist()
+            sizes, batch = divmod(int(sizes), _SIDE)
             sizes, halves = divmod(sizes, 8)
             height, width = divmod(sizes, _SIDE)
+            end -= batch
+            if end < oldest or int(last) != batch - 1:
+                break  # partly overwritten
+            detected, replaced = rows[torch.arange(end, end + batch) % _ROWS, :2].long().unbind(1)
+            unchanged = (detected > 0) & (replaced == 0)
+            full = unchanged | (replaced == height * width)
             picture = None
-            if self.masks and written - start <= _CELLS:
-                places = (start + torch.arange(rows * height * width)) % _CELLS
-                picture = cells[places].view(rows, height, width)
-            time = float(times[number % _CALLS])
-            calls.append(
-                Call(time, rows, halves, height, width, detected, replaced, full, unchanged, picture)
-            )
-        return calls
+            if self.masks:
+                cell -= batch * height * width
+                if cell >= first_cell:
+                    places = torch.arange(cell, cell + batch * height * width) % _CELLS
+                    picture = cells[places].view(batch, height, width)
+            counts = (int(value.sum()) for value in (detected, replaced, full, unchanged))
+            calls.append(Call(time, batch, halves, height, width, *counts, picture))
+        return calls[::-1]

@@ -4,6 +4,7 @@ from lbdt.ops._dispatch import explain, use_backend
 from lbdt.ops.detect_patches import detect_patches
 from lbdt.ops.encode_topk import encode_topk
 from lbdt.ops.patch_uniform import patch_uniform
+from lbdt.ops.record_patches import record_patches
 from lbdt.ops.replace_patches import replace_patches, replace_patches_
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "encode_topk",
     "explain",
     "patch_uniform",
+    "record_patches",
     "replace_patches",
     "replace_patches_",
     "use_backend",

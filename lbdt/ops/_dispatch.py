@@ -81,13 +81,24 @@ def explain(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> C
 
 def call(op: str, backend: str, *args: Any) -> Any:
     """Run `op` on the chosen backend."""
-    choice = _choose(op, backend, args, {})
+    if _LOG.isEnabledFor(logging.DEBUG):
+        _log_once(_choose(op, backend, args, {}))
+    wanted = _requested(backend)
+    for name in BACKENDS if wanted == "auto" else (wanted,):
+        chosen = _registry[op].get(name)
+        if chosen is None or chosen.supports(*args) is not None:
+            continue
+        if wanted != "auto" or chosen.declines(*args) is None:
+            return chosen.run(*args)
+    return _registry[op][_choose(op, backend, args, {}).backend].run(*args)
+
+
+def _log_once(choice: Choice) -> None:
     for name, reason in choice.reasons.items():
-        key = (op, name, reason)
+        key = (choice.op, name, reason)
         if key not in _logged:
             _logged.add(key)
-            _LOG.debug("%s: %s not used: %s", op, name, reason)
-    return _registry[op][choice.backend].run(*args)
+            _LOG.debug("%s: %s not used: %s", choice.op, name, reason)
 
 
 def _choose(op: str, backend: str, args: tuple, kwargs: dict[str, Any]) -> Choice:

@@ -33,6 +33,16 @@ LIBRARY.define(
     "patch_uniform(Tensor seeds, Tensor timesteps, Tensor halves, int patches, *, str backend='') -> Tensor",
     tags=_COMPLIANT,
 )
+LIBRARY.define(
+    "record_patches(Tensor mask, Tensor replaced, Tensor timesteps, int sizes, Tensor(a!) rows, "
+    "Tensor(b!) cells, Tensor(c!) written, *, str backend='') -> ()",
+    tags=_COMPLIANT,
+)
+LIBRARY.define(
+    "record_patches_cpp(Tensor mask, Tensor replaced, Tensor timesteps, int sizes, Tensor(a!) rows, "
+    "Tensor(b!) cells, Tensor(c!) written) -> ()",
+    tags=_COMPLIANT,
+)
 # x is [B, d, H, W]; source is an index into lbdt.ops.replace_patches.SOURCES.
 LIBRARY.define(
     "replace_patches_cpp(Tensor x, Tensor mask, Tensor u, Tensor? bank, int padding, int source, "

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lbdt import _build, reference
-from lbdt.ops import _checks, _dispatch
+from lbdt.ops import _checks, _dispatch, _triton
 from lbdt.ops._schema import LIBRARY
 
 
@@ -73,8 +73,21 @@ def _cpp(seeds, timesteps, halves, patches) -> Tensor:
     return out
 
 
+def _triton_supports(seeds, *args, **kwargs) -> str | None:
+    return _triton.supports(seeds)
+
+
+def _triton_declines(seeds, *args, **kwargs) -> str | None:
+    return _triton.declines(seeds)
+
+
+def _triton_run(*args) -> Tensor:
+    return _triton.kernels("patch_uniform").patch_uniform(*args)
+
+
 LIBRARY.impl("patch_uniform", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("lbdt::patch_uniform", _fake, lib=LIBRARY)
 torch.library.register_fake("lbdt::patch_uniform_cpp", lambda *args: None, lib=LIBRARY)
+_dispatch.register("patch_uniform", "triton", _triton_supports, _triton_run, _triton_declines)
 _dispatch.register("patch_uniform", "cpp", _cpp_supports, _cpp)
 _dispatch.register("patch_uniform", "reference", _dispatch.always, reference.patch_uniform)

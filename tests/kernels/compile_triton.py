@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _TYPES = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -160,6 +161,37 @@ CASES = {
     ),
     "encode_topk sd15-b1 NCHW float32": lambda: encoding(**SD15, batch=2, dtype=FLOAT, layout=NCHW),
     "encode_topk k 256": lambda: encoding(**SD15 | {"k": 256}, batch=2, dtype=HALF, layout=NCHW),
+    "record_patches": lambda: {
+        "mask": torch.empty(2, 256, dtype=torch.bool),
+        "replaced": torch.empty(2, 256, dtype=torch.bool),
+        "timesteps": torch.empty(2),
+        "sizes": 2**45,
+        "rows": torch.empty(1 << 16, 5, dtype=torch.float64),
+        "cells": torch.empty(1 << 22, dtype=torch.uint8),
+        "written": torch.empty(2, dtype=torch.int64),
+    },
+    # Integers that are 1 become constants, which are typed otherwise.
+    "detect_patches ones": lambda: detection(
+        **SD15 | {"side": 1, "k": 1}, batch=1, union=1, dtype=HALF, layout=NCHW, update=False
+    ),
+    "encode_topk ones": lambda: encoding(
+        **SD15 | {"side": 1, "latents": 1, "k": 1}, batch=1, dtype=HALF, layout=NCHW
+    ),
+    "record_patches ones": lambda: {
+        "mask": torch.empty(1, 1, dtype=torch.bool),
+        "replaced": torch.empty(1, 1, dtype=torch.bool),
+        "timesteps": torch.empty(1),
+        "sizes": 1,
+        "rows": torch.empty(1, 5, dtype=torch.float64),
+        "cells": torch.empty(1, dtype=torch.uint8),
+        "written": torch.empty(2, dtype=torch.int64),
+    },
+    "patch_uniform ones": lambda: {
+        "seeds": torch.empty(1, dtype=torch.int64),
+        "timesteps": torch.empty(1, dtype=torch.float64),
+        "halves": torch.empty(1, dtype=torch.int64),
+        "patches": 1,
+    },
     "patch_uniform": lambda: {
         "seeds": torch.empty(8, dtype=torch.int64),
         "timesteps": torch.empty(8),

@@ -8,7 +8,7 @@ from lbdt.reference.patch_uniform import philox4x32
 from tests import backends
 from tests.backends import DEVICE, on_device
 
-every_backend = backends.every_backend("cpp")
+every_backend = backends.every_backend("cpp", "triton")
 
 F = 0xFFFFFFFF
 # Random123 1.14, tests/kat_vectors, "philox4x32 10": counter, key, answer.

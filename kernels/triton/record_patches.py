@@ -1,0 +1,95 @@
+"""`lbdt::record_patches` in Triton: one launch of one program.
+
+Eq.: lbdt/reference/record_patches.py, which is the reference.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+
+
+@triton.jit
+def record_patches_kernel(
+    mask,  # [B, N] uint8, contiguous
+    replaced,  # [B, N] uint8, contiguous
+    timesteps,  # [B] float32
+    sizes,
+    rows,  # [R, 5] float64, out
+    cells,  # [C] uint8, out
+    written,  # [2] int64, in and out
+    batch,
+    patches,
+    timesteps_stride,
+    row_count,
+    cell_count,
+    KEPT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Reads 2 bytes a patch; writes 40 bytes a row and, KEPT, a byte a patch."""
+    first_row, first_cell = tl.load(written), tl.load(written + 1)
+    # Integers that are 1 arrive as constants, which have no `to`.
+    cells_now = tl.to_tensor(batch).to(tl.int64) * patches
+    for image in range(batch):
+        detected = tl.zeros([BLOCK], tl.int32)
+        overwritten = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, patches, BLOCK):
+            patch = start + tl.arange(0, BLOCK)
+            place = tl.to_tensor(image).to(tl.int64) * patches + patch
+            inside = patch < patches
+            before = tl.load(mask + place, mask=inside, other=0).to(tl.int32)
+            after = tl.load(replaced + place, mask=inside, other=0).to(tl.int32)
+            detected += before
+            overwritten += after
+            if KEPT:
+                cell = (before + 2 * after).to(tl.uint8)
+                # Of more cells than fit the last ones stay: none is written twice.
+                last = cells_now - place <= cell_count
+                tl.store(cells + (first_cell + place) % cell_count, cell, mask=inside & last)
+        if batch - image <= row_count:
+            row = rows + (first_row + image) % row_count * 5
+            tl.store(row, tl.sum(detected, axis=0).to(tl.float64))
+            tl.store(row + 1, tl.sum(overwritten, axis=0).to(tl.float64))
+            tl.store(row + 2, tl.load(timesteps + image * timesteps_stride).to(tl.float64))
+            tl.store(row + 3, tl.to_tensor(sizes).to(tl.float64))
+            tl.store(row + 4, tl.to_tensor(image).to(tl.float64))
+    tl.debug_barrier()  # every warp has read `written` by now
+    tl.store(written, first_row + batch)
+    if KEPT:
+        tl.store(written + 1, first_cell + cells_now)
+
+
+def record_patches(
+    mask: Tensor,  # [B, N]
+    replaced: Tensor,  # [B, N]
+    timesteps: Tensor,  # [B]
+    sizes: int,
+    rows: Tensor,  # [R, 5]
+    cells: Tensor,  # [C]
+    written: Tensor,  # [2]
+) -> None:
+    """`lbdt.reference.record_patches` in one launch."""
+    batch, patches = mask.shape
+    with torch.cuda.device(mask.device) if mask.is_cuda else contextlib.nullcontext():
+        record_patches_kernel[(1,)](
+            mask.contiguous().view(torch.uint8),
+            replaced.contiguous().view(torch.uint8),
+            timesteps,
+            sizes,
+            rows,
+            cells,
+            written,
+            batch,
+            patches,
+            *timesteps.stride(),
+            rows.shape[0],
+            cells.shape[0],
+            KEPT=cells.shape[0] > 0,
+            BLOCK=_BLOCK,
+            num_warps=4,
+            num_stages=1,
+        )

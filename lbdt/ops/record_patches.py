@@ -1,0 +1,109 @@
+"""`lbdt::record_patches`: what a call detected and replaced, kept on the device."""
+
+import torch
+from torch import Tensor
+
+from lbdt import _build, reference
+from lbdt.ops import _checks, _dispatch, _triton
+from lbdt.ops._schema import LIBRARY
+
+FIELDS = 5
+"""Columns of a row: detected, replaced, timestep, sizes, number within the call."""
+
+
+def record_patches(
+    mask: Tensor,  # [B, N]
+    replaced: Tensor,  # [B, N]
+    timesteps: Tensor,  # [B]
+    sizes: int,
+    rows: Tensor,  # [R, 5]
+    cells: Tensor,  # [C]
+    written: Tensor,  # [2]
+    *,
+    backend: str | None = None,
+) -> None:
+    """Appends a call's counts to ring buffers, and its masks where `cells` has room for any; no host sync.
+
+    Args:
+        mask, replaced: bool, before and after padding.
+        timesteps: float32.
+        sizes: a number of the caller's, below 2**53.
+        rows: float64, contiguous: detected, replaced, timestep, sizes, number within the call.
+        cells: uint8, contiguous: bit 0 detected, bit 1 replaced; C = 0: not kept.
+        written: int64, contiguous: rows and cells so far; the next ones go to their remainders by R and C.
+        backend: "auto", or one to force (`lbdt.ops.use_backend`).
+
+    Raises:
+        ValueError, TypeError: the argument, what was expected, what was given.
+    """
+    torch.ops.lbdt.record_patches(
+        mask, replaced, timesteps, sizes, rows, cells, written, backend=backend or ""
+    )
+
+
+def _check(mask, replaced, timesteps, sizes, rows, cells, written) -> None:
+    if mask.dim() != 2:
+        raise ValueError(f"mask: expected [B, N], got {list(mask.shape)}")
+    _checks.shape("replaced", replaced, tuple(mask.shape), "[B, N]")
+    _checks.shape("timesteps", timesteps, (mask.shape[0],), "[B]")
+    _checks.shape("written", written, (2,), "[2]")
+    if rows.dim() != 2 or rows.shape[0] == 0 or rows.shape[1] != FIELDS:
+        raise ValueError(f"rows: expected [R >= 1, {FIELDS}], got {list(rows.shape)}")
+    if cells.dim() != 1:
+        raise ValueError(f"cells: expected [C], got {list(cells.shape)}")
+    for name, tensor, dtype in (
+        ("mask", mask, torch.bool),
+        ("replaced", replaced, torch.bool),
+        ("timesteps", timesteps, torch.float32),
+        ("rows", rows, torch.float64),
+        ("cells", cells, torch.uint8),
+        ("written", written, torch.int64),
+    ):
+        _checks.dtype(name, tensor, dtype)
+        _checks.device(name, tensor, mask)
+    for name, tensor in (("rows", rows), ("cells", cells), ("written", written)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous memory, got strides {list(tensor.stride())}")
+    if not 0 <= sizes < 1 << 53:
+        raise ValueError(f"sizes: expected 0 <= sizes < 2**53, got {sizes}")
+
+
+def _run(mask, replaced, timesteps, sizes, rows, cells, written, *, backend="") -> None:
+    _check(mask, replaced, timesteps, sizes, rows, cells, written)
+    _dispatch.call("record_patches", backend, mask, replaced, timesteps, sizes, rows, cells, written)
+
+
+def _fake(mask, replaced, timesteps, sizes, rows, cells, written, *, backend="") -> None:
+    _check(mask, replaced, timesteps, sizes, rows, cells, written)
+
+
+def _cpp_supports(mask, *args, **kwargs) -> str | None:
+    if mask.device.type != "cpu":
+        return f"needs a CPU tensor, got one on {mask.device}"
+    return _build.missing("record_patches_cpp", "cpu")
+
+
+def _cpp(mask, replaced, timesteps, sizes, rows, cells, written) -> None:
+    torch.ops.lbdt.record_patches_cpp(
+        mask.contiguous(), replaced.contiguous(), timesteps, sizes, rows, cells, written
+    )
+
+
+def _triton_supports(mask, *args, **kwargs) -> str | None:
+    return _triton.supports(mask)
+
+
+def _triton_declines(mask, *args, **kwargs) -> str | None:
+    return _triton.declines(mask)
+
+
+def _triton_run(*args) -> None:
+    _triton.kernels("record_patches").record_patches(*args)
+
+
+LIBRARY.impl("record_patches", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("lbdt::record_patches", _fake, lib=LIBRARY)
+torch.library.register_fake("lbdt::record_patches_cpp", lambda *args: None, lib=LIBRARY)
+_dispatch.register("record_patches", "triton", _triton_supports, _triton_run, _triton_declines)
+_dispatch.register("record_patches", "cpp", _cpp_supports, _cpp)
+_dispatch.register("record_patches", "reference", _dispatch.always, reference.record_patches)

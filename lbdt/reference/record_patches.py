@@ -1,0 +1,33 @@
+"""Reference of `lbdt::record_patches`: what a call did, into ring buffers on the device."""
+
+import torch
+from torch import Tensor
+
+
+def record_patches(
+    mask: Tensor,  # [B, N]
+    replaced: Tensor,  # [B, N]
+    timesteps: Tensor,  # [B]
+    sizes: int,
+    rows: Tensor,  # [R, 5]
+    cells: Tensor,  # [C]
+    written: Tensor,  # [2]
+) -> None:
+    """Appends B rows (detected, replaced, timestep, sizes, number within the call) and, where C > 0, B * N cells.
+
+    Eq.: row b goes to `rows[(written[0] + b) % R]`, cell i, bit 0 detected and bit 1 replaced, to
+    `cells[(written[1] + i) % C]`; `written` grows by what was added. Ours; no source.
+    """
+    batch, patches = mask.shape
+    row = torch.arange(batch, device=mask.device)
+    times = timesteps.to(torch.float64)
+    counts = (mask.sum(dim=1), replaced.sum(dim=1))
+    record = torch.stack([*counts, times, torch.full_like(times, sizes), row], dim=1)
+    # Of more rows than fit the last ones stay.
+    rows.index_copy_(0, ((row + written[0]) % rows.shape[0])[-rows.shape[0] :], record[-rows.shape[0] :])
+    if cells.shape[0] > 0:
+        both = (mask.to(torch.uint8) + 2 * replaced.to(torch.uint8)).flatten()
+        place = (torch.arange(batch * patches, device=mask.device) + written[1]) % cells.shape[0]
+        cells.index_copy_(0, place[-cells.shape[0] :], both[-cells.shape[0] :])
+        written[1].add_(batch * patches)
+    written[0].add_(batch)
