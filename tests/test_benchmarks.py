@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import sanitize
+from benchmarks import early_stop, sanitize
 from lbdt.bench import baselines, cases, hook, machine, run, shapes, table, targets
 from lbdt.bench.shapes import Place
 
@@ -274,6 +274,17 @@ def test_the_gpu_script_is_shell():
     script = ROOT / "benchmarks/gpu.sh"
     assert os.access(script, os.X_OK)
     assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
+
+
+def test_early_stop_reads_less_in_the_order_of_firing(tmp_path, capsys):
+    out = tmp_path / "early.json"
+    assert early_stop.main(["--steps", "2", "--object", "Cats", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert 0 < result["refuted"] <= result["candidates"]
+    numbered, mean, counts = result["mean_read"].values()
+    # A candidate is refuted by k others at least, and at the end of the dictionary at the latest.
+    assert result["k"] <= counts < numbered <= result["latents"] and mean < numbered
+    assert "by firing counts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
