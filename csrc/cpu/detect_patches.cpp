@@ -27,19 +27,15 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__x86_64__)
-#define LBDT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define LBDT_CLONES
-#endif
-
 namespace {
 
+using lbdt::divide_up;
 using lbdt::FeatureMap;
 using lbdt::Floats;
 using lbdt::floats;
-using lbdt::Kernels;
+using lbdt::kBlock;
 using lbdt::kernels;
+using lbdt::kGrain;
 using lbdt::kMostLanes;
 using lbdt::product;
 using lbdt::Rows;
@@ -48,11 +44,7 @@ using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kBlock = 96;       // latents of a task: a multiple of the rows of every tile
-constexpr int64_t kGrain = 1 << 17;  // multiply-adds for which a thread is worth waking
 constexpr float kZeros[kBlock] = {};
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The largest value of each patch above its threshold, so far, and the latent that has it.
 LBDT_CLONES void keep_largest(
@@ -106,16 +98,6 @@ class Detection {
   }
 
  private:
-  // Latents [first, first + count) of the dictionary: in place, or in `room` [count, d].
-  Rows dictionary(int64_t first, int64_t count, float* room) const {
-    const int64_t step = call_.weight.stride(0), inner = call_.weight.stride(1);
-    const T* from = static_cast<const T*>(call_.weight.const_data_ptr()) + first * step;
-    if constexpr (std::is_same_v<T, float>)
-      if (inner == 1) return {from, step};
-    for (int64_t r = 0; r < count; ++r) lbdt::widen(from + r * step, inner, x_.width, room + r * x_.width);
-    return {room, x_.width};
-  }
-
   struct Watched {  // the U latents of the concepts
     Floats weight;             // [U, d]
     std::vector<float> bias;   // [U]
@@ -127,7 +109,7 @@ class Detection {
     Watched own{floats(count * width), {}, {}};
     for (int64_t u = 0; u < count; ++u) {
       float* to = own.weight.get() + u * width;
-      const Rows row = dictionary(call_.latents[u], 1, to);
+      const Rows row = lbdt::dictionary_rows<T>(call_.weight, call_.latents[u], 1, to);
       if (row.data != to) std::copy_n(row.data, width, to);
       own.bias.push_back(call_.bias[call_.latents[u]]);
     }
@@ -223,11 +205,8 @@ class Detection {
     return out;
   }
 
-  struct Panel {  // candidates side by side, [d, lanes]
-    float* data;
-    int64_t lanes, filled;
-    int64_t patch[kMostLanes];
-    float value[kMostLanes];  // +inf, which nothing exceeds, in the lanes left
+  struct Panel : lbdt::Panel {  // of candidates
+    float value[kMostLanes];    // +inf, which nothing exceeds, in the lanes left
     int32_t owner[kMostLanes];
   };
 
@@ -237,13 +216,13 @@ class Detection {
     const int64_t latents = call_.weight.size(0), lanes = kernels().lanes;
     const int64_t least = std::max<int64_t>(4 * call_.k, kBlock * torch::stable::get_num_threads());
     std::vector<std::atomic<int32_t>> counts(alive.empty() ? 0 : x_.images * x_.patches);
-    const Floats packed = floats(divide_up(alive.size(), lanes) * lanes * x_.width);
+    const lbdt::Columns packed(divide_up(alive.size(), lanes) * lanes * x_.width);
     std::vector<Panel> panels;
     int64_t vectors = 0;
     for (int64_t start = 0, stop; start < latents && !alive.empty(); start = stop) {
       stop = std::min(latents, start + std::max(start, divide_up(least, kBlock) * kBlock));
       const int64_t needed = divide_up(alive.size(), lanes);
-      if (needed != vectors) panels = pack(alive, needed, packed.get());
+      if (needed != vectors) panels = pack(alive, packed.get());
       vectors = needed;
       count(panels, start, stop, counts);
       const auto full = [&](int64_t p) {
@@ -255,28 +234,17 @@ class Detection {
     }
   }
 
-  std::vector<Panel> pack(const std::vector<int64_t>& alive, int64_t vectors, float* packed) const {
-    const Kernels& isa = kernels();
-    std::vector<Panel> panels(divide_up(vectors, isa.vectors));
-    int64_t lane = 0;
-    for (size_t i = 0; i < panels.size(); ++i) {
-      Panel& panel = panels[i];
-      // Evenly wide: a narrow panel is a slow one.
-      panel.lanes = divide_up(vectors - lane / isa.lanes, panels.size() - i) * isa.lanes;
-      panel.filled = std::min<int64_t>(panel.lanes, alive.size() - lane);
-      panel.data = packed + lane * x_.width;
+  std::vector<Panel> pack(const std::vector<int64_t>& alive, float* packed) const {
+    std::vector<Panel> panels;
+    for (const lbdt::Panel& plain : x_.panels(alive, packed)) {
+      Panel& panel = panels.emplace_back(Panel{plain, {}, {}});
       std::fill_n(panel.value, kMostLanes, kInf);
       std::fill_n(panel.owner, kMostLanes, -1);
       for (int64_t j = 0; j < panel.filled; ++j) {
-        panel.patch[j] = alive[lane + j];
         panel.value[j] = largest_[panel.patch[j]];
         panel.owner[j] = owner_[panel.patch[j]];
       }
-      lane += panel.lanes;
     }
-    parallel_for(0, x_.width, 1 + kGrain / (8 * lane), [&](int64_t first, int64_t last) {
-      for (const Panel& p : panels) x_.pack(p.patch, p.filled, first, last, p.lanes, p.data);
-    });
     return panels;
   }
 
@@ -294,7 +262,7 @@ class Detection {
       const Floats room = floats(kBlock * x_.width), h = floats(kBlock * kMostLanes);
       for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
         const int64_t first = start + task * kBlock, some = std::min(kBlock, stop - first);
-        const Rows w = dictionary(first, some, room.get());
+        const Rows w = lbdt::dictionary_rows<T>(call_.weight, first, some, room.get());
         for (const Panel& p : panels) {
           if (std::none_of(p.patch, p.patch + p.filled, open)) continue;
           int32_t larger[kMostLanes] = {};

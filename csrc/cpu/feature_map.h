@@ -1,10 +1,13 @@
-// Reads x - minus of a feature map [B, d, H, W] or [B, d, N] of any strides, as float32 rows or columns.
+// Reads x - minus of a feature map [B, d, H, W] or [B, d, N], and a dictionary [L, d], of any strides, as
+// float32 rows or columns.
 
 #pragma once
 
 #include "tiles.h"
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -32,6 +35,17 @@ inline Floats floats(int64_t count) {
   return {static_cast<float*>(memory), &std::free};
 }
 
+// Memory that grows with the input: from torch's allocator, whose profiler counts it; at the start of a cache line.
+class Columns {
+ public:
+  explicit Columns(int64_t count)
+      : tensor_(torch::stable::empty({std::max<int64_t>(count, 1)}, torch::headeronly::ScalarType::Float)) {}
+  float* get() const { return static_cast<float*>(tensor_.mutable_data_ptr()); }
+
+ private:
+  torch::stable::Tensor tensor_;
+};
+
 #if defined(__x86_64__)
 __attribute__((target("avx2,f16c"))) inline int64_t widen_f16c(
     const torch::headeronly::Half* from, int64_t count, float* to) {
@@ -58,6 +72,23 @@ void widen(const T* from, int64_t step, int64_t count, float* to) {
     for (; i < count; ++i) to[i] = static_cast<float>(from[i * step]);
   }
 }
+
+// Rows [first, first + count) of a dictionary [L, d]: in place, or in `room` [count, d].
+template <typename T>
+Rows dictionary_rows(const torch::stable::Tensor& weight, int64_t first, int64_t count, float* room) {
+  const int64_t step = weight.stride(0), inner = weight.stride(1), width = weight.size(1);
+  const T* from = static_cast<const T*>(weight.const_data_ptr()) + first * step;
+  if constexpr (std::is_same_v<T, float>)
+    if (inner == 1) return {from, step};
+  for (int64_t r = 0; r < count; ++r) widen(from + r * step, inner, width, room + r * width);
+  return {room, width};
+}
+
+struct Panel {  // patches side by side, [d, lanes]
+  float* data;
+  int64_t lanes, filled;
+  int64_t patch[kMostLanes];  // positions in B * N
+};
 
 template <typename T>
 class FeatureMap {
@@ -95,6 +126,27 @@ class FeatureMap {
     for (int64_t i = 0; i < count; ++i) patch[i] = image * patches + start + i;
     pack(patch, count, 0, width, lanes, room);
     return {room, lanes};
+  }
+
+  // The patches at `where`, ascending positions in B * N, as panels one after another in `packed`.
+  std::vector<Panel> panels(const std::vector<int64_t>& where, float* packed) const {
+    const Kernels& isa = kernels();
+    const int64_t vectors = divide_up(where.size(), isa.lanes);
+    std::vector<Panel> out(divide_up(vectors, isa.vectors));
+    int64_t lane = 0;
+    for (size_t i = 0; i < out.size(); ++i) {
+      Panel& panel = out[i];
+      // Evenly wide: a narrow panel is a slow one.
+      panel.lanes = divide_up(vectors - lane / isa.lanes, out.size() - i) * isa.lanes;
+      panel.filled = std::min<int64_t>(panel.lanes, where.size() - lane);
+      panel.data = packed + lane * width;
+      std::copy_n(where.begin() + lane, panel.filled, panel.patch);
+      lane += panel.lanes;
+    }
+    torch::stable::parallel_for(0, width, 1 + kGrain / (8 * lane + 1), [&](int64_t first, int64_t last) {
+      for (const Panel& p : out) pack(p.patch, p.filled, first, last, p.lanes, p.data);
+    });
+    return out;
   }
 
   // Channels [first, last) of `count` patches, ascending positions in B * N, into panel [d, lanes]; the other

@@ -1,18 +1,19 @@
 // record_patches on CPU tensors. Schema, checks and fake: lbdt/ops/_schema.py and lbdt/ops/record_patches.py.
 //
-// Eq.: lbdt/reference/record_patches.py. Reads 2 bytes a patch, writes 40 bytes a row and a byte a kept cell.
+// Eq.: lbdt/reference/record_patches.py. Reads 2 bytes a patch, writes 32 bytes a row and a byte a kept cell.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kFields = 5;
+constexpr int64_t kFields = 4;
 
 // What `written` holds may be anything that fits an int64; a ring's places may not.
 int64_t remainder(int64_t value, int64_t size) { return (value % size + size) % size; }
@@ -22,15 +23,15 @@ void record_patches_cpp(
     const Tensor replaced,   // [B, N] bool, contiguous
     const Tensor timesteps,  // [B] float32, any stride
     int64_t sizes,
-    Tensor rows,       // [R, 5] float64, contiguous
+    Tensor rows,       // [R, 4] int64, contiguous
     Tensor cells,      // [C] uint8, contiguous; C = 0: not kept
     Tensor written) {  // [2] int64, contiguous
   const int64_t batch = mask.size(0), patches = mask.size(1), row_count = rows.size(0), cell_count = cells.size(0);
-  STD_TORCH_CHECK(rows.size(1) == kFields && row_count > 0, "rows: expected [R >= 1, 5]");
+  STD_TORCH_CHECK(rows.size(1) == kFields && row_count > 0, "rows: expected [R >= 1, 4]");
   const uint8_t* before = static_cast<const uint8_t*>(mask.const_data_ptr());
   const uint8_t* after = static_cast<const uint8_t*>(replaced.const_data_ptr());
   const float* times = static_cast<const float*>(timesteps.const_data_ptr());
-  double* to = static_cast<double*>(rows.mutable_data_ptr());
+  int64_t* to = static_cast<int64_t*>(rows.mutable_data_ptr());
   int64_t* counters = static_cast<int64_t*>(written.mutable_data_ptr());
 
   for (int64_t image = 0; image < batch; ++image) {
@@ -40,12 +41,13 @@ void record_patches_cpp(
       detected += m[p];
       overwritten += r[p];
     }
-    double* row = to + remainder(counters[0] + image, row_count) * kFields;
-    row[0] = static_cast<double>(detected);
-    row[1] = static_cast<double>(overwritten);
-    row[2] = times[image * timesteps.stride(0)];
-    row[3] = static_cast<double>(sizes);
-    row[4] = static_cast<double>(image);
+    int32_t bits;
+    std::memcpy(&bits, times + image * timesteps.stride(0), sizeof(bits));
+    int64_t* row = to + remainder(counters[0] + image, row_count) * kFields;
+    row[0] = detected;
+    row[1] = overwritten;
+    row[2] = bits;
+    row[3] = sizes;
   }
   counters[0] += batch;
   if (cell_count == 0) return;

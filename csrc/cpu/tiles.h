@@ -13,12 +13,19 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#define LBDT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define LBDT_CLONES
 #endif
 
 namespace lbdt {
 
-constexpr int kMostVectors = 4;     // of a panel
-constexpr int64_t kMostLanes = 64;  // kMostVectors of the widest instruction set
+constexpr int kMostVectors = 4;      // of a panel
+constexpr int64_t kMostLanes = 64;   // kMostVectors of the widest instruction set
+constexpr int64_t kBlock = 96;       // rows of a task: a multiple of the rows of every tile
+constexpr int64_t kGrain = 1 << 17;  // multiply-adds for which a thread is worth waking
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // h [Rows, width] += w [Rows, depth] x [depth, width], with h in registers and width = Vectors * LANES.
 using Tile = void (*)(

@@ -64,3 +64,9 @@ LIBRARY.define(
     "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus, Tensor(a!) mask) -> ()",
     tags=_COMPLIANT,
 )
+# Contiguous but for x and weight; bias in float32.
+LIBRARY.define(
+    "encode_topk_cpp(Tensor x, Tensor weight, Tensor bias, int k, Tensor(a!) values, Tensor(b!) indices) "
+    "-> ()",
+    tags=_COMPLIANT,
+)

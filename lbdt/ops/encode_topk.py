@@ -1,11 +1,15 @@
 """`lbdt::encode_topk`: the sparse code of every patch."""
 
+import functools
+
 import torch
 from torch import Tensor
 
-from lbdt import reference
+from lbdt import _build, reference
 from lbdt.ops import _checks, _dispatch, _triton
 from lbdt.ops._schema import LIBRARY
+
+_MOST_K = 256  # the Triton kernel keeps them in registers
 
 
 def encode_topk(
@@ -29,7 +33,7 @@ def encode_topk(
 
     Returns:
         values in x's dtype (0 where a kept pre-activation is negative) and int64 indices. No gradient.
-        Tied latents at the k-th place: any of them.
+        Tied latents at the k-th place: any of them; the C++ version takes the smaller ones. NaN comes first.
 
     Raises:
         ValueError, TypeError: the argument, what was expected, what was given. RuntimeError if x requires
@@ -60,10 +64,41 @@ torch.library.register_fake("lbdt::encode_topk", _fake, lib=LIBRARY)
 _dispatch.register("encode_topk", "reference", _dispatch.always, reference.encode_topk)
 
 
+def _cpp_supports(x, weight, bias, k) -> str | None:
+    if x.device.type != "cpu":
+        return f"needs a CPU tensor, got one on {x.device}"
+    if x.dtype == torch.float64:
+        return "computes in float32, and x is float64"
+    return _build.missing("encode_topk_cpp", "cpu")
+
+
+@functools.cache
+def _cpp_declines_processor() -> str | None:
+    if torch.backends.cpu.get_cpu_capability().startswith(("AVX2", "AVX512")):
+        return None
+    return "its matrix product is written for AVX2 and AVX-512, which this processor lacks"
+
+
+def _cpp_declines(x, weight, bias, k) -> str | None:
+    return _cpp_declines_processor()
+
+
+def _cpp(x, weight, bias, k) -> tuple[Tensor, Tensor]:
+    size = (x.shape[0], x.shape[2:].numel(), k)
+    values = torch.empty(size, dtype=x.dtype, device=x.device)
+    indices = torch.empty(size, dtype=torch.int64, device=x.device)
+    torch.ops.lbdt.encode_topk_cpp(x, weight, bias.float().contiguous(), k, values, indices)
+    return values, indices
+
+
+torch.library.register_fake("lbdt::encode_topk_cpp", lambda *args: None, lib=LIBRARY)
+_dispatch.register("encode_topk", "cpp", _cpp_supports, _cpp, _cpp_declines)
+
+
 def _triton_supports(x, weight, bias, k) -> str | None:
     reason = _triton.supports_product(x, weight) or _triton.supports(x)
-    if reason is None and k > (most := _triton.kernels("encode_topk").MOST_K):
-        reason = f"keeps at most {most} latents a patch, got k = {k}"
+    if reason is None and k > _MOST_K:
+        reason = f"keeps at most {_MOST_K} latents a patch, got k = {k}"
     return reason
 
 

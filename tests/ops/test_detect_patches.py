@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 
 from lbdt import ops
+from lbdt.bench.machine import allocated_peak
 from lbdt.reference.detect_patches import _detect
 from lbdt.testing import DTYPES, TOLERANCES, integers, layouts
 from tests.backends import DEVICE, HAS_CPP, every_backend, on_device
@@ -324,16 +325,12 @@ def test_the_reference_never_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_nothing_of_size_n_by_l_is_held():
+@every_backend("cpp")
+def test_nothing_of_size_n_by_l_is_held(backend):
     """The peak of what the op itself allocates, from the profiler's record of the CPU allocator."""
+    needs_the_cpu(backend)
     arguments = inputs(B=2, d=16, H=16, W=16, L=65536, U=4, k=16, threshold=-1e9)
-    with torch.profiler.profile(profile_memory=True) as record:
-        ops.detect_patches(**arguments, backend="reference")
-    held = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+    peak = allocated_peak(lambda: ops.detect_patches(**arguments, backend=backend))
     assert 0 < peak < 512 * 65536  # bytes: one byte for each of N x L would already be more
 
 

@@ -38,12 +38,21 @@ def spy(monkeypatch):
     return ran
 
 
-def test_explain_names_the_choice_and_why_not_the_others():
+def test_explain_names_the_choice_and_why_not_the_others(no_library):
     choice = ops.explain("encode_topk", *ENCODE)
     assert choice.op == "encode_topk" and choice.backend == "reference"
     assert set(choice.reasons) == {"triton", "cpp"}
-    assert "not implemented" in choice.reasons["cpp"] and "riton" in choice.reasons["triton"]
+    assert "cleaner's" in choice.reasons["cpp"] and "riton" in choice.reasons["triton"]
     assert str(choice).splitlines()[0] == "encode_topk: reference" and "not cpp: " in str(choice)
+
+
+def test_an_op_that_lacks_a_backend_says_so():
+    choice = ops.explain("replace_patches", *REPLACE)
+    assert choice.reasons["triton"] == "not implemented for this op in this version"
+    with pytest.raises(ValueError, match="replace_patches: backend 'triton' cannot serve.*not implemented"):
+        ops.replace_patches(*REPLACE, backend="triton")
+    with ops.use_backend("triton"), pytest.raises(ValueError, match="cannot serve this call"):
+        ops.replace_patches(*REPLACE)
 
 
 def test_explain_takes_arguments_by_position_and_by_name():
@@ -72,7 +81,7 @@ def test_a_named_backend_that_cannot_serve_the_call_raises_its_reason(no_library
         ValueError, match="replace_patches: backend 'cpp' cannot .* at the cleaner's.*reference"
     ):
         ops.replace_patches(*REPLACE, backend="cpp")
-    with pytest.raises(ValueError, match="encode_topk: backend 'cpp' cannot serve.*not implemented"):
+    with pytest.raises(ValueError, match="encode_topk: backend 'cpp' cannot serve.*at the cleaner's"):
         ops.encode_topk(*ENCODE, backend="cpp")
     with ops.use_backend("cpp"), pytest.raises(ValueError, match="cannot serve this call"):
         ops.encode_topk(*ENCODE)
@@ -121,9 +130,9 @@ def test_why_not_triton(machine, arguments, reason, monkeypatch):
 def test_a_gpu_that_is_too_old_for_the_kernels_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.version, "hip", None)
-    assert "8.0 or later, cuda:1 has 7.5" in _triton._too_old.__wrapped__(torch.device("cuda:1"))
+    assert "8.0 or later, cuda:1 has 7.5" in _triton._unfit.__wrapped__(torch.device("cuda:1"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert _triton._too_old.__wrapped__(torch.device("cuda:1")) is None
+    assert _triton._unfit.__wrapped__(torch.device("cuda:1")) is None
 
 
 def test_an_installation_without_the_kernels_is_an_error_not_a_fallback(monkeypatch):
