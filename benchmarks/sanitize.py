@@ -113,7 +113,7 @@ def record_patches(device: torch.device, g: torch.Generator) -> int:
     for kept in (0, 50):
         mask, replaced = (torch.rand(BATCH, HEIGHT * GRID_WIDTH, generator=g) < 0.5 for _ in range(2))
         buffers = (
-            torch.zeros(4, 5, dtype=torch.float64),
+            torch.zeros(4, 4, dtype=torch.int64),
             torch.zeros(kept, dtype=torch.uint8),
             torch.tensor([3, 7]),
         )

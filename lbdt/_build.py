@@ -6,13 +6,14 @@ path, so it imports nothing of lbdt.
 
 LBDT_BUILD_CUDA: "auto" (default: where nvcc is found and torch has CUDA), "1" (also with a CPU build of torch; a
 missing nvcc is an error), "0" (never). TORCH_CUDA_ARCH_LIST names the architectures, as for torch's own
-extensions; else those of the visible GPUs; else 9.0.
+extensions; else 8.0, 9.0 and those of the visible GPUs.
 """
 
 import functools
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -38,18 +39,29 @@ def compile_extension(output: Path) -> None:
 
     Raises RuntimeError with the compiler's own words, or naming what is missing.
     """
-    import torch
-
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        raise RuntimeError("no C++ compiler: install g++ or set CXX")
     if not sources():
         raise RuntimeError(f"no C++ sources in {_SOURCES}")
     nvcc = cuda_compiler()
+    try:
+        _compile(output, nvcc)
+    except RuntimeError as error:
+        if nvcc is None or os.environ.get("LBDT_BUILD_CUDA") == "1":
+            raise
+        # A toolkit that does not fit this torch or compiler must not cost the CPU ops.
+        warnings.warn(f"lbdt: the CUDA ops were left out, as their build failed: {error}", stacklevel=2)
+        _compile(output, None)
+
+
+def _compile(output: Path, nvcc: str | None) -> None:
+    import torch
+
+    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "")
+    if not compiler:
+        raise RuntimeError("no C++ compiler: install g++ or set CXX")
     root = Path(torch.__file__).parent
     shared = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{root / 'include'}", f"-I{_SOURCES}"]
-    host = [compiler, "-std=c++20", "-O3", "-fPIC", "-Wall", "-ffp-contract=off", *shared]
-    link = [compiler, "-shared", "-o"]
+    host = [*compiler, "-std=c++20", "-O3", "-fPIC", "-Wall", "-ffp-contract=off", *shared]
+    link = [*compiler, "-shared", "-o"]
     libraries = [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
@@ -102,6 +114,8 @@ def cuda_compiler() -> str | None:
 def cuda_command(nvcc: str) -> list[str]:
     """nvcc with the flags of every CUDA file, architectures included."""
     flags = [nvcc, "-std=c++20", "-O3", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-Wall", "--threads", "2"]
+    if os.environ.get("CXX"):  # the last word: before it a launcher such as ccache may stand
+        flags += ["-ccbin", shlex.split(os.environ["CXX"])[-1]]
     return flags + gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or _visible_architectures())
 
 
@@ -125,10 +139,11 @@ def gencode(architectures: str) -> list[str]:
 def _visible_architectures() -> str:
     import torch
 
-    if not torch.cuda.is_available():
-        return "9.0+PTX"
-    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+    # 8.0 serves all of 8.x, and PTX what is newer than the newest: the file runs beside other GPUs too.
+    found = {(8, 0), (9, 0)}
+    if torch.cuda.is_available():
+        found |= {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(found)) + "+PTX"
 
 
 def _cuda_libraries(nvcc: str) -> Path:
@@ -151,7 +166,10 @@ def _cuda_libraries(nvcc: str) -> Path:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise RuntimeError(f"{' '.join(command)}\n{error}") from error
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 

@@ -97,7 +97,7 @@ def _ops(device: str) -> dict[str, Any]:
             mask,
             u[:, 0],
             0,
-            torch.zeros(1, 5, dtype=torch.float64, device=device),
+            torch.zeros(1, 4, dtype=torch.int64, device=device),
             u,
             one,
         ),

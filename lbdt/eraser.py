@@ -266,7 +266,7 @@ class ConceptEraser:
         order = self.dictionary.firing_order().to(sae.encoder.weight.device)
         return Plan(
             options,
-            weight=sae.encoder.weight.detach()[order],
+            weight=sae.encoder.weight.detach().index_select(0, order),
             bias=sae.folded_bias()[order],
             latents=order.argsort().cpu()[latents],
             thresholds=sae.to_pre_activation(thresholds, latents),

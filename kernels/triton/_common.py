@@ -139,8 +139,9 @@ def accumulate(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 products are taken: exactly, unless torch.set_float32_matmul_precision allows TF32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" or dtype != torch.float32 else "tf32"
+    """How float32 products are taken: exactly, unless torch's own may be TF32."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def grid_strides(x: Tensor) -> tuple[int, int, int, bool]:

@@ -29,7 +29,10 @@ def candidates_config(x: Tensor) -> Config:
 
 
 def count_config(x: Tensor, rows: int, update: bool) -> Config:
-    """Of the second launch: few rows are bound by reading the dictionary, many by the products."""
+    """Of the second launch: few rows are bound by reading the dictionary, many by the products.
+
+    A tile has more than 32 candidates, or the warps of a program would decide on copies of `count` of their own.
+    """
     if x.dtype == torch.float32:
         return Config(64, 64, 16, 4, 3)
     # Larger steps and tiles spill registers with a second operand, and before Hopper.
@@ -40,7 +43,7 @@ def count_config(x: Tensor, rows: int, update: bool) -> Config:
     return Config(64, 128, step, 4, 4) if rows <= _FEW_ROWS else Config(128, 128, step, 8, 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["union", "thresholds_stride_t", "enabled_stride_b"])
 def detect_patches_candidates_kernel(
     x,  # [B, d, H, W] by its strides
     minus,  # like x
@@ -90,8 +93,8 @@ def detect_patches_candidates_kernel(
     Reads x, the U encoder rows once per BLOCK_P patches, and their thresholds; writes N bytes and 16 bytes a
     candidate. The list's order is that in which programs arrive; no result depends on it.
     """
-    image = tl.program_id(1)
-    patch = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    image = tl.program_id(0)
+    patch = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = patch < patches
     x_pointers = (
         x + image.to(tl.int64) * x_stride_b + patch_offset(patch, width, x_stride_h, x_stride_w, FLAT)
@@ -147,7 +150,7 @@ def detect_patches_candidates_kernel(
             tl.store(count + slot, 0, mask=candidate)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["latents", "k"])
 def detect_patches_count_kernel(
     x,  # [B, d, H, W] by its strides
     minus,  # like x
@@ -186,8 +189,9 @@ def detect_patches_count_kernel(
     """Per candidate `#{ j != owner : h_j > value }`, until it reaches k (items 3 and 5 of the identity).
 
     A grid of fixed size walks over the tiles of BLOCK_L latents x BLOCK_P candidates, latents slowest, so that
-    later tiles find the counts of earlier ones and are skipped where all their candidates are refuted. Reads the dictionary once
-    per BLOCK_P candidates (mostly from L2) and the candidates' columns; writes a counter a candidate and tile.
+    later tiles find the counts of earlier ones and are skipped where all their candidates are refuted. Reads the
+    dictionary once per BLOCK_P candidates and a candidate's column once per tile of latents, mostly from L2; writes
+    a counter a candidate and tile.
     """
     candidates = tl.load(total)
     across = tl.cdiv(candidates, BLOCK_P)
@@ -252,10 +256,11 @@ def detect_patches(
     if mask.numel() == 0 or latents.numel() == 0:
         return mask.zero_()
     rows = mask.numel()
-    scratch = torch.empty(3 if k else 1, rows, dtype=torch.int32, device=x.device)
-    value = torch.empty(rows if k else 1, dtype=torch.float32, device=x.device)
-    owner, row, count = scratch if k else (scratch[0],) * 3
     total = torch.zeros(1, dtype=torch.int32, device=x.device)
+    value = owner = row = count = total  # of a call without rank test, which has no list
+    if k > 0:
+        value = torch.empty(rows, dtype=torch.float32, device=x.device)
+        owner, row, count = torch.empty(3, rows, dtype=torch.int32, device=x.device)
 
     width, stride_h, stride_w, flat = grid_strides(x)
     other = x if minus is None else minus
@@ -281,7 +286,7 @@ def detect_patches(
     mask_bytes, enabled_bytes = mask.view(torch.uint8), enabled.view(torch.uint8)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         config = candidates_config(x)
-        detect_patches_candidates_kernel[(triton.cdiv(patches, config.block_p), batch)](
+        detect_patches_candidates_kernel[(batch, triton.cdiv(patches, config.block_p))](
             x,
             other,
             weight,

@@ -12,9 +12,6 @@ from torch import Tensor
 
 from lbdt.kernels._common import Config, accumulate, grid_strides, patch_offset, precision, programs, rounded
 
-MOST_K = 256
-"""Kept latents live in registers, so there is a limit to them."""
-
 # Below every key of a number; slots of it stay apart by their own index.
 _NOTHING = tl.constexpr(-(2**63))
 _TAKEN = tl.constexpr(2**63 - 1)
@@ -31,6 +28,8 @@ def part_config(x: Tensor, k: int) -> Config:
 def to_key(value, latent):
     """int64 that orders by float32 `value`, then by the lower `latent`; every latent has a key of its own."""
     bits = value.to(tl.int32, bitcast=True)
+    # Of either sign: no number is the largest, as for torch.topk.
+    bits = tl.where(value == value, bits, 0x7FC00000)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - latent).to(tl.int64)
 
@@ -74,7 +73,7 @@ def keep_largest(kept, keys):
     return kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["latents", "k", "tiles"])
 def encode_topk_part_kernel(
     x,  # [B, d, H, W] by its strides
     weight,  # [L, d]
@@ -102,10 +101,11 @@ def encode_topk_part_kernel(
 ):
     """The k largest latents of BLOCK_P patches within one of S slices of the dictionary (`tiles` tiles each).
 
-    Reads x S times and the dictionary once per BLOCK_P patches; writes 8 * S * BLOCK_K bytes a patch.
+    Reads the dictionary once per BLOCK_P patches, and their columns once per tile of latents; writes
+    8 * S * BLOCK_K bytes a patch.
     """
-    part, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    patch = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    image, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    patch = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = patch < patches
     x_pointers = x + image * x_stride_b + patch_offset(patch, width, x_stride_h, x_stride_w, FLAT)
     kept = nothing_kept(k, BLOCK_P, BLOCK_K)
@@ -131,11 +131,13 @@ def encode_topk_part_kernel(
         found = tl.where(known[:, None], to_key(h, latent[:, None]), _NOTHING)
         kept = keep_largest(kept, tl.trans(found))
     slot = tl.arange(0, BLOCK_K)[None, :]
-    place = ((image * patches + patch)[:, None] * tl.num_programs(1) + part) * BLOCK_K + slot
-    tl.store(keys + place, tl.where(slot < k, kept, _NOTHING), mask=inside[:, None])
+    place = ((image * patches + patch)[:, None] * tl.num_programs(2) + part) * BLOCK_K + slot
+    # A slot that stayed free holds no key: of its own kind they would meet again in the merge.
+    kept = tl.where((slot < k) & (kept >= _NOTHING + BLOCK_K), kept, _NOTHING)
+    tl.store(keys + place, kept, mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts", "k"])
 def encode_topk_merge_kernel(
     keys,  # [B, N, S, BLOCK_K] int64
     values,  # [B, N, k], out
@@ -158,7 +160,9 @@ def encode_topk_merge_kernel(
     kept = tl.sort(kept, dim=1, descending=True)
     place = row.to(tl.int64)[:, None] * k + slot
     written = inside & (slot < k)
-    tl.store(values + place, rounded(tl.maximum(key_value(kept), 0.0), values.dtype.element_ty), mask=written)
+    value = key_value(kept)
+    value = tl.where(value < 0.0, 0.0, value)  # and no number stays none
+    tl.store(values + place, rounded(value, values.dtype.element_ty), mask=written)
     tl.store(indices + place, key_latent(kept), mask=written)
 
 
@@ -187,12 +191,13 @@ def encode_topk(
     tiles = triton.cdiv(tiles, parts)  # of each part
     parts = triton.cdiv(latents, tiles * config.block_l)
     keys = torch.empty(rows, parts, block_k, dtype=torch.int64, device=x.device)
+    bias = bias.float()
     width, stride_h, stride_w, flat = grid_strides(x)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        encode_topk_part_kernel[(across, parts, batch)](
+        encode_topk_part_kernel[(batch, across, parts)](
             x,
             weight,
-            bias.float(),
+            bias,
             keys,
             patches,
             latents,

@@ -25,8 +25,8 @@ def patch_uniform_kernel(
     BLOCK: tl.constexpr,
 ):
     """Philox4x32-10 with the seed as key and (patch, timestep, half, 0) as counter; writes 4 bytes a patch."""
-    image = tl.program_id(1)
-    patch = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    image = tl.program_id(0)
+    patch = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     seed = tl.load(seeds + image * seeds_stride)
     time = tl.load(timesteps + image * timesteps_stride)
     if time.dtype.is_floating():
@@ -54,7 +54,7 @@ def patch_uniform(
         return numbers
     block = 256
     with torch.cuda.device(seeds.device) if seeds.is_cuda else contextlib.nullcontext():
-        patch_uniform_kernel[(triton.cdiv(patches, block), batch)](
+        patch_uniform_kernel[(batch, triton.cdiv(patches, block))](
             seeds,
             timesteps,
             halves,

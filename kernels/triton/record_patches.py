@@ -13,13 +13,13 @@ from torch import Tensor
 _BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sizes", "batch", "row_count", "cell_count"])
 def record_patches_kernel(
     mask,  # [B, N] uint8, contiguous
     replaced,  # [B, N] uint8, contiguous
     timesteps,  # [B] float32
     sizes,
-    rows,  # [R, 5] float64, out
+    rows,  # [R, 4] int64, out
     cells,  # [C] uint8, out
     written,  # [2] int64, in and out
     batch,
@@ -30,16 +30,16 @@ def record_patches_kernel(
     KEPT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Reads 2 bytes a patch; writes 40 bytes a row and, KEPT, a byte a patch."""
+    """Reads 2 bytes a patch; writes 32 bytes a row and, KEPT, a byte a patch."""
     first_row, first_cell = tl.load(written), tl.load(written + 1)
-    # Integers that are 1 arrive as constants, which have no `to`.
-    cells_now = tl.to_tensor(batch).to(tl.int64) * patches
+    # cast, not `to`: integers that are 1 arrive as constants.
+    cells_now = tl.cast(batch, tl.int64) * patches
     for image in range(batch):
         detected = tl.zeros([BLOCK], tl.int32)
         overwritten = tl.zeros([BLOCK], tl.int32)
         for start in range(0, patches, BLOCK):
             patch = start + tl.arange(0, BLOCK)
-            place = tl.to_tensor(image).to(tl.int64) * patches + patch
+            place = tl.cast(image, tl.int64) * patches + patch
             inside = patch < patches
             before = tl.load(mask + place, mask=inside, other=0).to(tl.int32)
             after = tl.load(replaced + place, mask=inside, other=0).to(tl.int32)
@@ -51,12 +51,12 @@ def record_patches_kernel(
                 last = cells_now - place <= cell_count
                 tl.store(cells + (first_cell + place) % cell_count, cell, mask=inside & last)
         if batch - image <= row_count:
-            row = rows + (first_row + image) % row_count * 5
-            tl.store(row, tl.sum(detected, axis=0).to(tl.float64))
-            tl.store(row + 1, tl.sum(overwritten, axis=0).to(tl.float64))
-            tl.store(row + 2, tl.load(timesteps + image * timesteps_stride).to(tl.float64))
-            tl.store(row + 3, tl.to_tensor(sizes).to(tl.float64))
-            tl.store(row + 4, tl.to_tensor(image).to(tl.float64))
+            row = rows + (first_row + image) % row_count * 4
+            time = tl.load(timesteps + image * timesteps_stride)
+            tl.store(row, tl.sum(detected, axis=0).to(tl.int64))
+            tl.store(row + 1, tl.sum(overwritten, axis=0).to(tl.int64))
+            tl.store(row + 2, time.to(tl.int32, bitcast=True).to(tl.int64))
+            tl.store(row + 3, tl.cast(sizes, tl.int64))
     tl.debug_barrier()  # every warp has read `written` by now
     tl.store(written, first_row + batch)
     if KEPT:
@@ -68,7 +68,7 @@ def record_patches(
     replaced: Tensor,  # [B, N]
     timesteps: Tensor,  # [B]
     sizes: int,
-    rows: Tensor,  # [R, 5]
+    rows: Tensor,  # [R, 4]
     cells: Tensor,  # [C]
     written: Tensor,  # [2]
 ) -> None:

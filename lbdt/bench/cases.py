@@ -236,9 +236,10 @@ def _record(spec: Spec, shape: Shape, place: Place) -> Case:
         for _ in range(2)
     )
     times = torch.full((shape.batch,), 481.0, device=place.device)
+    bits = int(times[0].cpu().view(torch.int32))
 
     def into(function: Callable) -> Callable[[], tuple[Tensor, ...]]:
-        rows = torch.zeros(1 << 16, FIELDS, dtype=torch.float64, device=place.device)
+        rows = torch.zeros(1 << 16, FIELDS, dtype=torch.int64, device=place.device)
         cells = torch.zeros(0, dtype=torch.uint8, device=place.device)
         written = torch.zeros(2, dtype=torch.int64, device=place.device)
 
@@ -258,10 +259,10 @@ def _record(spec: Spec, shape: Shape, place: Place) -> Case:
         for name, version in versions.items():
             rows, written = version()
             last = rows[(int(written[0]) - 1) % rows.shape[0]].tolist()
-            wanted = [int(mask[-1].sum()), int(replaced[-1].sum()), 481.0, shape.patches, shape.batch - 1]
+            wanted = [int(mask[-1].sum()), int(replaced[-1].sum()), bits, shape.patches]
             _require(last == wanted, spec, f"the record differs: {name}: {last}, {wanted} expected")
 
-    rows, written = torch.zeros(1, FIELDS, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    rows, written = torch.zeros(1, FIELDS, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     given = (mask, replaced, times, 0, rows.to(place.device), mask.new_zeros(0, dtype=torch.uint8), written)
     backend = ops.explain("record_patches", *given).backend
     moved = 2 * shape.patches + (8 * FIELDS + 4) * shape.batch

@@ -13,9 +13,9 @@ from lbdt.sae.checkpoint import json_bytes, read_json, read_tensors, resolve_fol
 
 INFO_FILE = "dictionary.json"
 TENSORS_FILE = "dictionary.safetensors"
-_VERSION = 1
+_VERSION = 2
 _KEYS = ("version", "concepts", "timesteps", "num_latents", "peak", "calibrated", "bank")
-_LATER_KEYS = ("fired",)  # absent from files of lbdt 0.1.0
+_SINCE_2 = {"fired"}
 
 
 def save(
@@ -72,14 +72,14 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None = None) -> 
     info = read_json(path)
     if not isinstance(info, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(info).__name__}")
-    if info.get("version") != _VERSION:
-        raise ValueError(
-            f"{path}: expected version {_VERSION}, got {info.get('version')!r}; use a matching lbdt"
-        )
-    wrong = sorted(set(info).difference(_LATER_KEYS) ^ set(_KEYS))
+    version = info.get("version")
+    if version not in (1, _VERSION):
+        raise ValueError(f"{path}: expected version 1 or {_VERSION}, got {version!r}; use a matching lbdt")
+    keys = set(_KEYS) if version == 1 else set(_KEYS) | _SINCE_2
+    wrong = sorted(set(info) ^ keys)
     if wrong:
         raise ValueError(
-            f"{path}: expected exactly the keys {', '.join(_KEYS)}; missing or unknown: {', '.join(wrong)}"
+            f"{path}: expected exactly the keys {', '.join(sorted(keys))}; missing or unknown: {', '.join(wrong)}"
         )
     concepts, timesteps = info["concepts"], info["timesteps"]
     if not isinstance(concepts, list) or not isinstance(timesteps, list):

@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
 
 class Recorder:
-    """Ring buffers of the last 65536 rows (2.5 MiB on the device) and, with `masks`, of the last 4 Mi cells (4 MiB).
+    """Ring buffers of the last 65536 rows (2 MiB on the device) and, with `masks`, of the last 4 Mi cells (4 MiB).
 
     Writing is one op on the device: no host sync, no Python state, so it is the same under `torch.compile` and in a
     CUDA graph. What can be worked out of a row's two counts waits for `read`.
@@ -45,8 +45,7 @@ class Recorder:
     def __init__(self, device: torch.device, masks: bool = False) -> None:
         self.masks = masks
         self.written = torch.zeros(2, dtype=torch.int64, device=device)  # rows and cells
-        # float64 holds every count, and a call's sizes in one number.
-        self.rows = torch.zeros(_ROWS, FIELDS, dtype=torch.float64, device=device)
+        self.rows = torch.zeros(_ROWS, FIELDS, dtype=torch.int64, device=device)
         self.cells = torch.zeros(_CELLS if masks else 0, dtype=torch.uint8, device=device)
 
     def to(self, device: torch.device) -> None:
@@ -72,26 +71,41 @@ class Recorder:
     def read(self) -> list[Call]:
         """The kept calls, oldest first. Waits for the device."""
         end, cell = self.written.tolist()
-        rows, cells = self.rows.cpu(), self.cells.cpu()
-        first_cell, oldest = max(0, cell - _CELLS), max(0, end - _ROWS)
+        oldest, first_cell = max(0, end - _ROWS), max(0, cell - _CELLS)
+        kept = self.rows.cpu()[torch.arange(oldest, end) % _ROWS]
+        times = kept[:, 2].to(torch.int32).view(torch.float32).tolist()
+        rows, cells = kept.tolist(), self.cells.cpu()
         calls = []
-        while end > oldest:
-            _, _, time, sizes, last = rows[(end - 1) % _ROWS].tolist()
-            sizes, batch = divmod(int(sizes), _SIDE)
+        end -= oldest
+        while end > 0:
+            sizes, batch = divmod(rows[end - 1][3], _SIDE)
             sizes, halves = divmod(sizes, 8)
             height, width = divmod(sizes, _SIDE)
             end -= batch
-            if end < oldest or int(last) != batch - 1:
+            if end < 0:
                 break  # partly overwritten
-            detected, replaced = rows[torch.arange(end, end + batch) % _ROWS, :2].long().unbind(1)
-            unchanged = (detected > 0) & (replaced == 0)
-            full = unchanged | (replaced == height * width)
+            counts = [row[:2] for row in rows[end : end + batch]]
+            unchanged = [detected > 0 and replaced == 0 for detected, replaced in counts]
+            full = [left or row[1] == height * width for left, row in zip(unchanged, counts, strict=True)]
             picture = None
             if self.masks:
                 cell -= batch * height * width
                 if cell >= first_cell:
                     places = torch.arange(cell, cell + batch * height * width) % _CELLS
                     picture = cells[places].view(batch, height, width)
-            counts = (int(value.sum()) for value in (detected, replaced, full, unchanged))
-            calls.append(Call(time, batch, halves, height, width, *counts, picture))
+            detected, replaced = (sum(column) for column in zip(*counts, strict=True))
+            calls.append(
+                Call(
+                    times[end],
+                    batch,
+                    halves,
+                    height,
+                    width,
+                    detected,
+                    replaced,
+                    sum(full),
+                    sum(unchanged),
+                    picture,
+                )
+            )
         return calls[::-1]

@@ -19,10 +19,10 @@ def dtype(name: str, tensor: Tensor, *expected: torch.dtype) -> None:
         raise TypeError(f"{name}: expected dtype {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
-def device(name: str, tensor: Tensor, x: Tensor) -> None:
-    """ValueError unless `tensor` lies where `x` does."""
+def device(name: str, tensor: Tensor, x: Tensor, like: str = "x") -> None:
+    """ValueError unless `tensor` lies where `x` does, which is called `like`."""
     if tensor.device != x.device:
-        raise ValueError(f"{name}: expected on {x.device} like x, got {tensor.device}")
+        raise ValueError(f"{name}: expected on {x.device} like {like}, got {tensor.device}")
 
 
 def feature_map(x: Tensor) -> tuple[int, int, int]:
@@ -36,6 +36,8 @@ def feature_map(x: Tensor) -> tuple[int, int, int]:
 
 def encoder(x: Tensor, width: int, weight: Tensor, bias: Tensor, k: int, least: int) -> None:
     """Checks `weight` [L, d], `bias` [L] and `k` in [least, L] against `x`."""
+    if width == 0:
+        raise ValueError("x: expected d >= 1 channels, got 0")
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(
             f"weight: expected [L, d] with d = {width} as in x, got {list(weight.shape)}; "

@@ -18,7 +18,7 @@ def supports(x: Tensor) -> str | None:
     if not _installed():
         return "triton is not installed: pip install 'lbdt[gpu]'"
     if x.device.type == "cuda":
-        return _too_old(x.device)
+        return _unfit(x.device)
     if x.device.type != "cpu" or not _interpreted():
         return f"needs a CUDA tensor, got one on {x.device}"
     return None
@@ -39,7 +39,7 @@ def supports_product(*factors: Tensor | None) -> str | None:
 
 def declines(x: Tensor) -> str | None:
     """Why "auto" does not choose Triton for `x` though it could."""
-    return None if x.device.type == "cuda" else "Triton's interpreter is for tests"
+    return "Triton's interpreter is for tests" if _interpreted() else None
 
 
 def kernels(op: str) -> ModuleType:
@@ -71,9 +71,9 @@ def _interpreted() -> bool:
 
 
 @functools.cache
-def _too_old(device: torch.device) -> str | None:
+def _unfit(device: torch.device) -> str | None:
     if torch.version.hip is not None:
-        return None
+        return "its tiles are chosen for NVIDIA GPUs, and this torch is built for AMD's"
     capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_CAPABILITY:
         return f"needs compute capability 8.0 or later, {device} has {'.'.join(map(str, capability))}"

@@ -7,8 +7,8 @@ from lbdt import _build, reference
 from lbdt.ops import _checks, _dispatch, _triton
 from lbdt.ops._schema import LIBRARY
 
-FIELDS = 5
-"""Columns of a row: detected, replaced, timestep, sizes, number within the call."""
+FIELDS = 4
+"""Columns of a row: detected, replaced, the timestep's float32 bits, sizes."""
 
 
 def record_patches(
@@ -16,7 +16,7 @@ def record_patches(
     replaced: Tensor,  # [B, N]
     timesteps: Tensor,  # [B]
     sizes: int,
-    rows: Tensor,  # [R, 5]
+    rows: Tensor,  # [R, 4]
     cells: Tensor,  # [C]
     written: Tensor,  # [2]
     *,
@@ -27,8 +27,8 @@ def record_patches(
     Args:
         mask, replaced: bool, before and after padding.
         timesteps: float32.
-        sizes: a number of the caller's, below 2**53.
-        rows: float64, contiguous: detected, replaced, timestep, sizes, number within the call.
+        sizes: a number of the caller's, >= 0.
+        rows: int64, contiguous: detected, replaced, the timestep's float32 bits, sizes.
         cells: uint8, contiguous: bit 0 detected, bit 1 replaced; C = 0: not kept.
         written: int64, contiguous: rows and cells so far; the next ones go to their remainders by R and C.
         backend: "auto", or one to force (`lbdt.ops.use_backend`).
@@ -55,17 +55,17 @@ def _check(mask, replaced, timesteps, sizes, rows, cells, written) -> None:
         ("mask", mask, torch.bool),
         ("replaced", replaced, torch.bool),
         ("timesteps", timesteps, torch.float32),
-        ("rows", rows, torch.float64),
+        ("rows", rows, torch.int64),
         ("cells", cells, torch.uint8),
         ("written", written, torch.int64),
     ):
         _checks.dtype(name, tensor, dtype)
-        _checks.device(name, tensor, mask)
+        _checks.device(name, tensor, mask, like="mask")
     for name, tensor in (("rows", rows), ("cells", cells), ("written", written)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected contiguous memory, got strides {list(tensor.stride())}")
-    if not 0 <= sizes < 1 << 53:
-        raise ValueError(f"sizes: expected 0 <= sizes < 2**53, got {sizes}")
+    if not 0 <= sizes < 1 << 63:
+        raise ValueError(f"sizes: expected 0 <= sizes < 2**63, got {sizes}")
 
 
 def _run(mask, replaced, timesteps, sizes, rows, cells, written, *, backend="") -> None:

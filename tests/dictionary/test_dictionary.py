@@ -92,8 +92,9 @@ def test_without_firing_counts_the_means_order_the_latents(tmp_path):
     assert make_dictionary(fired=torch.ones(L)).merge(dictionary).fired is None
     dictionary.save_pretrained(tmp_path)
     info = json.loads((tmp_path / "dictionary.json").read_text())
-    # As lbdt 0.1.0 wrote it.
-    assert info.pop("fired") is False
+    # As the first version wrote it.
+    assert info.pop("fired") is False and info["version"] == 2
+    info["version"] = 1
     (tmp_path / "dictionary.json").write_text(json.dumps(info))
     assert ConceptDictionary.from_pretrained(tmp_path).fired is None
 
@@ -328,7 +329,8 @@ def test_damaged_files(tmp_path):
     make_dictionary().save_pretrained(tmp_path)
     info = json.loads((tmp_path / "dictionary.json").read_text())
     for change, message in (
-        ({"version": 2}, "expected version 1, got 2"),
+        ({"version": 3}, "expected version 1 or 2, got 3"),
+        ({"version": 1}, "missing or unknown: fired"),
         ({"colour": "red"}, "missing or unknown: colour"),
         ({"peak": "high"}, "peak: expected a finite number"),
         ({"concepts": ["Cats", "Cats", "Dogs"]}, "expected distinct names"),

@@ -65,14 +65,15 @@ def compile_launch(kernel, args: tuple, kwargs: dict, arch: int) -> dict:
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = given[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             signature[parameter.name], constants[(place,)] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name], divisible = _TYPES[value.dtype], value.data_ptr() % 16 == 0
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0
+            divisible = special and value % 16 == 0
         if divisible:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -166,7 +167,7 @@ CASES = {
         "replaced": torch.empty(2, 256, dtype=torch.bool),
         "timesteps": torch.empty(2),
         "sizes": 2**45,
-        "rows": torch.empty(1 << 16, 5, dtype=torch.float64),
+        "rows": torch.empty(1 << 16, 4, dtype=torch.int64),
         "cells": torch.empty(1 << 22, dtype=torch.uint8),
         "written": torch.empty(2, dtype=torch.int64),
     },
@@ -182,7 +183,7 @@ CASES = {
         "replaced": torch.empty(1, 1, dtype=torch.bool),
         "timesteps": torch.empty(1),
         "sizes": 1,
-        "rows": torch.empty(1, 5, dtype=torch.float64),
+        "rows": torch.empty(1, 4, dtype=torch.int64),
         "cells": torch.empty(1, dtype=torch.uint8),
         "written": torch.empty(2, dtype=torch.int64),
     },

@@ -164,13 +164,53 @@ def test_whether_the_cuda_part_is_built(monkeypatch):
         _build.cuda_compiler()
 
 
-def test_without_a_visible_gpu_the_default_architecture_is_9_0(monkeypatch):
+def test_the_architectures_serve_the_gpus_of_other_machines_too(monkeypatch):
     import torch
+
+    def built() -> list[str]:
+        return [flag for flag in _build.cuda_command("nvcc") if flag.startswith("arch=")]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert _build.cuda_command("nvcc")[-4:] == _build.gencode("9.0+PTX")
+    everywhere = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90"]
+    assert built() == [*everywhere, "arch=compute_90,code=compute_90"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (8, 0), (9, 0)][i])
-    assert _build.cuda_command("nvcc")[-4:] == _build.gencode("8.0;9.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (10, 0), (9, 0)][i])
+    newest = ["arch=compute_100,code=sm_100", "arch=compute_100,code=compute_100"]
+    assert built() == [*everywhere, *newest]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    assert built() == ["arch=compute_86,code=sm_86"]
+
+
+def test_a_toolkit_that_fails_costs_the_cuda_ops_only(tmp_path, monkeypatch):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'unsupported GNU version' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    compiled = []
+    monkeypatch.setattr(_build, "cuda_compiler", lambda: str(nvcc))
+    original = _build._compile
+    monkeypatch.setattr(
+        _build, "_compile", lambda output, nvcc: compiled.append(nvcc) or original(output, nvcc)
+    )
+    monkeypatch.setattr(_build, "_run", lambda command: _fail(command) if command[0] == str(nvcc) else None)
+    monkeypatch.setattr(_build.os, "replace", lambda built, output: output.touch())
+    monkeypatch.setenv("LBDT_BUILD_CUDA", "auto")
+    with pytest.warns(UserWarning, match="(?s)CUDA ops were left out, .*unsupported GNU version"):
+        _build.compile_extension(tmp_path / "_C.so")
+    assert compiled == [str(nvcc), None] and (tmp_path / "_C.so").exists()
+    monkeypatch.setenv("LBDT_BUILD_CUDA", "1")
+    with pytest.raises(RuntimeError, match="unsupported GNU version"):
+        _build.compile_extension(tmp_path / "_C.so")
+
+
+def _fail(command: list[str]) -> None:
+    raise RuntimeError(f"{' '.join(command)}\nunsupported GNU version")
+
+
+def test_a_compiler_with_a_launcher_and_one_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("LBDT_BUILD_CUDA", "0")
+    monkeypatch.setenv("CXX", "no-such-launcher g++")
+    with pytest.raises(RuntimeError, match="no-such-launcher"):
+        _build.compile_extension(tmp_path / "_C.so")
+    assert "-ccbin g++" in " ".join(_build.cuda_command("nvcc"))

@@ -143,6 +143,34 @@ def test_many_tiles_encode_what_the_reference_does(sizes, k, dtype, small_tiles,
     assert torch.equal(indices, where) and intact(fenced)
 
 
+def test_slices_of_fewer_latents_than_are_kept(small_tiles):
+    """One tile of patches, so the dictionary is cut into slices: of 32 latents each, and 60 are kept."""
+    arguments = encoding.inputs(seed=8, B=1, H=1, W=2, L=90)
+    expected, where = ops.encode_topk(*arguments, 60, backend="reference")
+    values, indices = ops.encode_topk(*arguments, 60, backend="triton")
+    encoding.assert_close(values, expected, "encode_topk")
+    assert torch.equal(indices, where)
+
+
+def test_no_number_is_the_largest_of_either_sign(small_tiles):
+    x, weight, bias = encoding.inputs(seed=9, B=1, H=1, W=3)
+    bias[5], bias[20] = float("nan"), -torch.tensor(float("nan"))
+    expected, where = ops.encode_topk(x, weight, bias, 4, backend="reference")
+    values, indices = ops.encode_topk(x, weight, bias, 4, backend="triton")
+    assert torch.equal(values.isnan(), expected.isnan()) and values[..., :2].isnan().all()
+    encoding.assert_close(values[..., 2:], expected[..., 2:], "encode_topk")
+    assert torch.equal(indices[..., 2:], where[..., 2:])
+    assert (indices[..., :2].sort(dim=-1).values == torch.tensor([5, 20])).all()
+
+
+def test_a_strided_bias_of_double_precision():
+    x, weight, bias = encoding.inputs(seed=10)
+    expected = ops.encode_topk(x, weight, bias, 3, backend="triton")
+    strided = torch.stack([bias.double()] * 2, dim=1)[:, 0]
+    for got, wanted in zip(ops.encode_topk(x, weight, strided, 3, backend="triton"), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_tied_latents_go_by_index():
     weight = torch.ones(50, 4)
     _, indices = ops.encode_topk(torch.ones(1, 4, 2, 2), weight, torch.zeros(50), 7, backend="triton")
@@ -166,11 +194,16 @@ def test_more_latents_than_fit_are_refused():
     x, weight, bias = encoding.inputs(L=300)
     with pytest.raises(ValueError, match="keeps at most 256 latents a patch, got k = 257"):
         ops.encode_topk(x, weight, bias, 257, backend="triton")
-    assert ops.explain("encode_topk", x, weight, bias, 3).backend == "reference"
+    assert ops.explain("encode_topk", x, weight, bias, 3).backend != "triton"
 
 
-def test_tf32_is_used_only_where_torch_allows_it(monkeypatch):
+def test_tf32_is_used_only_where_torch_allows_it():
     common = importlib.import_module("lbdt.kernels._common")
     assert common.precision(torch.float32) == "ieee"
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert common.precision(torch.float32) == "tf32" and common.precision(torch.float16) == "ieee"
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert common.precision(torch.float32) == "tf32" and common.precision(torch.float16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert common.precision(torch.float32) == "ieee"

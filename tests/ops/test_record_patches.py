@@ -1,5 +1,7 @@
 """record_patches against a Python loop: counts, rings that wrap, cells kept or not."""
 
+import struct
+
 import pytest
 import torch
 
@@ -17,8 +19,8 @@ def inputs(seed=0, B=2, N=35, R=8, C=0, rows_before=0, cells_before=0):
         "mask": mask,
         "replaced": mask | (torch.rand(B, N, generator=g) < 0.2),
         "timesteps": torch.rand(B, generator=g) * 1000,
-        "sizes": (1 << 52) + 12345,
-        "rows": torch.full((R, 5), -1.0, dtype=torch.float64),
+        "sizes": (1 << 62) + 12345,
+        "rows": torch.full((R, 4), -1),
         "cells": torch.full((C,), 99, dtype=torch.uint8),
         "written": torch.tensor([rows_before, cells_before]),
     }
@@ -28,8 +30,9 @@ def literal(mask, replaced, timesteps, sizes, rows, cells, written):
     """Row by row and cell by cell, into copies."""
     rows, cells, written = rows.clone(), cells.clone(), written.clone()
     for b in range(mask.shape[0]):
-        values = [int(mask[b].sum()), int(replaced[b].sum()), float(timesteps[b]), sizes, b]
-        rows[(int(written[0]) + b) % len(rows)] = torch.tensor(values, dtype=torch.float64)
+        (bits,) = struct.unpack("i", struct.pack("f", float(timesteps[b])))
+        values = [int(mask[b].sum()), int(replaced[b].sum()), bits, sizes]
+        rows[(int(written[0]) + b) % len(rows)] = torch.tensor(values)
     if len(cells):
         for i, (m, r) in enumerate(zip(mask.flatten().tolist(), replaced.flatten().tolist(), strict=True)):
             cells[(int(written[1]) + i) % len(cells)] = m + 2 * r
@@ -86,16 +89,18 @@ BAD = [
         {"timesteps": torch.zeros(2).double()}, TypeError, "timesteps: .* float32", id="times-dtype"
     ),
     pytest.param({"timesteps": torch.zeros(3)}, ValueError, "timesteps: ", id="times-shape"),
-    pytest.param({"rows": torch.zeros(0, 5).double()}, ValueError, r"rows: expected \[R >= 1", id="no-row"),
-    pytest.param({"rows": torch.zeros(8, 4).double()}, ValueError, r"rows: expected \[R", id="columns"),
-    pytest.param(
-        {"rows": torch.zeros(5, 8).double().t()}, ValueError, "rows: .*contiguous", id="strided-rows"
-    ),
+    pytest.param({"rows": torch.zeros(0, 4).long()}, ValueError, r"rows: expected \[R >= 1", id="no-row"),
+    pytest.param({"rows": torch.zeros(8, 5).long()}, ValueError, r"rows: expected \[R", id="columns"),
+    pytest.param({"rows": torch.zeros(4, 8).long().t()}, ValueError, "rows: .*contiguous", id="strided-rows"),
     pytest.param({"cells": torch.zeros(4, 4).byte()}, ValueError, r"cells: expected \[C\]", id="cells-2d"),
     pytest.param({"written": torch.zeros(2)}, TypeError, "written: expected dtype int64", id="written-dtype"),
-    pytest.param({"sizes": -1}, ValueError, r"sizes: expected 0 <= sizes < 2\*\*53, got -1", id="sizes"),
+    pytest.param({"rows": torch.zeros(8, 4)}, TypeError, "rows: expected dtype int64", id="rows-dtype"),
+    pytest.param({"sizes": -1}, ValueError, r"sizes: expected 0 <= sizes < 2\*\*63, got -1", id="sizes"),
     pytest.param(
-        {"cells": torch.zeros(0, device="meta").byte()}, ValueError, "cells: expected on cpu", id="device"
+        {"cells": torch.zeros(0, device="meta").byte()},
+        ValueError,
+        "cells: expected on cpu like mask",
+        id="device",
     ),
 ]
 
