@@ -70,7 +70,7 @@ export python
 step "build" 110 "$python" -c "$build"
 step "versions" 30 bash -c versions
 workers=()
-if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 4); fi
+if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
 step "tests" 170 env LBDT_TEST_DEVICE=cuda "$python" -m pytest tests -q ${workers[@]+"${workers[@]}"}
 if command -v compute-sanitizer >/dev/null; then
   # API errors that a library meets while it probes the device are its own business: kernels are in question.

@@ -1,11 +1,13 @@
 """The README's examples."""
 
+import json
 import re
 from pathlib import Path
 
 from PIL import Image
 
 from lbdt import canvas
+from lbdt.bench import table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
@@ -30,3 +32,30 @@ def test_every_linked_file_is_there():
     assert (
         links and [link for link in links if "://" not in link and not (README.parent / link).exists()] == []
     )
+
+
+def test_its_benchmark_figures_are_those_of_the_linked_result():
+    name = re.search(r"\]\((benchmarks/results/cpu[\w-]+\.json)\)", README.read_text())[1]
+    result = json.loads((README.parent / name).read_text())
+    measured = {(row["op"], row["shape"], row["share"], row["variant"]): row for row in result["rows"]}
+    for share in (0.0, 0.01, 0.1, 0.5, 1.0):
+        row = measured["hook", "sd15-b1", share, ""]
+        times = [
+            table._ms(row["versions"][version]["own_ms"]) for version in ("published", "compiled", "ours")
+        ]
+        cells = [f"{share:.0%}", *times, f"{row['ratio']['published']:.3g}x", f"{row['times_the_floor']:.3g}"]
+        assert f"| {' | '.join(cells)} |" in README.read_text()
+    for key, baseline, label in (
+        (("detect_patches", "sd15-b1", 0.1, ""), "literal", "`detect_patches`, 10 %"),
+        (("encode_topk", "sd15-b1", None, ""), "literal", "`encode_topk`"),
+        (
+            ("replace_patches_", "sd15-b1", 0.1, "NCHW, random"),
+            "reference",
+            "`replace_patches_`, 10 %, random, NCHW",
+        ),
+        (("patch_uniform", "sd15-b1", None, ""), "literal", "`patch_uniform`"),
+    ):
+        row = measured[key]
+        times = [table._ms(row["versions"][version]["own_ms"]) for version in (baseline, "ours")]
+        cells = [label, *times, f"{row['ratio'][baseline]:.3g}x", f"{row['times_the_floor']:.3g}"]
+        assert f"| {' | '.join(cells)} |" in README.read_text(), label

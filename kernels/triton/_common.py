@@ -1,5 +1,6 @@
 """What the kernels share: loads that the interpreter gets right, patch offsets, dot products, launch helpers."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -153,6 +154,11 @@ def grid_strides(x: Tensor) -> tuple[int, int, int, bool]:
     if width == 1:
         return width, row, row, True
     return width, row, column, height == 1 or row == width * column
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """The tensor's GPU as the current one, where Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def capability(device: torch.device) -> tuple[int, int]:

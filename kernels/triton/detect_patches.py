@@ -3,8 +3,6 @@
 Eq.: method.md, "The rank identity"; reference: lbdt/reference/detect_patches.py; arXiv 2606.31699, section 3.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +12,7 @@ from lbdt.kernels._common import (
     Config,
     accumulate,
     capability,
+    device_of,
     grid_strides,
     patch_offset,
     precision,
@@ -284,7 +283,7 @@ def detect_patches(
     bias, thresholds = bias.float(), thresholds.float()
     # Triton has no kernel arguments of torch.bool.
     mask_bytes, enabled_bytes = mask.view(torch.uint8), enabled.view(torch.uint8)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with device_of(x):
         config = candidates_config(x)
         detect_patches_candidates_kernel[(batch, triton.cdiv(patches, config.block_p))](
             x,

@@ -3,14 +3,21 @@
 Eq.: method.md, "Activation functions", row topk; reference: lbdt/reference/encode_topk.py; SAeUron, arXiv 2501.18052.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbdt.kernels._common import Config, accumulate, grid_strides, patch_offset, precision, programs, rounded
+from lbdt.kernels._common import (
+    Config,
+    accumulate,
+    device_of,
+    grid_strides,
+    patch_offset,
+    precision,
+    programs,
+    rounded,
+)
 
 # Below every key of a number; slots of it stay apart by their own index.
 _NOTHING = tl.constexpr(-(2**63))
@@ -193,7 +200,7 @@ def encode_topk(
     keys = torch.empty(rows, parts, block_k, dtype=torch.int64, device=x.device)
     bias = bias.float()
     width, stride_h, stride_w, flat = grid_strides(x)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with device_of(x):
         encode_topk_part_kernel[(batch, across, parts)](
             x,
             weight,

@@ -4,12 +4,12 @@ Eq.: method.md, "Detection mask, padding, replacement"; reference: lbdt/referenc
 random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lbdt.kernels._common import device_of
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def patch_uniform(
     if numbers.numel() == 0:
         return numbers
     block = 256
-    with torch.cuda.device(seeds.device) if seeds.is_cuda else contextlib.nullcontext():
+    with device_of(seeds):
         patch_uniform_kernel[(batch, triton.cdiv(patches, block))](
             seeds,
             timesteps,

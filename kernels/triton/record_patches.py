@@ -3,12 +3,12 @@
 Eq.: lbdt/reference/record_patches.py, which is the reference.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lbdt.kernels._common import device_of
 
 _BLOCK = 1024
 
@@ -74,7 +74,7 @@ def record_patches(
 ) -> None:
     """`lbdt.reference.record_patches` in one launch."""
     batch, patches = mask.shape
-    with torch.cuda.device(mask.device) if mask.is_cuda else contextlib.nullcontext():
+    with device_of(mask):
         record_patches_kernel[(1,)](
             mask.contiguous().view(torch.uint8),
             replaced.contiguous().view(torch.uint8),

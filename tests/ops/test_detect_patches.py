@@ -12,7 +12,7 @@ from hypothesis import given
 from lbdt import ops
 from lbdt.bench.machine import allocated_peak
 from lbdt.reference.detect_patches import _detect
-from lbdt.testing import DTYPES, TOLERANCES, integers, layouts
+from lbdt.testing import DTYPES, integers, layouts
 from tests.backends import DEVICE, HAS_CPP, every_backend, on_device
 
 INF = float("inf")
@@ -224,7 +224,8 @@ def test_rank_counts_strictly_greater_values(backend):
 @given(
     seed=st.integers(0, 10**6),
     B=st.integers(1, 3),
-    d=st.integers(1, 20),
+    # On a GPU every width is another compilation.
+    d=st.integers(1, 20) if DEVICE.type == "cpu" else st.sampled_from((1, 7, 20)),
     H=st.integers(1, 5),
     W=st.integers(1, 5),
     L=st.integers(1, 80),
@@ -240,25 +241,6 @@ def test_property_exact_inputs(backend, seed, B, d, H, W, L, data):
     g = torch.Generator().manual_seed(seed)
     arguments["enabled"] = torch.rand(B, U, generator=g) < 0.7
     assert torch.equal(detect(backend, **arguments), literal(**arguments))
-
-
-@backends
-@given(seed=st.integers(0, 10**6), k=st.integers(0, 32), threshold=st.floats(0, 3))
-def test_property_real_inputs(backend, seed, k, threshold):
-    """Same mask wherever the decision is not within rounding of a threshold or of the k-th value."""
-    arguments = inputs(seed, d=24, L=96, U=6, k=k, threshold=threshold)
-    g = torch.Generator().manual_seed(seed)
-    for name in ("x", "weight", "bias"):
-        arguments[name] = torch.randn(arguments[name].shape, generator=g)
-    h = pre_activations(arguments["x"].double(), arguments["weight"].double(), arguments["bias"].double())
-    watched = h[..., arguments["latents"]]
-    margin = (watched - arguments["thresholds"][arguments["timestep_bin"]].unsqueeze(1)).abs()
-    if k:
-        ranked = h.sort(dim=-1, descending=True).values
-        gap = (ranked[..., k - 1] - ranked[..., k]).unsqueeze(-1) if k < 96 else torch.tensor(INF)
-        margin = margin.minimum(gap)
-    sure = margin.amin(-1) > TOLERANCES[torch.float32, "detect_margin"][1] * h.abs().max()
-    assert torch.equal(detect(backend, **arguments)[sure], literal(**arguments)[sure])
 
 
 @backends
