@@ -4,10 +4,14 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lbdt.ops import _dispatch
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEAST_CAPABILITY = (8, 0)
@@ -37,8 +41,12 @@ def supports_product(*factors: Tensor | None) -> str | None:
     return None
 
 
-def declines(x: Tensor) -> str | None:
-    """Why "auto" does not choose Triton for `x` though it could."""
+def register(op: str, supports: Callable[..., str | None]) -> None:
+    """Makes `lbdt.kernels.<op>` the backend "triton" of `op`; its module is imported at the first call."""
+    _dispatch.register(op, "triton", supports, lambda *args: getattr(kernels(op), op)(*args), _declines)
+
+
+def _declines(*args: Any, **kwargs: Any) -> str | None:
     return "Triton's interpreter is for tests" if _interpreted() else None
 
 

@@ -1,12 +1,10 @@
 """`lbdt::detect_patches`: which patches of a feature map carry a concept."""
 
-import functools
-
 import torch
 from torch import Tensor
 
-from lbdt import _build, reference
-from lbdt.ops import _checks, _dispatch, _triton
+from lbdt import reference
+from lbdt.ops import _checks, _cpu, _dispatch, _triton
 from lbdt.ops._schema import LIBRARY
 
 
@@ -101,22 +99,7 @@ _dispatch.register("detect_patches", "reference", _dispatch.always, reference.de
 
 
 def _cpp_supports(x, *args, **kwargs) -> str | None:
-    if x.device.type != "cpu":
-        return f"needs a CPU tensor, got one on {x.device}"
-    if x.dtype == torch.float64:
-        return "computes in float32, and x is float64"
-    return _build.load()
-
-
-@functools.cache
-def _cpp_declines_processor() -> str | None:
-    if torch.backends.cpu.get_cpu_capability().startswith(("AVX2", "AVX512")):
-        return None
-    return "its matrix product is written for AVX2 and AVX-512, which this processor lacks"
-
-
-def _cpp_declines(*args, **kwargs) -> str | None:
-    return _cpp_declines_processor()
+    return _cpu.supports_product("detect_patches_cpp", x)
 
 
 def _cpp(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None) -> Tensor:
@@ -137,7 +120,7 @@ def _cpp(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=N
 
 
 torch.library.register_fake("lbdt::detect_patches_cpp", lambda *args: None, lib=LIBRARY)
-_dispatch.register("detect_patches", "cpp", _cpp_supports, _cpp, _cpp_declines)
+_dispatch.register("detect_patches", "cpp", _cpp_supports, _cpp, _cpu.declines_product)
 
 
 def _triton_supports(
@@ -146,12 +129,4 @@ def _triton_supports(
     return _triton.supports_product(x, weight, minus) or _triton.supports(x)
 
 
-def _triton_declines(x, *args, **kwargs) -> str | None:
-    return _triton.declines(x)
-
-
-def _triton_run(*args) -> Tensor:
-    return _triton.kernels("detect_patches").detect_patches(*args)
-
-
-_dispatch.register("detect_patches", "triton", _triton_supports, _triton_run, _triton_declines)
+_triton.register("detect_patches", _triton_supports)

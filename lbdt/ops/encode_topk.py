@@ -1,12 +1,10 @@
 """`lbdt::encode_topk`: the sparse code of every patch."""
 
-import functools
-
 import torch
 from torch import Tensor
 
-from lbdt import _build, reference
-from lbdt.ops import _checks, _dispatch, _triton
+from lbdt import reference
+from lbdt.ops import _checks, _cpu, _dispatch, _triton
 from lbdt.ops._schema import LIBRARY
 
 _MOST_K = 256  # the Triton kernel keeps them in registers
@@ -33,7 +31,8 @@ def encode_topk(
 
     Returns:
         values in x's dtype (0 where a kept pre-activation is negative) and int64 indices. No gradient.
-        Tied latents at the k-th place: any of them; the C++ version takes the smaller ones. NaN comes first.
+        Tied latents at the k-th place: any of them; C++ and Triton take the smaller
+        ones. NaN comes first.
 
     Raises:
         ValueError, TypeError: the argument, what was expected, what was given. RuntimeError if x requires
@@ -64,23 +63,8 @@ torch.library.register_fake("lbdt::encode_topk", _fake, lib=LIBRARY)
 _dispatch.register("encode_topk", "reference", _dispatch.always, reference.encode_topk)
 
 
-def _cpp_supports(x, weight, bias, k) -> str | None:
-    if x.device.type != "cpu":
-        return f"needs a CPU tensor, got one on {x.device}"
-    if x.dtype == torch.float64:
-        return "computes in float32, and x is float64"
-    return _build.missing("encode_topk_cpp", "cpu")
-
-
-@functools.cache
-def _cpp_declines_processor() -> str | None:
-    if torch.backends.cpu.get_cpu_capability().startswith(("AVX2", "AVX512")):
-        return None
-    return "its matrix product is written for AVX2 and AVX-512, which this processor lacks"
-
-
-def _cpp_declines(x, weight, bias, k) -> str | None:
-    return _cpp_declines_processor()
+def _cpp_supports(x, *args, **kwargs) -> str | None:
+    return _cpu.supports_product("encode_topk_cpp", x)
 
 
 def _cpp(x, weight, bias, k) -> tuple[Tensor, Tensor]:
@@ -92,7 +76,7 @@ def _cpp(x, weight, bias, k) -> tuple[Tensor, Tensor]:
 
 
 torch.library.register_fake("lbdt::encode_topk_cpp", lambda *args: None, lib=LIBRARY)
-_dispatch.register("encode_topk", "cpp", _cpp_supports, _cpp, _cpp_declines)
+_dispatch.register("encode_topk", "cpp", _cpp_supports, _cpp, _cpu.declines_product)
 
 
 def _triton_supports(x, weight, bias, k) -> str | None:
@@ -102,12 +86,4 @@ def _triton_supports(x, weight, bias, k) -> str | None:
     return reason
 
 
-def _triton_declines(x, weight, bias, k) -> str | None:
-    return _triton.declines(x)
-
-
-def _triton_run(*args) -> tuple[Tensor, Tensor]:
-    return _triton.kernels("encode_topk").encode_topk(*args)
-
-
-_dispatch.register("encode_topk", "triton", _triton_supports, _triton_run, _triton_declines)
+_triton.register("encode_topk", _triton_supports)

@@ -77,17 +77,9 @@ def _triton_supports(seeds, *args, **kwargs) -> str | None:
     return _triton.supports(seeds)
 
 
-def _triton_declines(seeds, *args, **kwargs) -> str | None:
-    return _triton.declines(seeds)
-
-
-def _triton_run(*args) -> Tensor:
-    return _triton.kernels("patch_uniform").patch_uniform(*args)
-
-
 LIBRARY.impl("patch_uniform", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("lbdt::patch_uniform", _fake, lib=LIBRARY)
 torch.library.register_fake("lbdt::patch_uniform_cpp", lambda *args: None, lib=LIBRARY)
-_dispatch.register("patch_uniform", "triton", _triton_supports, _triton_run, _triton_declines)
+_triton.register("patch_uniform", _triton_supports)
 _dispatch.register("patch_uniform", "cpp", _cpp_supports, _cpp)
 _dispatch.register("patch_uniform", "reference", _dispatch.always, reference.patch_uniform)

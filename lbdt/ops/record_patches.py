@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lbdt import _build, reference
-from lbdt.ops import _checks, _dispatch, _triton
+from lbdt import reference
+from lbdt.ops import _checks, _cpu, _dispatch, _triton
 from lbdt.ops._schema import LIBRARY
 
 FIELDS = 4
@@ -78,9 +78,7 @@ def _fake(mask, replaced, timesteps, sizes, rows, cells, written, *, backend="")
 
 
 def _cpp_supports(mask, *args, **kwargs) -> str | None:
-    if mask.device.type != "cpu":
-        return f"needs a CPU tensor, got one on {mask.device}"
-    return _build.missing("record_patches_cpp", "cpu")
+    return _cpu.supports("record_patches_cpp", mask)
 
 
 def _cpp(mask, replaced, timesteps, sizes, rows, cells, written) -> None:
@@ -93,17 +91,9 @@ def _triton_supports(mask, *args, **kwargs) -> str | None:
     return _triton.supports(mask)
 
 
-def _triton_declines(mask, *args, **kwargs) -> str | None:
-    return _triton.declines(mask)
-
-
-def _triton_run(*args) -> None:
-    _triton.kernels("record_patches").record_patches(*args)
-
-
 LIBRARY.impl("record_patches", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("lbdt::record_patches", _fake, lib=LIBRARY)
 torch.library.register_fake("lbdt::record_patches_cpp", lambda *args: None, lib=LIBRARY)
-_dispatch.register("record_patches", "triton", _triton_supports, _triton_run, _triton_declines)
+_triton.register("record_patches", _triton_supports)
 _dispatch.register("record_patches", "cpp", _cpp_supports, _cpp)
 _dispatch.register("record_patches", "reference", _dispatch.always, reference.record_patches)
