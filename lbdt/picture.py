@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lbdt.out import check_out
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -63,11 +64,7 @@ def check_path(path: Path) -> None:
     Image.init()
     if path.suffix.lower() not in Image.EXTENSION or Image.EXTENSION[path.suffix.lower()] not in Image.SAVE:
         raise ValueError(f"--out {path}: no picture format has the ending {path.suffix!r}; use .png")
-    if path.is_dir():
-        raise ValueError(f"--out {path}: is a folder; give the picture's file name")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--out {path}: cannot write in {folder}; give a place in a folder of yours")
+    check_out(path, "picture")
 
 
 def save(picture: Image.Image, path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -141,6 +142,23 @@ def test_env_names_a_backend_for_every_op():
     }
     assert values["devices"][-1]["name"] == "cpu" and values["packages"]["torch"]
     assert lbdt("env").stdout.splitlines() == env.lines(env.collect())
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (__file__ + "/result.json", "cannot write in " + __file__),
+        (str(Path(__file__).parent), "is a folder; give the result's file name"),
+        ("/proc/nowhere/result.json", "--out /proc/nowhere/result.json: cannot "),
+    ],
+    ids=["below-a-file", "a-folder", "no-place-for-files"],
+)
+def test_bench_refuses_an_unwritable_place_before_it_measures(place, message, monkeypatch):
+    from lbdt.commands import bench
+
+    monkeypatch.setattr(bench, "run_cases", lambda *arguments: pytest.fail("measured"))
+    done = lbdt("bench", "--quick", "--out", place)
+    assert done.exit_code == 1 and message in done.output
 
 
 def test_bench_prints_its_table_and_writes_the_same_numbers(tmp_path):

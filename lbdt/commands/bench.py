@@ -16,6 +16,7 @@ from lbdt.bench.cases import Spec
 from lbdt.bench.run import Options
 from lbdt.bench.run import run as run_cases
 from lbdt.commands.device import usable_device
+from lbdt.out import check_out
 
 AUTO = "auto"
 
@@ -66,10 +67,16 @@ def _path(out: str, options: Options) -> Path:
         path = folder / f"{machine.slug(about)}.json"
     else:
         path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_out(path, "result")
     existed = path.exists()
-    with path.open("a"):
-        pass
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:  # root may write anywhere by its rights, and still cannot in /proc
+        raise ValueError(
+            f"--out {path}: cannot be written ({error.strerror}); give a place in a folder of yours"
+        ) from error
     if not existed:  # a run that fails leaves no file behind
         path.unlink()
     return path
