@@ -178,7 +178,7 @@ class ConceptEraser:
 
     def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes `eraser.json`, `sae/` (encoder only) and `dictionary/`; `dtype` float16 halves the tensors."""
-        from lbdt.sae.checkpoint import json_bytes, write_files
+        from lbdt.files import json_bytes, write_files
 
         self._check_settings()
         folder = Path(directory)
@@ -194,7 +194,8 @@ class ConceptEraser:
         Raises:
             ValueError: anything absent, unreadable or contradictory; the text names the file.
         """
-        from lbdt.sae.checkpoint import read_json, resolve_folder
+        from lbdt.files import read_json
+        from lbdt.hub import resolve_folder
 
         folder = resolve_folder(path_or_repo, None, marker=CONFIG_FILE, files=_FILES)
         path = folder / CONFIG_FILE

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from lbdt.dictionary.concepts import ConceptDictionary, Histograms
-from lbdt.sae.checkpoint import json_bytes, read_json, read_tensors, resolve_folder, tensor_bytes, write_files
+from lbdt.files import json_bytes, read_json, read_tensors, tensor_bytes, write_files
+from lbdt.hub import resolve_folder
 
 INFO_FILE = "dictionary.json"
 TENSORS_FILE = "dictionary.safetensors"

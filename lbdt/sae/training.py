@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lbdt.sae.checkpoint import read_tensors, write_files
+from lbdt.files import read_tensors, write_files
 from lbdt.sae.config import SAEConfig
 from lbdt.sae.model import SparseAutoencoder
 

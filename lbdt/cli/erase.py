@@ -1,0 +1,68 @@
+"""The command `lbdt erase`."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lbdt.cli.options import AsJson, Device, Eraser, Seed, print_result, reported
+
+
+class Source(enum.StrEnum):
+    """Where donors come from."""
+
+    random = "random"
+    nearest = "nearest"
+    mean = "mean"
+
+
+@reported
+def command(
+    prompt: Annotated[str, typer.Argument(help='E.g. "An image of Cats in Sketch style."')],
+    concept: Annotated[
+        list[str], typer.Option("--concept", metavar="NAME", help="What to erase; may be repeated.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="DIR_OR_HUB", help="A diffusers pipeline with a UNet. Default: EmojiCanvas."
+        ),
+    ] = None,
+    eraser: Eraser = None,
+    padding: Annotated[
+        int | None, typer.Option(min=0, help="Patches around the mask. Default: the eraser's.")
+    ] = None,
+    source: Annotated[Source | None, typer.Option(help="Donor patches. Default: the eraser's.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale. Default: 3 on EmojiCanvas, else the pipeline's own.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.png", help="The picture to write.")] = Path("erased.png"),
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Generate PROMPT without and with the eraser, from the same seed, and write one picture of both."""
+    if model is not None and eraser is None:
+        raise typer.BadParameter(
+            "an eraser belongs to a pipeline: give --eraser with --model", param_hint="--eraser"
+        )
+    from lbdt.commands.erase import run
+
+    values, lines = run(
+        prompt,
+        concept,
+        model=model,
+        eraser=eraser,
+        padding=padding,
+        source=None if source is None else source.value,
+        steps=steps,
+        guidance=guidance,
+        out=out,
+        seed=seed,
+        device=device,
+    )
+    print_result(values, lines, as_json)
