@@ -13,6 +13,8 @@ _ATTRIBUTES = {
     "SparseCode": "lbdt.sae",
     "ConceptDictionary": "lbdt.dictionary",
     "ConceptEraser": "lbdt.eraser",
+    "Steering": "lbdt.steering",
+    "TextSteering": "lbdt.steering",
 }
 _SUBMODULES = ("canvas", "ops")
 

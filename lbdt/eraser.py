@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import os
 from collections.abc import Sequence
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lbdt import attach
+from lbdt.attach import Attachment
 from lbdt.dictionary import ConceptDictionary
 from lbdt.hooks import lookup
-from lbdt.hooks.plan import ROWS, SOURCES, TARGETS, CallState, Options, Plan, check_lengths
+from lbdt.hooks.plan import ROWS, SOURCES, TARGETS, CallState, EraseOptions, ErasePlan
 from lbdt.hooks.recorder import Recorder
-from lbdt.report import Report, StepMask, step_masks, summarise
+from lbdt.report import Report, summarise
 from lbdt.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
@@ -67,20 +68,7 @@ class ConceptEraser:
         Raises:
             ValueError, TypeError: the argument, what was expected, what was given.
         """
-        if not isinstance(sae, SparseAutoencoder):
-            raise TypeError(f"sae: expected a SparseAutoencoder, got {type(sae).__name__}")
-        if not isinstance(dictionary, ConceptDictionary):
-            raise TypeError(f"dictionary: expected a ConceptDictionary, got {type(dictionary).__name__}")
-        if sae.config.num_latents != dictionary.num_latents:
-            raise ValueError(
-                f"dictionary: made with an SAE of {dictionary.num_latents} latents, but the given SAE has "
-                f"{sae.config.num_latents}; use the SAE and the dictionary of one training"
-            )
-        if dictionary.bank is not None and dictionary.bank.shape[2] != sae.config.d_in:
-            raise ValueError(
-                f"dictionary: its bank holds embeddings of width {dictionary.bank.shape[2]}, the SAE has width "
-                f"{sae.config.d_in}"
-            )
+        attach.check_parts(sae, dictionary)
         self.sae, self.dictionary = sae, dictionary
         self.hookpoint, self.detect_at = hookpoint, detect_at
         self.padding, self.source, self.target = padding, source, target
@@ -126,43 +114,43 @@ class ConceptEraser:
         """
         self._check_settings()
         unet = lookup.find_unet(pipe)
-        block = self._block(unet, self.hookpoint, "hookpoint")
+        width = self.sae.config.d_in
+        block = attach.find_block(unet, self.hookpoint, width, "hookpoint")
         detector = None
         if self.detect_at is not None and self.detect_at != self.hookpoint:
-            detector = self._block(unet, self.detect_at, "detect_at")
+            detector = attach.find_block(unet, self.detect_at, width, "detect_at")
             if lookup.runs_before(self.hookpoint, self.detect_at):
                 raise ValueError(
                     f"detect_at: {self.detect_at!r} runs after the hookpoint {self.hookpoint!r}; name an earlier block"
                 )
-        sets, set_list = _concept_sets(concepts)
-        seeds, seed_list = _seeds(seed)
-        options = Options(
+        sets, set_list = attach.concept_sets(concepts)
+        seeds, seed_list = attach.seed_values(seed)
+        options = EraseOptions(
             padding=self.padding,
             source=self.source,
             target=self.target,
-            rows=_choice("rows", rows, ROWS),
-            steps=_window(steps),
+            rows=attach.choice("rows", rows, ROWS),
+            steps=attach.window(steps),
             k=self.sae.rank_k,
             on_update=self.sae.config.update,
-            width=self.sae.config.d_in,
+            width=width,
             set_list=set_list,
             seed_list=seed_list,
         )
-        # Imported here, so that looking at an eraser's concepts does not load diffusers.
-        from lbdt.hooks import registry
-
-        name = self._name
-        if registry.is_registered(block, name):
-            raise ValueError(
-                "this eraser is attached to this pipeline already; remove() that handle (or leave its with block) first"
-            )
+        attach.refuse_twice(block, self._name, "eraser")
         parameter = next(unet.parameters())
         # Tensors made in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             plan = self._plan(options, sets, seeds)
             plan.to(parameter.device, parameter.dtype)
             recorder = Recorder(parameter.device, masks=keep_masks)
-        attachment = Attachment(name, pipe, unet, block, detector, self, plan, recorder)
+        from lbdt.hooks import blocks
+
+        state = CallState(pipe)
+        hooks = [(block, blocks.EraseHook(plan, state, recorder, detects=detector is None))]
+        if detector is not None:
+            hooks.append((detector, blocks.DetectHook(plan, state)))
+        attachment = Attachment.on_unet(self._name, pipe, self.hookpoint, hooks, plan, state, recorder)
         self._recorder = recorder
         return attachment
 
@@ -176,13 +164,26 @@ class ConceptEraser:
             raise ValueError("report: the eraser was never attached; call attach(pipe, concepts) first")
         return summarise(self._recorder.read())
 
-    def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Writes `eraser.json`, `sae/` (encoder only) and `dictionary/`; `dtype` float16 halves the tensors."""
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None, decoder: bool = False
+    ) -> None:
+        """Writes `eraser.json`, `sae/` and `dictionary/`; `dtype` float16 halves the tensors.
+
+        An eraser needs the encoder only. `decoder` keeps `W_dec` too, for `lbdt.Steering.from_pretrained`.
+
+        Raises:
+            ValueError: `decoder` where this SAE has none, or tensors that overflow `dtype`.
+        """
         from lbdt.files import json_bytes, write_files
 
         self._check_settings()
+        if decoder and self.sae.W_dec is None:
+            raise ValueError(
+                "decoder: this eraser's SAE was loaded without W_dec; make the eraser with the SAE of the full "
+                "checkpoint, or save with decoder=False"
+            )
         folder = Path(directory)
-        self.sae.save_pretrained(folder / "sae", encoder_only=True, dtype=dtype)
+        self.sae.save_pretrained(folder / "sae", encoder_only=not decoder, dtype=dtype)
         self.dictionary.save_pretrained(folder / "dictionary", dtype=dtype)
         settings = {key: _VERSION if key == "version" else getattr(self, key) for key in _KEYS}
         write_files(folder, {CONFIG_FILE: json_bytes(settings)})
@@ -224,175 +225,18 @@ class ConceptEraser:
 
     def _check_settings(self) -> None:
         """Settings are plain attributes, so they are checked again when they are used."""
-        for name in ("hookpoint", "detect_at"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and not (value is None and name == "detect_at"):
-                raise TypeError(
-                    f"{name}: expected a name such as 'unet.mid_block.attentions.0', got {value!r}"
-                )
+        attach.check_hookpoint("hookpoint", self.hookpoint)
+        if self.detect_at is not None:
+            attach.check_hookpoint("detect_at", self.detect_at)
         if isinstance(self.padding, bool) or not isinstance(self.padding, int):
             raise TypeError(f"padding: expected an integer >= 0, got {self.padding!r}")
         if self.padding < 0:
             raise ValueError(f"padding: expected an integer >= 0, got {self.padding}")
-        _choice("source", self.source, SOURCES)
-        _choice("target", self.target, TARGETS)
-        known = [name for name in inspect.signature(ConceptDictionary.select).parameters][2:]
-        unknown = sorted(set(self.selection) - set(known))
-        if unknown:
-            raise ValueError(
-                f"selection: unknown key {', '.join(unknown)}; expected some of {', '.join(known)}"
-            )
+        attach.choice("source", self.source, SOURCES)
+        attach.choice("target", self.target, TARGETS)
+        attach.check_selection(self.selection)
 
-    def _block(self, unet: torch.nn.Module, hookpoint: str, argument: str) -> torch.nn.Module:
-        block = lookup.find_block(unet, hookpoint, argument)
-        width = lookup.channels(block)
-        if width is not None and width != self.sae.config.d_in:
-            raise ValueError(
-                f"{argument}: {hookpoint!r} has {width} channels, but the SAE was trained on {self.sae.config.d_in}; "
-                "use the SAE of this block"
-            )
-        return block
-
-    def _plan(self, options: Options, sets: list[list[str]], seeds: list[int]) -> Plan:
-        names = list(dict.fromkeys(name for names in sets for name in names))
-        selections = [self.select(name) for name in names]
-        latents = torch.cat([torch.zeros(0, dtype=torch.int64), *(s.latents for s in selections)])
-        bins = len(self.dictionary.timesteps)
-        thresholds = torch.cat([torch.zeros(bins, 0), *(s.thresholds for s in selections)], dim=1)
-        # Every concept keeps columns of its own: two may share a latent at different thresholds.
-        owner = [name for name, s in zip(names, selections, strict=True) for _ in range(len(s.latents))]
-        enabled = torch.tensor([[name in chosen for name in owner] for chosen in sets], dtype=torch.bool)
-        sae = self.sae
-        # Frequent latents first, so that a count of those above a value ends early. Ids elsewhere stay the SAE's own.
-        order = self.dictionary.firing_order().to(sae.encoder.weight.device)
-        return Plan(
-            options,
-            weight=sae.encoder.weight.detach().index_select(0, order),
-            bias=sae.folded_bias()[order],
-            latents=order.argsort().cpu()[latents],
-            thresholds=sae.to_pre_activation(thresholds, latents),
-            timesteps=self.dictionary.timesteps.float(),
-            enabled=enabled.view(len(sets), len(owner)),
-            seeds=torch.tensor(seeds, dtype=torch.int64),
-            bank=self.dictionary.bank,
-        )
-
-
-class Attachment:
-    """An eraser on a pipeline. A context manager; `remove()` takes it off, and may be called again."""
-
-    def __init__(
-        self,
-        name: str,
-        pipe: Any,
-        unet: torch.nn.Module,
-        block: torch.nn.Module,
-        detector: torch.nn.Module | None,
-        eraser: ConceptEraser,
-        plan: Plan,
-        recorder: Recorder,
-    ) -> None:
-        from lbdt.hooks import blocks, registry, watch
-
-        self._recorder = recorder
-        self._undo: list[Any] = []
-        state = CallState(pipe)
-        embeds_classes = getattr(unet.config, "class_embed_type", None) == "timestep"
-        hooks = [
-            (unet.time_proj, blocks.TimestepHook(plan, state, embeds_classes)),
-            (block, blocks.EraseHook(plan, state, recorder, detects=detector is None)),
-        ]
-        if detector is not None:
-            hooks.append((detector, blocks.DetectHook(plan, state)))
-        around = lookup.grid_parent(unet, eraser.hookpoint)
-        if around is not None:
-            hooks.append((around, blocks.GridHook(plan, state)))
-
-        def begin(prompts: int, images: int, in_call: bool) -> None:
-            if in_call:
-                check_lengths(plan, images, prompts)
-            state.prompts, state.images = prompts, images
-
-        try:
-            for module, hook in hooks:
-                registry.register(module, hook, name)
-                self._undo.append(lambda module=module: registry.unregister(module, name))
-            self._undo.append(watch.watch(pipe, begin))
-        except BaseException:
-            self.remove()
-            raise
-
-    def remove(self) -> None:
-        """Takes every hook off; the pipeline computes bit for bit what it did before."""
-        while self._undo:
-            self._undo.pop()()
-
-    def report(self) -> Report:
-        """What happened under this attachment. Waits for the device."""
-        return summarise(self._recorder.read())
-
-    def masks(self) -> list[StepMask]:
-        """The masks of every UNet call, oldest first; needs `attach(..., keep_masks=True)`.
-
-        Raises:
-            ValueError: they were not kept.
-        """
-        if not self._recorder.masks:
-            raise ValueError("masks: not kept; attach with keep_masks=True")
-        return step_masks(self._recorder.read())
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
-
-
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
-    return value
-
-
-def _concept_sets(concepts: Any) -> tuple[list[list[str]], bool]:
-    """The sets, and whether there is one per prompt or image."""
-    example = "concepts=['Cats'] for all images, or [['Cats'], []], one list per prompt"
-    if isinstance(concepts, str) or not isinstance(concepts, Sequence):
-        raise TypeError(f"concepts: expected a list of names, got {concepts!r}; write {example}")
-    if not concepts:
-        raise ValueError(f"concepts: expected one name or more, got an empty list; write {example}")
-    if all(isinstance(name, str) for name in concepts):
-        return [list(concepts)], False
-    for names in concepts:
-        if (
-            isinstance(names, str)
-            or not isinstance(names, Sequence)
-            or not all(isinstance(n, str) for n in names)
-        ):
-            raise TypeError(
-                f"concepts: expected names or lists of names, got {names!r} among them; write {example}"
-            )
-    return [list(names) for names in concepts], True
-
-
-def _seeds(seed: Any) -> tuple[list[int], bool]:
-    values = [seed] if isinstance(seed, int) else seed
-    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-        raise TypeError(f"seed: expected an integer, or one per prompt or image, got {seed!r}")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"seed: expected integers, got {value!r}")
-        if not -(2**63) <= value < 2**63:
-            raise ValueError(f"seed: expected a 64-bit integer, got {value}")
-    return list(values), values is seed
-
-
-def _window(steps: Any) -> tuple[int, int] | None:
-    if steps is None:
-        return None
-    pair = tuple(steps) if isinstance(steps, Sequence) and not isinstance(steps, str) else ()
-    if len(pair) != 2 or any(isinstance(i, bool) or not isinstance(i, int) for i in pair):
-        raise TypeError(f"steps: expected (first, last), two integers, got {steps!r}")
-    if not 0 <= pair[0] < pair[1]:
-        raise ValueError(f"steps: expected 0 <= first < last, got {pair}")
-    return pair
+    def _plan(self, options: EraseOptions, sets: list[list[str]], seeds: list[int]) -> ErasePlan:
+        chosen = attach.columns(sets, self.select, len(self.dictionary.timesteps))
+        tensors = attach.plan_tensors(self.sae, self.dictionary, chosen, seeds)
+        return ErasePlan(options, *tensors, bank=self.dictionary.bank)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +38,26 @@ def read_tensors(
         raise ValueError(f"{path}: no such file; expected tensors {', '.join(shapes)} in it")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            names = set(file.keys())
-            missing = [name for name in shapes if name not in names]
-            if missing:
-                raise ValueError(
-                    f"{path}: missing tensor {', '.join(missing)}; expected {', '.join(shapes)}, got "
-                    f"{', '.join(sorted(names)) or 'none'}"
-                )
-            unknown = sorted(names - set(shapes))
-            if unknown:
-                raise ValueError(
-                    f"{path}: unknown tensor {', '.join(unknown)}; expected only {', '.join(shapes)}"
-                )
+            _check_names(path, file.keys(), shapes)
             tensors = {name: file.get_tensor(name) for name in shapes}
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
             f"{path}: not a readable safetensors file ({error}); it is truncated or damaged, get it again"
         ) from error
-    for name, tensor in tensors.items():
-        expected = shapes[name]
+    check_tensors(path, tensors, shapes)
+    return tensors
+
+
+def check_tensors(
+    path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int | None, ...]]
+) -> None:
+    """ValueError naming `path` and the tensor unless `tensors` are exactly those of `shapes` (None: any size), dense,
+    on the CPU and, where floating-point, finite."""
+    _check_names(path, tensors, shapes)
+    for name, expected in shapes.items():
+        tensor = tensors[name]
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ValueError(f"{path}: {name}: expected a dense tensor, got {type(tensor).__name__}")
         got = tuple(tensor.shape)
         if len(got) != len(expected) or any(
             e is not None and e != g for e, g in zip(expected, got, strict=True)
@@ -66,7 +67,18 @@ def read_tensors(
         complaint = _finite(tensor)
         if complaint:
             raise ValueError(f"{path}: tensor {name}: {complaint}")
-    return tensors
+
+
+def _check_names(path: Path, names: Collection[str], shapes: Collection[str]) -> None:
+    missing = [name for name in shapes if name not in names]
+    if missing:
+        raise ValueError(
+            f"{path}: missing tensor {', '.join(missing)}; expected {', '.join(shapes)}, got "
+            f"{', '.join(sorted(names)) or 'none'}"
+        )
+    unknown = sorted(set(names) - set(shapes))
+    if unknown:
+        raise ValueError(f"{path}: unknown tensor {', '.join(unknown)}; expected only {', '.join(shapes)}")
 
 
 def _finite(tensor: Tensor) -> str | None:

@@ -18,6 +18,9 @@ TOLERANCES: dict[tuple[torch.dtype, str], tuple[float, float]] = {
     (torch.float32, "replace_mean"): (1e-6, 1e-6),
     (torch.float16, "replace_mean"): (1e-3, 1e-3),
     (torch.bfloat16, "replace_mean"): (4e-3, 4e-3),
+    # Metrics and weights of a short training by two processes against one.
+    (torch.float32, "training_loss"): (1e-4, 1e-4),
+    (torch.float32, "training_weights"): (1e-3, 1e-2),
     # Distance from a threshold or from the k-th value, over the largest pre-activation, below which two float32
     # summation orders may decide differently.
     (torch.float32, "detect_margin"): (0.0, 1e-5),

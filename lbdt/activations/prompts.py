@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,11 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"{path}: holds no prompts")
     return prompts
+
+
+def prompt_lines(prompts: Sequence[Prompt]) -> bytes:
+    """A `.jsonl` file of prompts, one a line."""
+    return "".join(json.dumps(prompt.to_dict(), ensure_ascii=False) + "\n" for prompt in prompts).encode()
 
 
 def _rows(path: Path, text: str):

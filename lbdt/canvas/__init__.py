@@ -7,13 +7,28 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
 WEIGHTS = Path(__file__).parent / "weights"
-ERASERS = ("saeuron",)
+
+
+class Sampling(NamedTuple):
+    """How pictures are generated."""
+
+    steps: int
+    guidance: float
+
+
+KINDS: dict[str, Sampling] = {
+    "saeuron": Sampling(20, 3.0),
+    "saemnesia": Sampling(20, 3.0),
+    "gsae": Sampling(20, 3.0),
+    "sdxl": Sampling(4, 1.0),
+}
+"""The erasers, and the sampling that each was trained for: SDXL Turbo's takes few steps without guidance."""
 
 
 def __getattr__(name: str):
@@ -45,20 +60,43 @@ def load_pipeline(dtype: torch.dtype | None = None):
 
 
 def load_eraser(kind: str = "saeuron"):
-    """The embedded eraser of one kind, trained on the embedded pipeline.
+    """The embedded eraser of one kind, trained on the embedded pipeline by ``benchmarks/pipelines.sh``.
 
     Args:
-        kind: ``"saeuron"``: TopK SAE with score-based concept dictionary.
+        kind: ``"saeuron"``: TopK SAE with score-based concept dictionary. ``"saemnesia"``: the same SAE fine-tuned so
+            that one latent stands for each concept. ``"gsae"``: sigmoid SAE whose latent i stands for concept i.
+            ``"sdxl"``: SAE of the block's update at few steps without guidance, as for SDXL Turbo. ``KINDS`` has the
+            sampling that each was trained for.
 
     Raises:
         ValueError: unknown kind.
         FileNotFoundError: the installation lacks the weights.
     """
-    if kind not in ERASERS:
-        raise ValueError(f"kind={kind!r}: EmojiCanvas has erasers of kind {', '.join(ERASERS)}")
     from ..eraser import ConceptEraser
 
-    return ConceptEraser.from_pretrained(_folder(f"eraser-{kind}"))
+    return ConceptEraser.from_pretrained(_eraser_folder(kind))
+
+
+def load_steering(kind: str = "saeuron", **settings):
+    """The steering baseline of ``load_eraser(kind)``: same SAE, dictionary and selection, published rule of the kind.
+
+    Args:
+        kind: as for ``load_eraser``.
+        settings: keywords of ``lbdt.Steering`` to change, such as ``strength``.
+
+    Raises:
+        ValueError: unknown kind, or a setting that ``lbdt.Steering`` refuses.
+        FileNotFoundError: the installation lacks the weights.
+    """
+    from ..steering import Steering
+
+    return Steering.from_pretrained(_eraser_folder(kind), **settings)
+
+
+def _eraser_folder(kind: str) -> Path:
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r}: EmojiCanvas has erasers of kind {', '.join(KINDS)}")
+    return _folder(f"eraser-{kind}")
 
 
 def classify(images) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from ..dictionary import Calibration, ConceptDictionary, ConceptStatistics, Sele
 from ..eraser import ConceptEraser
 from ..hooks.lookup import find_block, find_unet
 from ..sae import SAEConfig, SparseAutoencoder
-from ..sae.training import train
+from ..training import train
 from .generate import Case, batches, grid, images
 from .scenes import OBJECTS
 

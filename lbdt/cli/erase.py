@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lbdt.cli.options import AsJson, Device, Eraser, Seed, print_result, reported
+from lbdt.cli.options import AsJson, Device, Eraser, Kind, KindOption, Seed, print_result, reported
 
 
 class Source(enum.StrEnum):
@@ -17,6 +17,13 @@ class Source(enum.StrEnum):
     random = "random"
     nearest = "nearest"
     mean = "mean"
+
+
+class Method(enum.StrEnum):
+    """What removes the concept."""
+
+    per = "per"
+    steering = "steering"
 
 
 @reported
@@ -32,13 +39,25 @@ def command(
         ),
     ] = None,
     eraser: Eraser = None,
+    kind: KindOption = Kind.saeuron,
+    method: Annotated[
+        Method, typer.Option(help="Replace patches, or the steering baseline of the same folder.")
+    ] = Method.per,
+    strength: Annotated[
+        float | None, typer.Option(help="Of steering, negative to erase. Default: the folder's.")
+    ] = None,
     padding: Annotated[
         int | None, typer.Option(min=0, help="Patches around the mask. Default: the eraser's.")
     ] = None,
     source: Annotated[Source | None, typer.Option(help="Donor patches. Default: the eraser's.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps. Default: 20, for kind sdxl 4.")
+    ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale. Default: 3 on EmojiCanvas, else the pipeline's own.")
+        float | None,
+        typer.Option(
+            help="Guidance scale. Default: on EmojiCanvas 3, for kind sdxl none; else the pipeline's own."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="The picture to write.")] = Path("erased.png"),
     seed: Seed = 0,
@@ -50,6 +69,10 @@ def command(
         raise typer.BadParameter(
             "an eraser belongs to a pipeline: give --eraser with --model", param_hint="--eraser"
         )
+    if method is Method.steering and (padding is not None or source is not None):
+        raise typer.BadParameter("--padding and --source are of --method per", param_hint="--method")
+    if method is Method.per and strength is not None:
+        raise typer.BadParameter("is of --method steering: PER has no strength", param_hint="--strength")
     from lbdt.commands.erase import run
 
     values, lines = run(
@@ -57,6 +80,9 @@ def command(
         concept,
         model=model,
         eraser=eraser,
+        kind=kind.value,
+        steer=method is Method.steering,
+        strength=strength,
         padding=padding,
         source=None if source is None else source.value,
         steps=steps,

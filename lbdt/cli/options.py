@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import json
 import sys
@@ -9,6 +10,16 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+
+
+class Kind(enum.StrEnum):
+    """Erasers of EmojiCanvas."""
+
+    saeuron = "saeuron"
+    saemnesia = "saemnesia"
+    gsae = "gsae"
+    sdxl = "sdxl"
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the start noise and the donor draws.")]
@@ -21,6 +32,7 @@ Eraser = Annotated[
         "--eraser", metavar="DIR_OR_HUB", help="Eraser folder or repository. Default: EmojiCanvas's."
     ),
 ]
+KindOption = Annotated[Kind, typer.Option("--kind", help="Without --eraser: which of EmojiCanvas's.")]
 UnusedSeed = Annotated[int, typer.Option("--seed", help="Accepted by every command; nothing is drawn here.")]
 UnusedDevice = Annotated[
     str, typer.Option("--device", help="Accepted by every command; nothing is run here.")

@@ -7,20 +7,20 @@ from typing import Any
 import torch
 
 
-def load_eraser(path_or_repo: str | None):
-    """The eraser of a folder or repository, or EmojiCanvas's; ValueError or OSError where there is none."""
+def load_eraser(path_or_repo: str | None, kind: str = "saeuron"):
+    """The eraser of a folder or repository, or EmojiCanvas's of a kind; ValueError or OSError where there is none."""
     if path_or_repo is None:
         from lbdt import canvas
 
-        return canvas.load_eraser()
+        return canvas.load_eraser(kind)
     from lbdt.eraser import ConceptEraser
 
     return ConceptEraser.from_pretrained(path_or_repo)
 
 
-def run(path_or_repo: str | None) -> tuple[dict[str, Any], list[str]]:
+def run(path_or_repo: str | None, kind: str = "saeuron") -> tuple[dict[str, Any], list[str]]:
     """Concepts, latents, and detection rates averaged over timesteps."""
-    eraser = load_eraser(path_or_repo)
+    eraser = load_eraser(path_or_repo, kind)
     rows = [_row(eraser, name) for name in eraser.concepts]
     values = {
         "hookpoint": eraser.hookpoint,

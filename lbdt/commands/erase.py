@@ -14,6 +14,8 @@ from lbdt import picture
 from lbdt.commands.concepts import load_eraser
 from lbdt.commands.device import usable_device
 
+_STEPS = 20
+
 
 def run(
     prompt: str,
@@ -21,9 +23,12 @@ def run(
     *,
     model: str | None,
     eraser: str | None,
+    kind: str,
+    steer: bool,
+    strength: float | None,
     padding: int | None,
     source: str | None,
-    steps: int,
+    steps: int | None,
     guidance: float | None,
     out: Path,
     seed: int,
@@ -31,11 +36,13 @@ def run(
 ) -> tuple[dict[str, Any], list[str]]:
     """Writes the picture to `out`; returns the figures for JSON, and the lines of the table.
 
+    `kind`: EmojiCanvas's eraser, and the sampling it was made for. `steer`: the steering baseline of the same folder.
+
     Everything that can be refused is refused before the first image is generated.
     """
     picture.check_path(out)
     where = usable_device(device)
-    loaded = load_eraser(eraser)
+    loaded = _load_steering(eraser, kind, strength) if steer else load_eraser(eraser, kind)
     if padding is not None:
         loaded.padding = padding
     if source is not None:
@@ -44,10 +51,12 @@ def run(
     for name in concepts:
         loaded.select(name)
     pipe = _pipeline(model, where)
-    if guidance is None and model is None:
-        from lbdt.canvas.generate import GUIDANCE
+    if model is None:
+        from lbdt.canvas import KINDS
 
-        guidance = GUIDANCE
+        steps = KINDS[kind].steps if steps is None else steps
+        guidance = KINDS[kind].guidance if guidance is None else guidance
+    steps = _STEPS if steps is None else steps
     loaded.attach(pipe, list(concepts), seed=seed).remove()
 
     call = {"num_inference_steps": steps} | ({} if guidance is None else {"guidance_scale": guidance})
@@ -59,17 +68,17 @@ def run(
     report, masks = attached.report(), attached.masks()
 
     erased = ", ".join(concepts)
-    captions = ("without", f"patches of {erased}", f"{erased} erased")
+    captions = ("without", f"patches of {erased}", f"{erased} {'steered' if steer else 'erased'}")
     picture.save(picture.compose(before, masks, after, captions), out)
     overhead = 100 * (seconds_with / seconds_without - 1)
     values = {
         "prompt": prompt,
         "concepts": list(concepts),
         "model": model or "EmojiCanvas",
-        "eraser": eraser or "EmojiCanvas",
+        "eraser": eraser or f"EmojiCanvas, {kind}",
+        "method": "steering" if steer else "per",
         "hookpoint": loaded.hookpoint,
-        "padding": loaded.padding,
-        "source": loaded.source,
+        "settings": _settings(loaded, steer),
         "steps": steps,
         "guidance": guidance,
         "seed": seed,
@@ -81,6 +90,22 @@ def run(
         "out": str(out),
     }
     return values, _table(values, report)
+
+
+def _load_steering(path_or_repo: str | None, kind: str, strength: float | None):
+    settings = {} if strength is None else {"strength": strength}
+    if path_or_repo is None:
+        from lbdt import canvas
+
+        return canvas.load_steering(kind, **settings)
+    from lbdt.steering import Steering
+
+    return Steering.from_pretrained(path_or_repo, **settings)
+
+
+def _settings(loaded, steer: bool) -> dict[str, Any]:
+    names = ("rule", "strength") if steer else ("padding", "source")
+    return {name: getattr(loaded, name) for name in names}
 
 
 def _pipeline(model: str | None, device: torch.device):
@@ -127,10 +152,10 @@ def _table(values: dict[str, Any], report) -> list[str]:
     seconds = values["seconds"]
     steps = report.steps
     lines = [
-        f"{'erased':22}{', '.join(values['concepts'])}, padding {values['padding']}, source {values['source']}",
+        f"{'erased':22}{', '.join(values['concepts'])}, {', '.join(f'{k} {v}' for k, v in values['settings'].items())}",
         f"{'hookpoint':22}{values['hookpoint']}",
         f"{'patches detected':22}{report.detected:.1%} of {len(steps)} steps' patches{_range(steps, 'detected')}",
-        f"{'patches replaced':22}{report.replaced:.1%}{_range(steps, 'replaced')}",
+        f"{'patches steered' if values['method'] == 'steering' else 'patches replaced':22}{report.replaced:.1%}{_range(steps, 'replaced')}",
         f"{'seconds':22}{seconds['without']:.2f} without, {seconds['with']:.2f} with: {values['overhead_percent']:+.1f} %",
     ]
     if values["verdict"]:

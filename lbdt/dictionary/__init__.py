@@ -2,7 +2,8 @@
 activation."""
 
 from lbdt.dictionary.calibration import Calibration
-from lbdt.dictionary.concepts import ConceptDictionary, Histograms
+from lbdt.dictionary.concepts import ConceptDictionary
+from lbdt.dictionary.histograms import Histograms
 from lbdt.dictionary.selection import DetectionRates, Selection
 from lbdt.dictionary.statistics import ConceptStatistics
 

@@ -7,28 +7,30 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lbdt.dictionary.concepts import ConceptDictionary, Histograms
-from lbdt.dictionary.statistics import check_place, checked_code, require_same
+from lbdt.dictionary.checks import check_place, checked_code, require_same
+from lbdt.dictionary.concepts import ConceptDictionary
+from lbdt.dictionary.histograms import Histograms, spaced_edges
 
 if TYPE_CHECKING:
     from lbdt.sae import SparseCode
-
-_SPAN = 1e-4
-"""First positive edge as a fraction of the last: activations below it count as zeros."""
 
 
 class Calibration:
     """Histograms of the M best-scoring latents of each concept and bin, over patches of the concept's own
     prompts (`on`) and of all others (`off`): [C, T, M, K] int64, zero activations counted (method.md,
-    "Calibrated thresholds").
+    "Calibrated thresholds"). A concept's assigned latent is always a candidate: where it scores too low, in place of
+    the last.
     """
 
-    def __init__(self, dictionary: ConceptDictionary, candidates: int = 4, bins: int = 256) -> None:
-        """`candidates` M and `bins` K per histogram, log-spaced after the first, which holds the zeros.
+    def __init__(
+        self, dictionary: ConceptDictionary, candidates: int = 4, bins: int = 256, spacing: str = "log"
+    ) -> None:
+        """`candidates` M and `bins` K per histogram; the first bin holds the zeros, the others are spaced by equal
+        ratios ("log") or, for SAEs with a sigmoid, by equal steps of the pre-activation ("logit").
 
         Raises:
-            ValueError: fewer than 2 concepts, sizes out of range, or a dictionary with places without
-            patches.
+            ValueError: fewer than 2 concepts, sizes out of range, a dictionary with places without patches, or
+                "logit" with activations above 1.
         """
         if len(dictionary.concepts) < 2:
             raise ValueError("calibration needs patches of other concepts: expected >= 2 concepts, got 1")
@@ -37,16 +39,16 @@ class Calibration:
                 f"expected 1 <= candidates <= {dictionary.num_latents} and bins >= 2, got {candidates} and "
                 f"{bins}"
             )
-        chosen = dictionary.scores().topk(candidates, dim=-1).indices
         if dictionary.peak <= 0:
             raise ValueError(
                 "dictionary: its largest activation is 0; add prompts to the statistics, or check the SAE"
             )
-        edges = torch.cat(
-            [torch.zeros(1), torch.logspace(0, 1, bins, base=1 / _SPAN) * (dictionary.peak * _SPAN)]
-        )
-        edges[-1] = dictionary.peak
-        shape = (*chosen.shape, bins)
+        edges = spaced_edges(dictionary.peak, bins, spacing)
+        chosen = dictionary.scores().topk(candidates, dim=-1).indices
+        for name, latent in (dictionary.assigned or {}).items():
+            row = chosen[dictionary.index(name)]
+            row[(row != latent).all(-1), -1] = latent
+        shape = (*chosen.shape, edges.numel() - 1)
         zeros = torch.zeros(shape, dtype=torch.int64)
         self._start(dictionary, Histograms(chosen, zeros, zeros.clone(), edges))
 
@@ -103,14 +105,4 @@ class Calibration:
 
     def build(self) -> ConceptDictionary:
         """The dictionary with these histograms."""
-        source = self.dictionary
-        return ConceptDictionary(
-            source.concepts,
-            source.timesteps,
-            source.mean,
-            source.counts,
-            self.histograms.clone(),
-            source.bank,
-            source.peak,
-            source.fired,
-        )
+        return self.dictionary.replaced(histograms=self.histograms.clone())

@@ -5,43 +5,24 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lbdt.dictionary import selection as _select
+from lbdt.dictionary.checks import (
+    checked_assignment,
+    checked_concepts,
+    checked_timesteps,
+    require_range,
+    require_shape,
+)
+from lbdt.dictionary.histograms import Histograms
 from lbdt.dictionary.selection import DetectionRates, Selection
-from lbdt.dictionary.statistics import checked_concepts, checked_timesteps, require_same_bins
 
 _DEFAULT_TOP_K = 2
-
-
-@dataclass
-class Histograms:
-    """Activations of the candidate latents, counted in K bins (edges[j], edges[j+1]], zeros in the first."""
-
-    candidates: Tensor
-    """[C, T, M] int64, the best-scoring latents of a concept and bin, best first."""
-    on: Tensor
-    """[C, T, M, K] int64, patches of the concept's own prompts."""
-    off: Tensor
-    """[C, T, M, K] int64, patches of other concepts' prompts."""
-    edges: Tensor
-    """[K + 1] float32, ascending from 0. The last bin also holds what lies above."""
-
-    def clone(self) -> Histograms:
-        return Histograms(self.candidates.clone(), self.on.clone(), self.off.clone(), self.edges.clone())
-
-    def merge(self, other: Histograms) -> Histograms:
-        """Summed counts; ValueError where candidates or edges differ."""
-        if not torch.equal(self.candidates, other.candidates) or not torch.equal(self.edges, other.edges):
-            raise ValueError(
-                "cannot merge: the calibrations have other candidates or edges; merge the statistics first, "
-                "then calibrate every part with the one dictionary built from them"
-            )
-        return Histograms(self.candidates, self.on + other.on, self.off + other.off, self.edges)
 
 
 class ConceptDictionary:
@@ -62,50 +43,35 @@ class ConceptDictionary:
         bank: Tensor | None = None,  # [T, M, d] embeddings of undetected patches
         peak: float | None = None,  # largest activation seen; None: the largest mean
         fired: Tensor | None = None,  # [L] patches on which each latent was active, of all concepts and bins
+        assigned: Mapping[str, int]
+        | None = None,  # the latent that a concept was trained on, for some concepts
     ) -> None:
-        """Raises ValueError on shapes that do not fit, negative, NaN or infinite values, or candidates out of
-        range."""
+        """Raises ValueError on shapes that do not fit, negative, NaN or infinite values, candidates out of range, or
+        an assignment of other concepts, of latents out of range, or of one latent to two concepts."""
         self.concepts = checked_concepts(concepts)
         self.timesteps = checked_timesteps(timesteps)
         place = (len(self.concepts), len(self.timesteps))
-        _require_shape("mean", mean, (*place, None))
-        _require_shape("counts", counts, place)
+        require_shape("mean", mean, (*place, None))
+        require_shape("counts", counts, place)
         self.mean = mean.detach().float().cpu()
         self.counts = counts.detach().to("cpu", torch.int64)
-        _require_range("mean", self.mean)
-        _require_range("counts", self.counts)
+        require_range("mean", self.mean)
+        require_range("counts", self.counts)
         self.histograms = histograms
         if histograms is not None:
-            self._check_histograms(histograms, place)
+            histograms.check(*place, self.num_latents)
         self.bank = None if bank is None else bank.detach().float().cpu()
         if self.bank is not None:
-            _require_shape("bank", self.bank, (place[1], None, None))
+            require_shape("bank", self.bank, (place[1], None, None))
             if not bool(torch.isfinite(self.bank).all()):
                 raise ValueError("bank: expected finite values, got NaN or infinity")
         self.peak = float(self.mean.max() if peak is None else peak)
         self.fired = None if fired is None else fired.detach().to("cpu", torch.int64)
         if self.fired is not None:
-            _require_shape("fired", self.fired, (self.num_latents,))
-            _require_range("fired", self.fired)
+            require_shape("fired", self.fired, (self.num_latents,))
+            require_range("fired", self.fired)
+        self.assigned = checked_assignment(assigned, self.concepts, self.num_latents)
         self._timesteps_on: dict[torch.device, Tensor] = {}
-
-    def _check_histograms(self, histograms: Histograms, place: tuple[int, int]) -> None:
-        _require_shape("candidates", histograms.candidates, (*place, None))
-        bins = histograms.edges.numel() - 1
-        shape = (*histograms.candidates.shape, bins)
-        _require_shape("on", histograms.on, shape)
-        _require_shape("off", histograms.off, shape)
-        _require_range("on", histograms.on)
-        _require_range("off", histograms.off)
-        edges = histograms.edges
-        if edges.dim() != 1 or bins < 2 or float(edges[0]) != 0 or not bool((edges[1:] > edges[:-1]).all()):
-            raise ValueError("edges: expected [K + 1] values ascending from 0, K >= 2")
-        _require_range("candidates", histograms.candidates)
-        if int(histograms.candidates.max()) >= self.num_latents:
-            raise ValueError(
-                f"candidates: expected latents in [0, {self.num_latents}), got "
-                f"{int(histograms.candidates.max())}"
-            )
 
     @property
     def num_latents(self) -> int:
@@ -163,50 +129,64 @@ class ConceptDictionary:
         thresholds: str | None = None,
         false_positive: float = 0.02,
         allow_below_published: bool = False,
+        assigned: bool | None = None,
     ) -> Selection:
         """The latents of a concept and, per bin, the activation above which a patch carries it.
 
-        `percentile` takes, bin by bin, the latents that score above it; `top_k` the best ones (default:
-        top_k=2). `thresholds` "published" is the mean over concepts; "calibrated" (the default where there
+        `percentile` takes, bin by bin, the latents that score above it; `top_k` the best ones; `assigned` the latent
+        that the concept was trained on (SAEmnesia, G-SAE). By default the assigned latent where there is one, else
+        top_k=2; assigned=False passes over the assignment. `thresholds` "published" is the mean over concepts; "calibrated" (the default where there
         are histograms) the activation that a fraction `false_positive` of other concepts' patches exceeds,
         never below the published one unless `allow_below_published`. Calibrated, `top_k` takes those of the M
         candidates that detect most of the concept's own patches at their thresholds. The rate holds per
         latent: several latents add up.
 
         Raises:
-            ValueError: unknown concept, both or bad criteria, more latents than calibrated candidates, no
-                histograms, or a selection without any latent.
+            ValueError: unknown concept, several or bad criteria, more latents than calibrated candidates, no
+                histograms, no assigned latent, or a selection without any latent.
         """
         place = self.index(concept)
-        if percentile is not None and top_k is not None:
-            raise ValueError(f"give percentile or top_k, not both (got {percentile} and {top_k})")
-        if percentile is None and top_k is None:
+        _select.check_criteria(percentile, top_k, thresholds, false_positive, allow_below_published, assigned)
+        latent = self._assigned_latent(concept, assigned, percentile, top_k)
+        if percentile is None and top_k is None and latent is None:
             top_k = _DEFAULT_TOP_K if self.histograms is None else min(_DEFAULT_TOP_K, self._candidates)
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"top_k: expected an integer >= 1, got {top_k!r}")
         kind = thresholds or ("published" if self.histograms is None else "calibrated")
-        if kind not in ("published", "calibrated"):
-            raise ValueError(f"thresholds: expected 'published' or 'calibrated', got {thresholds!r}")
         score = self._scores([place])[0]
         if kind == "published":
-            chosen = (
-                _select.by_rank(score, top_k)
-                if percentile is None
-                else _select.by_percentile(score, percentile)
-            )
+            if latent is not None:
+                chosen = torch.zeros_like(score, dtype=torch.bool)
+                chosen[:, latent] = True
+            elif percentile is None:
+                chosen = _select.by_rank(score, top_k)
+            else:
+                chosen = _select.by_percentile(score, percentile)
             latents = chosen.any(0).nonzero().squeeze(1)
             table = torch.where(chosen[:, latents], self.published_thresholds()[:, latents], torch.inf)
         else:
             latents, table = self._calibrated(
-                place, score, percentile, top_k, false_positive, allow_below_published
+                place, score, latent, percentile, top_k, false_positive, allow_below_published
             )
         if not latents.numel():
             raise ValueError(
                 f"no latent of {concept!r} passes the criterion at any timestep (percentile {percentile}, "
-                f"top_k {top_k}, thresholds {kind}); lower the percentile, raise false_positive, or use "
+                f"top_k {top_k}, assigned {latent}, thresholds {kind}); lower the percentile, raise false_positive, or use "
                 "another SAE"
             )
         return Selection(latents, table, concept, kind)
+
+    def _assigned_latent(
+        self, concept: str, asked: bool | None, percentile: float | None, top_k: int | None
+    ) -> int | None:
+        """The assigned latent where it is to be selected."""
+        criterion = percentile is not None or top_k is not None
+        latent = (self.assigned or {}).get(concept)
+        if asked and latent is None:
+            known = ", ".join(self.assigned or {}) or "none"
+            raise ValueError(
+                f"no latent is assigned to {concept!r} (assigned: {known}); score with an assignment, or select by "
+                "percentile or top_k"
+            )
+        return None if criterion or asked is False else latent
 
     @property
     def _candidates(self) -> int:
@@ -216,6 +196,7 @@ class ConceptDictionary:
         self,
         place: int,
         score: Tensor,  # [T, L]
+        latent: int | None,
         percentile: float | None,
         top_k: int | None,
         false_positive: float,
@@ -236,20 +217,24 @@ class ConceptDictionary:
         limits = _select.calibrated(h.off[place], h.edges, false_positive)
         if not allow_below_published:
             limits = torch.maximum(limits, self.published_thresholds().gather(-1, candidates))
-        usable = torch.isfinite(limits) & (score.gather(-1, candidates) > 0)
-        order = torch.arange(self._candidates).expand_as(candidates)
-        if percentile is None:
+        usable, kept = torch.isfinite(limits), self._candidates
+        order = torch.arange(kept).expand_as(candidates)
+        if latent is not None:
+            usable &= candidates == latent
+            wanted = torch.full((len(candidates), 1), kept)
+        elif percentile is None:
             wanted = torch.full((len(candidates), 1), top_k)
             rates = _select.rates_above(h.on[place], h.edges, limits)
-            usable &= rates > 0
+            usable &= (score.gather(-1, candidates) > 0) & (rates > 0)
             order = rates.where(usable, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(-1)
         else:
             # By place, not by score: candidates come best first, and float16 may reorder near-equal scores.
             wanted = _select.by_percentile(score, percentile).sum(-1, keepdim=True)
-        if int(wanted.max()) > self._candidates:
+            usable &= score.gather(-1, candidates) > 0
+            kept -= self._last_is_foreign(place, score)
+        if int(wanted.max()) > kept:
             raise ValueError(
-                f"{int(wanted.max())} latents wanted at a timestep, but the calibration keeps "
-                f"{self._candidates} candidates; calibrate with more candidates, select fewer, or pass "
+                f"{int(wanted.max())} latents wanted at a timestep, but the calibration keeps {kept} candidates; calibrate with more candidates, select fewer, or pass "
                 "thresholds='published'"
             )
         chosen = usable & (order < wanted)
@@ -258,6 +243,25 @@ class ConceptDictionary:
         rows = chosen.nonzero()[:, 0]
         table[rows, torch.searchsorted(latents, candidates[chosen])] = limits[chosen]
         return latents, table
+
+    def _last_is_foreign(self, place: int, score: Tensor) -> bool:
+        """Whether at some bin the last candidate is there because it is assigned, not by its score."""
+        latent = (self.assigned or {}).get(self.concepts[place])
+        if latent is None:
+            return False
+        better = (score > score[:, latent, None]).sum(-1)
+        return bool(
+            ((self.histograms.candidates[place, :, -1] == latent) & (better >= self._candidates)).any()
+        )
+
+    def assigned_ranks(self) -> dict[str, int]:
+        """How many latents score higher than the assigned one, by the score averaged over timesteps (0: it is the
+        top one), per concept with an assigned latent. ValueError where a place has no patches."""
+        ranks = {}
+        for name, latent in (self.assigned or {}).items():
+            score = self._scores([self.index(name)])[0].mean(0)
+            ranks[name] = int((score > score[latent]).sum())
+        return ranks
 
     def detection_rates(self, selection: Selection) -> DetectionRates:
         """How often each selected latent passes its threshold, on the concept and off it, from the
@@ -299,49 +303,19 @@ class ConceptDictionary:
         return (values[:-1] + values[1:]) / 2
 
     def merge(self, other: ConceptDictionary) -> ConceptDictionary:
-        """The dictionary over both sets of prompts (which must be disjoint), concepts of either, as a new
-        object.
+        """The dictionary over both sets of prompts; see `lbdt.dictionary.merging.merge`."""
+        from lbdt.dictionary.merging import merge
 
-        Histograms merge where both have them for the same concepts and candidates; banks are joined.
+        return merge(self, other)
 
-        Raises:
-            ValueError: other timesteps or latents, or histograms that do not merge (`without_histograms()`
-            drops them).
-        """
-        require_same_bins(self, other)
-        if (self.histograms is None) != (other.histograms is None) or (
-            self.histograms is not None and self.concepts != other.concepts
-        ):
-            raise ValueError(
-                "cannot merge: calibrations of other concepts, or of one side only; merge "
-                "without_histograms() of both, then calibrate again"
-            )
-        histograms = None if self.histograms is None else self.histograms.merge(other.histograms)
-        concepts = (*self.concepts, *(name for name in other.concepts if name not in self.concepts))
-        sums = torch.zeros(len(concepts), *self.mean.shape[1:])
-        counts = torch.zeros(len(concepts), self.counts.shape[1], dtype=torch.int64)
-        for part in (self, other):
-            rows = torch.tensor([concepts.index(name) for name in part.concepts])
-            sums[rows] += part.mean * part.counts.unsqueeze(-1)
-            counts[rows] += part.counts
-        both_fired = self.fired is not None and other.fired is not None
-        banks = [part.bank for part in (self, other) if part.bank is not None]
-        return ConceptDictionary(
-            concepts,
-            self.timesteps,
-            sums / counts.clamp(min=1).unsqueeze(-1),
-            counts,
-            histograms,
-            torch.cat(banks, dim=1) if banks else None,
-            max(self.peak, other.peak),
-            self.fired + other.fired if both_fired else None,
-        )
+    def replaced(self, **changes: Any) -> ConceptDictionary:
+        """The same dictionary but for some of the constructor's arguments."""
+        names = ("concepts", "timesteps", "mean", "counts", "histograms", "bank", "peak", "fired", "assigned")
+        return ConceptDictionary(**{name: getattr(self, name) for name in names} | changes)
 
     def without_histograms(self) -> ConceptDictionary:
         """The same dictionary, uncalibrated."""
-        return ConceptDictionary(
-            self.concepts, self.timesteps, self.mean, self.counts, None, self.bank, self.peak, self.fired
-        )
+        return self.replaced(histograms=None)
 
     def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes `dictionary.json` and `dictionary.safetensors`; see `lbdt.dictionary.files.save`."""
@@ -357,17 +331,3 @@ class ConceptDictionary:
         from lbdt.dictionary.files import load
 
         return load(path_or_repo, subfolder)
-
-
-def _require_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    got = tuple(tensor.shape)
-    if len(got) != len(shape) or any(e is not None and e != g for e, g in zip(shape, got, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: expected shape [{wanted}], got {list(got)}")
-    if not tensor.numel():
-        raise ValueError(f"{name}: expected a tensor with elements, got shape {list(got)}")
-
-
-def _require_range(name: str, tensor: Tensor) -> None:
-    if not bool(((tensor >= 0) & torch.isfinite(tensor)).all()):
-        raise ValueError(f"{name}: expected finite values >= 0, got negative, infinite or NaN ones")

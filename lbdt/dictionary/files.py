@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 
-from lbdt.dictionary.concepts import ConceptDictionary, Histograms
+from lbdt.dictionary.concepts import ConceptDictionary
+from lbdt.dictionary.histograms import Histograms
 from lbdt.files import json_bytes, read_json, read_tensors, tensor_bytes, write_files
 from lbdt.hub import resolve_folder
 
 INFO_FILE = "dictionary.json"
 TENSORS_FILE = "dictionary.safetensors"
-_VERSION = 2
+_VERSION = 3
 _KEYS = ("version", "concepts", "timesteps", "num_latents", "peak", "calibrated", "bank")
-_SINCE_2 = {"fired"}
+_SINCE = {2: {"fired"}, 3: {"assigned"}}
 
 
 def save(
@@ -55,6 +56,7 @@ def save(
         "calibrated": histograms is not None,
         "bank": dictionary.bank is not None,
         "fired": dictionary.fired is not None,
+        "assigned": dictionary.assigned,
     }
     write_files(
         Path(directory),
@@ -74,9 +76,9 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None = None) -> 
     if not isinstance(info, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(info).__name__}")
     version = info.get("version")
-    if version not in (1, _VERSION):
-        raise ValueError(f"{path}: expected version 1 or {_VERSION}, got {version!r}; use a matching lbdt")
-    keys = set(_KEYS) if version == 1 else set(_KEYS) | _SINCE_2
+    if isinstance(version, bool) or version not in range(1, _VERSION + 1):
+        raise ValueError(f"{path}: expected version 1 to {_VERSION}, got {version!r}; use a matching lbdt")
+    keys = set(_KEYS).union(*(added for since, added in _SINCE.items() if since <= version))
     wrong = sorted(set(info) ^ keys)
     if wrong:
         raise ValueError(
@@ -88,6 +90,9 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None = None) -> 
     peak = info["peak"]
     if isinstance(peak, bool) or not isinstance(peak, (int, float)) or not math.isfinite(peak):
         raise ValueError(f"{path}: peak: expected a finite number, got {peak!r}")
+    assigned = info.get("assigned")
+    if assigned is not None and not isinstance(assigned, dict):
+        raise ValueError(f"{path}: assigned: expected an object of names and latents, got {assigned!r}")
     place = (len(concepts), len(timesteps))
     shapes: dict[str, tuple[int | None, ...]] = {"mean": (*place, info["num_latents"]), "counts": place}
     if info["calibrated"]:
@@ -117,6 +122,7 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None = None) -> 
             tensors.get("bank"),
             peak,
             tensors.get("fired"),
+            assigned,
         )
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder}: not a valid dictionary: {error}") from error

@@ -35,6 +35,41 @@ class DetectionRates(NamedTuple):
     off: Tensor
     """[T, U] float32, over patches of other concepts' prompts."""
 
+    def overall(self) -> tuple[float | None, float | None]:
+        """(on, off): the most frequent latent of each bin, mean over bins; None without any rate."""
+        return _mean_of_largest(self.on), _mean_of_largest(self.off)
+
+
+def _mean_of_largest(rates: Tensor) -> float | None:
+    best = rates.nan_to_num(-1.0).amax(dim=1)
+    best = best[best >= 0]
+    return float(best.mean()) if best.numel() else None
+
+
+def check_criteria(
+    percentile: float | None = None,
+    top_k: int | None = None,
+    thresholds: str | None = None,
+    false_positive: float = 0.02,
+    allow_below_published: bool = False,
+    assigned: bool | None = None,
+) -> None:
+    """ValueError unless these keywords of `ConceptDictionary.select` fit each other, whatever the dictionary."""
+    if percentile is not None and top_k is not None:
+        raise ValueError(f"give percentile or top_k, not both (got {percentile} and {top_k})")
+    if assigned and not (percentile is None and top_k is None):
+        raise ValueError(
+            f"give percentile, top_k or assigned, one of them (got {percentile}, {top_k} and True)"
+        )
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k: expected an integer >= 1, got {top_k!r}")
+    if percentile is not None and not 0 <= percentile < 100:
+        raise ValueError(f"percentile: expected a number in [0, 100) such as 99.99, got {percentile}")
+    if thresholds not in (None, "published", "calibrated"):
+        raise ValueError(f"thresholds: expected 'published' or 'calibrated', got {thresholds!r}")
+    if not 0 < false_positive < 1:
+        raise ValueError(f"false_positive: expected a rate in (0, 1) such as 0.02, got {false_positive}")
+
 
 def scores(mean: Tensor, counts: Tensor, concepts: Sequence[int]) -> Tensor:
     """SAeUron's score of some concepts, [len(concepts), T, L]:
@@ -59,8 +94,6 @@ def scores(mean: Tensor, counts: Tensor, concepts: Sequence[int]) -> Tensor:
 def by_percentile(score: Tensor, percentile: float) -> Tensor:
     """[T, L] bool: scores > 0 above the percentile of their bin's L scores (linear interpolation, as
     numpy)."""
-    if not 0 <= percentile < 100:
-        raise ValueError(f"percentile: expected a number in [0, 100) such as 99.99, got {percentile}")
     limit = torch.quantile(score.double(), percentile / 100, dim=-1, keepdim=True)
     return (score > limit) & (score > 0)
 
@@ -107,8 +140,6 @@ def calibrated(off: Tensor, edges: Tensor, false_positive: float) -> Tensor:
     The smallest edge above which at most a fraction f of the patches lies; +inf where even the last bin holds
     more.
     """
-    if not 0 < false_positive < 1:
-        raise ValueError(f"false_positive: expected a rate in (0, 1) such as 0.02, got {false_positive}")
     tail = tail_counts(off)[..., :-1]
     allowed = tail.double() <= false_positive * off.sum(-1, keepdim=True).double()
     # The first bin holds the zeros; its lower edge would pass any activation however small.

@@ -6,13 +6,14 @@ No host sync and no count of calls: everything follows from the timestep that th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
 from lbdt.hooks import layout
-from lbdt.hooks.plan import CallState, Plan
+from lbdt.hooks.plan import CallState, ErasePlan, Plan
 from lbdt.hooks.recorder import Recorder
 
 
@@ -102,13 +103,30 @@ class DetectHook(_InputHook):
         return output
 
 
-class EraseHook(_InputHook):
+class _TargetHook(_InputHook):
+    """On the block whose output changes: the last that runs in a UNet call."""
+
+    def __init__(self, plan: Plan, state: CallState, recorder: Recorder, needs_input: bool) -> None:
+        super().__init__(plan, state, needs_input)
+        self.recorder = recorder
+
+    def _finish(self, mask: Tensor, changed: Tensor, height: int, width: int) -> None:
+        """Records the call, and drops its state: nothing of it may be kept alive, nor met by the next one."""
+        if self.recorder.rows.device != mask.device:
+            self.recorder.to(mask.device)
+        rows = self.plan.rows(self.state)
+        self.recorder.add(rows.timesteps, mask, changed, height, width, rows.halves)
+        self.state.timesteps = self.state.rows = self.state.mask = self.state.grid = None
+
+
+class EraseHook(_TargetHook):
     """On the target block: detects (unless another block did), replaces, records."""
 
-    def __init__(self, plan: Plan, state: CallState, recorder: Recorder, detects: bool) -> None:
+    def __init__(self, plan: ErasePlan, state: CallState, recorder: Recorder, detects: bool) -> None:
         on_update = plan.options.target == "update"
-        super().__init__(plan, state, needs_input=on_update or (detects and plan.options.on_update))
-        self.recorder, self.detects, self.on_update = recorder, detects, on_update
+        needs_input = on_update or (detects and plan.options.on_update)
+        super().__init__(plan, state, recorder, needs_input)
+        self.detects, self.on_update = detects, on_update
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         raw = layout.tensor_of(output)
@@ -132,10 +150,34 @@ class EraseHook(_InputHook):
             out = (given + update).where(where, x)
         else:
             out, replaced = self.plan.replace(x, mask, height, width, self.state)
-        if self.recorder.rows.device != x.device:
-            self.recorder.to(x.device)
-        rows = self.plan.rows(self.state)
-        self.recorder.add(rows.timesteps, mask, replaced, height, width, rows.halves)
-        # Nothing of this call may be kept alive, nor met by the next one.
-        self.state.timesteps = self.state.rows = self.state.mask = self.state.grid = None
+        self._finish(mask, replaced, height, width)
         return layout.with_tensor(output, layout.from_patches(out, raw))
+
+
+class SteerHook(_TargetHook):
+    """On the steered block: edits its output by `plan.edit`, records."""
+
+    def __init__(self, plan: Any, state: CallState, recorder: Recorder) -> None:
+        super().__init__(plan, state, recorder, needs_input=plan.options.on_update)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        raw = layout.tensor_of(output)
+        x = self._feature_map(output)
+        height, width = layout.grid_of(x, self.state.grid)
+        out, detected, changed = self.plan.edit(x, self._taken_input(x), self.state)
+        self._finish(detected, changed, height, width)
+        return layout.with_tensor(output, layout.from_patches(out, raw))
+
+
+class TextHook(ModelHook):
+    """On a text encoder's layer: gives its output [B, N, d] to `edit`, which returns the new one."""
+
+    def __init__(self, edit: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.edit = edit
+
+    def __repr__(self) -> str:
+        return "lbdt.TextHook"
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return layout.with_tensor(output, self.edit(layout.tensor_of(output)))

@@ -1,4 +1,4 @@
-"""What an attached eraser computes in a UNet call: detection, the rows' settings, replacement; no diffusers here."""
+"""What an attachment computes in a UNet call: the rows' settings, detection, replacement; no diffusers here."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ SOURCES = ("random", "nearest", "mean")
 
 @dataclass(frozen=True)
 class Options:
-    """Validated settings of one attachment."""
+    """Validated settings that every attachment to a UNet has."""
 
-    padding: int
-    source: str
-    target: str
     rows: str
     steps: tuple[int, int] | None
     """[first, last) of the schedule."""
@@ -34,6 +31,15 @@ class Options:
     set_list: bool
     """Concepts were given as one set per prompt or image, not one for all."""
     seed_list: bool
+
+
+@dataclass(frozen=True)
+class EraseOptions(Options):
+    """An eraser's."""
+
+    padding: int
+    source: str
+    target: str
 
 
 class Rows(NamedTuple):
@@ -77,7 +83,8 @@ class CallState:
 
 
 class Plan:
-    """The tensors of one attachment. They are no parameters of any module, so no state_dict or offload sees them."""
+    """The tensors of one attachment that looks. They are no parameters of any module, so no state_dict or offload
+    sees them."""
 
     def __init__(
         self,
@@ -89,19 +96,17 @@ class Plan:
         timesteps: Tensor,  # [T] float32, the bins
         enabled: Tensor,  # [S, U] bool, one row a set
         seeds: Tensor,  # [R] int64
-        bank: Tensor | None,  # [T, M, d]
     ) -> None:
         self.options = options
         self.weight, self.bias, self.latents = weight, bias, latents
         self.thresholds, self.timesteps = thresholds, timesteps
-        self.enabled, self.seeds, self.bank = enabled, seeds, bank
+        self.enabled, self.seeds = enabled, seeds
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Moves the tensors; `dtype` is that of the activations, which the encoder rows and the bank take."""
+        """Moves the tensors; `dtype` is that of the activations, which the encoder rows take."""
         for name in ("bias", "latents", "thresholds", "timesteps", "enabled", "seeds"):
             setattr(self, name, getattr(self, name).to(device))
         self.weight = self.weight.to(device, dtype)
-        self.bank = None if self.bank is None else self.bank.to(device, dtype)
 
     def check_call(self, state: CallState, batch: int) -> None:
         """ValueError where the lists of sets and seeds, or the steps, do not fit this call; reads sizes only."""
@@ -117,6 +122,21 @@ class Plan:
 
     def detect(self, x: Tensor, minus: Tensor | None, state: CallState) -> Tensor:
         """Mask [B, N] of `x` [B, d, H, W] or [B, d, N], by the concept sets, window and half of each row."""
+        enabled = self.enabled_in(state)
+        return ops.detect_patches(
+            x,
+            self.weight,
+            self.bias,
+            self.latents,
+            self.thresholds,
+            self.rows(state).bins,
+            enabled,
+            self.options.k,
+            minus,
+        )
+
+    def enabled_in(self, state: CallState) -> Tensor:
+        """Which latents count for each row of this call, [B, U] bool: by its set, the window and its half."""
         rows = self.rows(state)
         enabled = rows.enabled
         if self.options.steps is not None:
@@ -127,26 +147,7 @@ class Plan:
             enabled = enabled & inside.unsqueeze(1)
         if self.options.rows == "cond" and rows.halves > 1:
             enabled = enabled & (rows.half > 0).unsqueeze(1)
-        return ops.detect_patches(
-            x,
-            self.weight,
-            self.bias,
-            self.latents,
-            self.thresholds,
-            rows.bins,
-            enabled,
-            self.options.k,
-            minus,
-        )
-
-    def replace(
-        self, x: Tensor, mask: Tensor, height: int, width: int, state: CallState
-    ) -> tuple[Tensor, Tensor]:
-        """`x` with the padded mask replaced, and which patches were; the draws of a row depend on its image only."""
-        rows = self.rows(state)
-        u = ops.patch_uniform(rows.seeds, state.timesteps, rows.half, mask.shape[1])
-        bank = None if self.bank is None else self.bank.index_select(0, rows.bins)
-        return ops.replace_patches(x, mask, u, height, width, self.options.padding, self.options.source, bank)
+        return enabled
 
     def rows(self, state: CallState) -> Rows:
         """What the plan says of each row of this UNet call, worked out once a call: every small operation counts."""
@@ -174,6 +175,33 @@ class Plan:
     def bins(self, timesteps: Tensor) -> Tensor:
         """The dictionary bin nearest to each timestep [B] float32 -> int64 [B], without a host sync."""
         return (timesteps.unsqueeze(-1) - self.timesteps).abs().argmin(-1)
+
+
+class ErasePlan(Plan):
+    """An eraser's: with what it overwrites patches by."""
+
+    def __init__(
+        self,
+        options: EraseOptions,
+        *tensors: Tensor,  # of Plan, in its order
+        bank: Tensor | None,  # [T, M, d]
+    ) -> None:
+        super().__init__(options, *tensors)
+        self.bank = bank
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Moves the tensors; `dtype` is that of the activations, which the encoder rows and the bank take."""
+        super().to(device, dtype)
+        self.bank = None if self.bank is None else self.bank.to(device, dtype)
+
+    def replace(
+        self, x: Tensor, mask: Tensor, height: int, width: int, state: CallState
+    ) -> tuple[Tensor, Tensor]:
+        """`x` with the padded mask replaced, and which patches were; the draws of a row depend on its image only."""
+        rows = self.rows(state)
+        u = ops.patch_uniform(rows.seeds, state.timesteps, rows.half, mask.shape[1])
+        bank = None if self.bank is None else self.bank.index_select(0, rows.bins)
+        return ops.replace_patches(x, mask, u, height, width, self.options.padding, self.options.source, bank)
 
 
 def check_lengths(plan: Plan, images: int, prompts: int | None) -> None:

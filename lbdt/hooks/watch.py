@@ -1,9 +1,10 @@
-"""How many prompts and images a pipeline call has, which the UNet's own arguments do not tell."""
+"""What a pipeline call encodes: how many prompts and images, which the UNet's own arguments do not tell, and which
+call of the text encoder is for the prompts and which for the negative ones."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _ATTRIBUTE = "_lbdt_watch"
@@ -16,15 +17,33 @@ def watch(pipe: Any, listener: Callable[[int, int, bool], None]) -> Callable[[],
     removes them. `in_call` is False where a user calls `encode_prompt` directly. Pipelines without these methods
     are left alone.
     """
+    return _join(pipe, "listeners", listener)
+
+
+def watch_texts(
+    pipe: Any, begin: Callable[[int | None, list[str]], None], end: Callable[[], None]
+) -> Callable[[], None]:
+    """Calls `begin(prompts, roles)` when the pipeline's `encode_prompt` begins and `end()` when it is left, by an
+    exception too; returns its undo.
+
+    `roles` are the calls of each text encoder to come, in order: "cond" for the prompts unless their embeddings were
+    given, then "uncond" for the negative ones, under guidance and unless theirs were given. All diffusers pipelines
+    encode in this order. `prompts` None: unknown.
+    """
+    return _join(pipe, "scopes", (begin, end))
+
+
+def _join(pipe: Any, group: str, member: Any) -> Callable[[], None]:
     found = vars(pipe).get(_ATTRIBUTE)
     if found is None:
         found = vars(pipe)[_ATTRIBUTE] = _Watch(pipe)
-    found.listeners.append(listener)
+    members = getattr(found, group)
+    members.append(member)
 
     def undo() -> None:
-        if listener in found.listeners:
-            found.listeners.remove(listener)
-        if not found.listeners and vars(pipe).get(_ATTRIBUTE) is found:
+        if member in members:
+            members.remove(member)
+        if not found.listeners and not found.scopes and vars(pipe).get(_ATTRIBUTE) is found:
             found.restore()
             del vars(pipe)[_ATTRIBUTE]
 
@@ -35,6 +54,7 @@ class _Watch:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.listeners: list[Callable[[int, int, bool], None]] = []
+        self.scopes: list[tuple[Callable[[int | None, list[str]], None], Callable[[], None]]] = []
         self.in_call = False
         self._before: dict[str, Any] = {}
         self._wrappers: dict[str, Any] = {}
@@ -75,9 +95,24 @@ class _Watch:
                 images = prompts * int(given.arguments.get("num_images_per_prompt") or 1)
                 for listener in list(self.listeners):
                     listener(prompts, images, in_call)
-            return original(*args, **kwargs)
+            scopes = list(self.scopes)
+            try:
+                for begin, _ in scopes:
+                    begin(prompts, _roles(given.arguments))
+                return original(*args, **kwargs)
+            finally:
+                for _, end in scopes:
+                    end()
 
         return encode_prompt
+
+
+def _roles(arguments: Mapping[str, Any]) -> list[str]:
+    roles = ["cond"] if arguments.get("prompt_embeds") is None else []
+    guided = arguments.get("do_classifier_free_guidance", False)
+    if guided and arguments.get("negative_prompt_embeds") is None:
+        roles.append("uncond")
+    return roles
 
 
 def _count(prompt: Any, embeddings: Any) -> int | None:

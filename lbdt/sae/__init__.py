@@ -1,4 +1,4 @@
-"""Sparse autoencoders: configuration, model, checkpoint files; training is in `lbdt.sae.training`."""
+"""Sparse autoencoders: configuration, model, checkpoint files; training is in `lbdt.training`."""
 
 from lbdt.sae.config import ACTIVATIONS, SAEConfig
 from lbdt.sae.model import SparseAutoencoder, SparseCode

@@ -1,21 +1,31 @@
-"""Checkpoint files: `cfg.json` + `sae.safetensors`, strict to read, atomic to write; no pickles."""
+"""Checkpoint files: lbdt's own `cfg.json` + `sae.safetensors`, atomic to write, and the other projects', strict to
+read."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lbdt.files import json_bytes, read_json, read_tensors, tensor_bytes, write_files
+from lbdt.formats import FORMATS, configs, unbox
 from lbdt.hub import resolve_folder
-from lbdt.sae.config import SAEConfig
 from lbdt.sae.model import SparseAutoencoder
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
-FORMATS = ("auto", "lbdt", "saeuron", "sdxl-unbox")
+_MARKERS = (CONFIG_FILE, unbox.WEIGHTS_FILE)
+_SAFE = (CONFIG_FILE, WEIGHTS_FILE)
+_PICKLED = (unbox.CONFIG_FILE, CONFIG_FILE, unbox.WEIGHTS_FILE)
+_EVERY = tuple(dict.fromkeys(_SAFE + _PICKLED))
+_FILES = dict.fromkeys(FORMATS, _SAFE) | {
+    "auto": _EVERY,
+    "saemnesia": _EVERY,
+    "sdxl-unbox": _PICKLED,
+    "steerers": _PICKLED,
+}
 
 
 def save(
@@ -49,31 +59,85 @@ def save(
     )
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """An SAE as it was read, and what its files do not say."""
+
+    sae: SparseAutoencoder
+    format: str
+    """The one of `lbdt.formats.FORMATS` that it was read as; never "auto"."""
+    folder: Path
+    assumptions: tuple[str, ...]
+    """What was taken for granted, one sentence each."""
+
+
 def load(
     path_or_repo: str | os.PathLike[str], hookpoint: str | None = None, format: str = "auto"
 ) -> SparseAutoencoder:
-    """The SAE in a folder, or in a Hugging Face repository (`owner/name`; offline mode is honoured).
+    """The SAE of `read`."""
+    return read(path_or_repo, hookpoint, format).sae
 
-    `hookpoint` names a subfolder (SAeUron keeps one per hook point). The weights come back in float32,
-    whatever the file's dtype, without gradients; cast with `.half()` where the pipeline is in half precision.
+
+def read(
+    path_or_repo: str | os.PathLike[str],
+    hookpoint: str | None = None,
+    format: str = "auto",
+    update: bool | None = None,
+) -> Checkpoint:
+    """The SAE in a folder, or in a Hugging Face repository (`owner/name[@revision]`; offline mode is honoured).
+
+    `hookpoint` names a subfolder (SAeUron keeps one per hook point), or a path of them. `format` is one of
+    `lbdt.formats.FORMATS`; "auto" goes by the files, which cannot tell a G-SAE (its sigmoid) from SAeUron's: name that
+    one. `update`, whether the SAE is one of the block's output minus its input, is known for lbdt's files, sdxl-unbox's
+    (yes) and steerers' (no), and may be given for others (no). The weights come back in float32, whatever the file's
+    dtype, without gradients; cast with `.half()` where the pipeline is in half precision. No pickle is run: see
+    `lbdt.formats.pth`.
 
     Raises:
         ValueError: anything absent, unreadable, of another shape, NaN or infinite; the text names it and says
-            what was expected. sdxl-unbox checkpoints (pickles) are refused.
+            what was expected.
     """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}; got {format!r}")
-    folder = resolve_folder(path_or_repo, hookpoint, marker=CONFIG_FILE, files=(CONFIG_FILE, WEIGHTS_FILE))
-    pickled = sorted(path.name for path in folder.glob("state_dict.pth"))
-    if format == "sdxl-unbox" or (pickled and not (folder / CONFIG_FILE).exists()):
-        raise ValueError(
-            f"{folder}: sdxl-unbox checkpoints (config.json + state_dict.pth, a pickle) are not read here; "
-            f"expected {CONFIG_FILE} and {WEIGHTS_FILE}. Convert the checkpoint to safetensors first"
-        )
-    config = SAEConfig.from_json(read_json(folder / CONFIG_FILE), source=str(folder / CONFIG_FILE))
+    folder = resolve_folder(path_or_repo, hookpoint, marker=_MARKERS, files=_FILES[format])
+    named = format != "auto"
+    if not named:
+        format = configs.detect(folder)
+    if format in ("sdxl-unbox", "steerers") or (
+        format == "saemnesia"
+        and not (folder / WEIGHTS_FILE).exists()
+        and (folder / unbox.WEIGHTS_FILE).exists()
+    ):
+        return _read_unbox(folder, format, named, update)
+    path = folder / CONFIG_FILE
+    config = configs.config_of(read_json(path), format, str(path))
+    notes = list(configs.notes(format, named, update))
+    if update is not None and update != config.update:
+        if format == "lbdt":
+            raise ValueError(
+                f"{path}: update: the file says {str(config.update).lower()}; leave the option out"
+            )
+        config = replace(config, update=update)
     with torch.device("meta"):
         sae = SparseAutoencoder(config)
     expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
     tensors = read_tensors(folder / WEIGHTS_FILE, expected)
     sae.load_state_dict(tensors, assign=True)
-    return sae.float().requires_grad_(False).eval()
+    sae = sae.float().requires_grad_(False).eval()
+    return Checkpoint(sae, format, folder, tuple(notes))
+
+
+def _read_unbox(folder: Path, format: str, named: bool, update: bool | None) -> Checkpoint:
+    notes = []
+    if update is None:
+        if format == "saemnesia":
+            raise ValueError(
+                f"{folder}: {unbox.WEIGHTS_FILE} does not say whether the SAE is one of the block's output or of its "
+                f"output minus its input (residual_sae in SAEmnesia); pass format='sdxl-unbox' for the difference, "
+                f"'steerers' for the output (lbdt convert: --update or --no-update)"
+            )
+        update = format == "sdxl-unbox"
+        side = "output minus its input" if update else "output"
+        reason = f"as {format}'s are" if named else f"as {format}'s are, by the keys of {unbox.CONFIG_FILE}"
+        notes.append(f"the SAE is one of the block's {side}, {reason}")
+    return Checkpoint(unbox.load(folder, update), format, folder, tuple(notes))

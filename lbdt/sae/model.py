@@ -186,7 +186,7 @@ class SparseAutoencoder(nn.Module):
     def _threshold(self) -> float:
         if self.config.threshold is None:
             raise ValueError(
-                "activation 'batch_topk' has no threshold yet: train it (lbdt.sae.training.train stores one) "
+                "activation 'batch_topk' has no threshold yet: train it (lbdt.training.train stores one) "
                 "or give SAEConfig(threshold=...)"
             )
         return float(self.config.threshold)

@@ -93,7 +93,7 @@ def test_without_firing_counts_the_means_order_the_latents(tmp_path):
     dictionary.save_pretrained(tmp_path)
     info = json.loads((tmp_path / "dictionary.json").read_text())
     # As the first version wrote it.
-    assert info.pop("fired") is False and info["version"] == 2
+    assert info.pop("fired") is False and info.pop("assigned") is None and info["version"] == 3
     info["version"] = 1
     (tmp_path / "dictionary.json").write_text(json.dumps(info))
     assert ConceptDictionary.from_pretrained(tmp_path).fired is None
@@ -329,8 +329,8 @@ def test_damaged_files(tmp_path):
     make_dictionary().save_pretrained(tmp_path)
     info = json.loads((tmp_path / "dictionary.json").read_text())
     for change, message in (
-        ({"version": 3}, "expected version 1 or 2, got 3"),
-        ({"version": 1}, "missing or unknown: fired"),
+        ({"version": 4}, "expected version 1 to 3, got 4"),
+        ({"version": 1}, "missing or unknown: assigned, fired"),
         ({"colour": "red"}, "missing or unknown: colour"),
         ({"peak": "high"}, "peak: expected a finite number"),
         ({"concepts": ["Cats", "Cats", "Dogs"]}, "expected distinct names"),

@@ -3,7 +3,6 @@
 import json
 import os
 
-import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
@@ -89,7 +88,9 @@ def test_saeuron_folder_trained_with_batch_topk_runs_per_patch(tmp_path):
     }
     with pytest.raises(ValueError, match=r"pass hookpoint=.*unet\.up_blocks\.1\.attentions\.1"):
         SparseAutoencoder.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no subfolder 'mid'; subfolders with cfg.json: unet.up"):
+    with pytest.raises(
+        ValueError, match="no subfolder 'mid'; subfolders with cfg.json or state_dict.pth: unet.up"
+    ):
         SparseAutoencoder.from_pretrained(tmp_path, hookpoint="mid")
     with pytest.raises(ValueError, match="expected the name of a subfolder"):
         SparseAutoencoder.from_pretrained(tmp_path, hookpoint="../elsewhere")
@@ -161,10 +162,10 @@ def test_missing_files(tmp_path, name):
         SparseAutoencoder.from_pretrained(tmp_path)
 
 
-def test_pickles_are_refused(tmp_path):
+def test_pickles_are_read_only_as_what_they_must_be(tmp_path):
     (tmp_path / "state_dict.pth").write_bytes(b"")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="sdxl-unbox checkpoints .* are not read here"):
+    (tmp_path / "config.json").write_text('{"n_dirs_local": 12, "d_model": 6, "k": 3}')
+    with pytest.raises(ValueError, match=r"state_dict\.pth: not a zip file as torch\.save writes"):
         SparseAutoencoder.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="format: expected one of auto"):
         SparseAutoencoder.from_pretrained(tmp_path, format="pickle")
@@ -180,24 +181,6 @@ def test_a_file_in_place_of_a_folder(tmp_path):
     path = saved(tmp_path) / "sae.safetensors"
     with pytest.raises(ValueError, match="expected a folder holding cfg.json, got a file"):
         SparseAutoencoder.from_pretrained(path)
-
-
-def test_hub_repositories_download_only_the_hookpoint(tmp_path, monkeypatch):
-    folder = tmp_path / "unet.mid"
-    folder.mkdir()
-    saved(folder)
-    asked = []
-
-    def download(repo, allow_patterns):
-        asked.append((repo, allow_patterns))
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    sae = SparseAutoencoder.from_pretrained("someone/some-saes", hookpoint="unet.mid")
-    assert sae.config.d_in == 6
-    assert asked == [
-        ("someone/some-saes", ["*/cfg.json", "unet.mid/cfg.json", "unet.mid/sae.safetensors"]),
-    ]
 
 
 def test_an_unreachable_repository_is_named(monkeypatch):

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from lbdt.sae import SAEConfig, SparseAutoencoder
-from lbdt.sae.training import accumulate_gradients, explain_variance, geometric_median, train
+from lbdt.training import Dense, Ranked, explain_variance, geometric_median, train
+from lbdt.training.objectives import Context, Rows
 
 D, FEATURES, ACTIVE = 16, 24, 3
 
@@ -30,6 +31,14 @@ def assert_same_state(first, second):
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+
+
+def accumulate(sae, x, *, alpha, dead=None, guess=0.0):
+    """Adds the gradient to `.grad`; the losses, and the latents that fired."""
+    context = Context(dead, 0 if dead is None else int(dead.sum()), guess)
+    rows = Rows(x, (x - x.mean(0)).square().sum(), len(x))
+    outcome = Ranked(auxk_alpha=alpha).accumulate(sae, rows, context)
+    return {name: float(term) for name, term in outcome.terms.items()}, outcome.fired
 
 
 @pytest.mark.parametrize("batch_topk", [False, True], ids=["topk", "batch_topk"])
@@ -59,7 +68,7 @@ def test_gradients_equal_autograd_of_the_loss(batch_topk, guess):
     auxk = (predicted - residual).square().sum() / variance
     expected = torch.autograd.grad(fvu + 0.25 * auxk, list(sae.parameters()))
 
-    metrics, _ = accumulate_gradients(sae, x, batch_topk=batch_topk, auxk_alpha=0.25, dead=dead, guess=guess)
+    metrics, _ = accumulate(sae, x, alpha=0.25, dead=dead, guess=guess)
     assert metrics["fvu"] == pytest.approx(fvu.item())
     assert metrics["auxk"] == pytest.approx(auxk.item())
     for (name, parameter), gradient in zip(sae.named_parameters(), expected, strict=True):
@@ -150,8 +159,8 @@ def test_auxk_teaches_dead_latents_the_residual_and_leaves_the_live_decoder_alon
     def gradient(alpha):
         for parameter in sae.parameters():
             parameter.grad = None
-        metrics, code = accumulate_gradients(sae, x, batch_topk=False, auxk_alpha=alpha, dead=dead)
-        assert (code.cols == 0).all(), "a dead latent took part in the reconstruction"
+        metrics, fired = accumulate(sae, x, alpha=alpha, dead=dead)
+        assert (fired == 0).all(), "a dead latent took part in the reconstruction"
         return metrics, {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}
 
     _, without = gradient(0.0)
@@ -207,13 +216,21 @@ def test_explain_variance_of_a_perfect_and_a_dead_autoencoder():
 @pytest.mark.parametrize(
     ("config", "data", "settings", "message"),
     [
-        ({"activation": "relu"}, None, {}, "activation 'relu': no training recipe"),
+        ({}, None, {"objective": Dense()}, "activation 'topk': this objective trains relu or jumprelu"),
+        (
+            {"activation": "relu"},
+            None,
+            {"objective": Ranked()},
+            "activation 'relu': this objective trains topk",
+        ),
+        ({"activation": "topk_sigmoid"}, None, {}, "expected normalize_decoder false"),
+        ({}, None, {"precision": "float16"}, "precision: expected one of float32, bfloat16"),
         ({"multi_topk": True}, None, {}, "multi_topk: true is not supported in training"),
         ({}, None, {"steps": 0}, "expected steps >= 1"),
         ({}, torch.zeros(8, D + 1), {}, r"batches\(0\): expected \[n >= 2, 16\].*got \(8, 17\)"),
         ({}, torch.full((8, D), torch.nan), {}, "expected finite values, got NaN or infinity"),
     ],
-    ids=["activation", "multi_topk", "steps", "width", "nan"],
+    ids=["dense topk", "ranked relu", "sigmoid", "precision", "multi_topk", "steps", "width", "nan"],
 )
 def test_bad_arguments(config, data, settings, message):
     arguments = {"steps": 2, "progress": False, **settings}

@@ -1,0 +1,255 @@
+"""Taking activations out of a running diffusers pipeline, by plain PyTorch hooks that always come off again."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lbdt.activations.sites import Site
+from lbdt.hooks.layout import tensor_of
+from lbdt.hooks.lookup import unwrap
+
+DENOISERS = ("unet", "transformer")
+
+
+class Stop(Exception):
+    """Raised by a receiver's `end`: nothing more is wanted of this pipeline call."""
+
+
+class Receiver(Protocol):
+    """What becomes of the activations of one pipeline call."""
+
+    def begin(self, timestep: float) -> bool:
+        """A denoiser (or text encoder) is called at this timestep; returns whether its activations are wanted."""
+
+    def take(self, site: Site, x: Tensor, sample: Tensor) -> None:
+        """A site's patches [images, N, d] in this call, and the whole call's input `sample`."""
+
+    def end(self) -> None:
+        """The call is over. May raise Stop."""
+
+
+def denoiser_of(pipe: Any) -> nn.Module:
+    """The pipeline's UNet or transformer, unwrapped.
+
+    Raises:
+        TypeError: `pipe` is not a pipeline.
+        ValueError: it has neither.
+    """
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}")
+    for name in DENOISERS:
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            return unwrap(getattr(pipe, name))
+    raise ValueError(
+        f"pipe: {type(pipe).__name__} has no {' or '.join(DENOISERS)} (its components: "
+        f"{', '.join(sorted(components)) or 'none'}); expected a diffusers text-to-image pipeline"
+    )
+
+
+def of_text(sites: Sequence[Site]) -> bool:
+    """Whether the sites lie in text encoders, not in the denoiser; ValueError for a mixture, as their timesteps differ."""
+    roots = {site.hookpoint.partition(".")[0] for site in sites}
+    if not roots:
+        raise ValueError("sites: expected at least one, such as unet.mid_block.attentions.0")
+    if len({root in DENOISERS for root in roots}) > 1:
+        raise ValueError(
+            f"sites: {', '.join(map(str, sites))} mix the denoiser with other components, which have no timesteps; "
+            "collect them in two runs"
+        )
+    return not roots <= set(DENOISERS)
+
+
+def find_module(pipe: Any, hookpoint: str) -> nn.Module:
+    """The module at `hookpoint`, whose first part names a component of the pipeline, unwrapped.
+
+    Raises ValueError where there is none that is ever called; names the components or the nearest modules.
+    """
+    denoiser_of(pipe)
+    root, *parts = hookpoint.split(".")
+    component = getattr(pipe, root, None)
+    if not isinstance(component, nn.Module):
+        found = [n for n in pipe.components if isinstance(getattr(pipe, n, None), nn.Module)]
+        raise ValueError(
+            f"site: {type(pipe).__name__} has no component {root!r} to hook; it has {', '.join(sorted(found))}"
+        )
+    component = unwrap(component)
+    module: nn.Module | None = component
+    for part in parts:
+        module = None if module is None else unwrap(module)._modules.get(part)
+    if module is None or isinstance(module, nn.ModuleList) or type(module).forward is nn.Module.forward:
+        known = [f"{root}.{name}" for name, _ in component.named_modules() if name]
+        near = difflib.get_close_matches(hookpoint, known, n=3, cutoff=0.5)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise ValueError(f"site: no module {hookpoint!r} that is called in {type(component).__name__}{hint}")
+    return unwrap(module)
+
+
+@contextlib.contextmanager
+def capture(pipe: Any, sites: Sequence[Site], images: int, receiver: Receiver) -> Iterator[None]:
+    """While inside, pipeline calls for `images` images hand the sites' activations to `receiver`.
+
+    Of guidance's [uncond; cond] batch the second half is taken. Where guidance runs two calls, or a scheduler repeats a
+    timestep, the receiver decides; in diffusers the conditional call comes first. Of a text encoder's calls the first
+    one counts, that of the prompts. Compiled models run eagerly, as they would not see the hooks.
+
+    Raises (some inside the pipeline call) ValueError: unknown site, an update where input and output differ in shape, a
+    batch that is not made of whole images.
+    """
+    text = of_text(sites)
+    blocks = [find_module(pipe, site.hookpoint) for site in sites]
+    handles = []
+    try:
+        roots = dict.fromkeys(site.hookpoint.partition(".")[0] for site in sites)
+        calls = {root: _Call(pipe, images, receiver, text) for root in roots}
+        for root, call in calls.items():
+            module = unwrap(getattr(pipe, root))
+            handles.append(module.register_forward_pre_hook(call.before, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(call.after))
+        for site, block in zip(sites, blocks, strict=True):
+            tap = _Tap(site, calls[site.hookpoint.partition(".")[0]])
+            handles.append(block.register_forward_pre_hook(tap.before, with_kwargs=True))
+            handles.append(block.register_forward_hook(tap.after, with_kwargs=True))
+        if text:
+            handles.append(denoiser_of(pipe).register_forward_pre_hook(_stop))
+        with _eager(is_compiled(pipe)):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Call:
+    """A call of the component that runs once a timestep."""
+
+    def __init__(self, pipe: Any, images: int, receiver: Receiver, text: bool) -> None:
+        self.pipe, self.images, self.receiver, self.text = pipe, images, receiver, text
+        self.wanted = self.over = False
+        self.sample: Tensor | None = None
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.sample = _input(args, kwargs)
+        if self.text:
+            self.wanted = not self.over and self.receiver.begin(0.0)
+        else:
+            self.wanted = self.receiver.begin(_timestep(args, kwargs))
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.sample, self.wanted, self.over = None, False, True
+        self.receiver.end()
+
+    def conditional(self, site: Site, x: Tensor) -> Tensor:
+        """The rows of `x` that the prompts have, not the negative ones."""
+        rows = self.sample.shape[0]
+        if x.shape[0] != rows or rows not in (self.images, 2 * self.images):
+            raise ValueError(
+                f"site {site}: its block ran on {x.shape[0]} rows and {type(self.pipe).__name__} on {rows} for "
+                f"{self.images} images; expected one row an image, or [unconditional; conditional]"
+            )
+        return x[rows - self.images :]
+
+
+class _Tap:
+    """The hooks of one site."""
+
+    def __init__(self, site: Site, call: _Call) -> None:
+        self.site, self.call = site, call
+        self.input: Tensor | None = None
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.call.wanted and self.site.update:
+            self.input = _input(args, kwargs)
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        given, self.input = self.input, None
+        if not self.call.wanted:
+            return
+        x = feature_map(module, output)
+        if x.dim() not in (3, 4):
+            raise ValueError(
+                f"site {self.site}: its block returned a tensor of shape {tuple(x.shape)}; expected [B, d, H, W] or "
+                "[B, N, d]"
+            )
+        if self.site.update:
+            if given.shape != x.shape:
+                raise ValueError(
+                    f"site {self.site}: its block has input {tuple(given.shape)} and output {tuple(x.shape)}, so it "
+                    "has no update; take its output, or a block that keeps the shape"
+                )
+            given = self.call.conditional(self.site, given)
+        x = self.call.conditional(self.site, x)
+        if self.site.update:
+            # Differences of half precision numbers are exact in float32.
+            x = x.to(torch.promote_types(x.dtype, torch.float32)) - given
+        if x.dim() == 4:
+            x = x.flatten(2).transpose(1, 2)
+        self.call.receiver.take(self.site, x, self.call.sample)
+
+
+def feature_map(module: nn.Module, output: Any) -> Tensor:
+    """The feature map in what a block returned. Some transformer blocks return their text stream before it."""
+    if isinstance(output, tuple) and len(output) > 1 and type(module).__module__.startswith("diffusers."):
+        from diffusers.hooks._helpers import TransformerBlockRegistry
+
+        try:
+            place = TransformerBlockRegistry.get(type(module)).return_hidden_states_index
+        except ValueError:  # not one of diffusers' transformer blocks
+            place = None
+        if place is not None:
+            return tensor_of(output[place])
+    return tensor_of(output)
+
+
+def is_compiled(pipe: Any) -> bool:
+    """Whether any component, or a module in it, was given to `torch.compile`."""
+    models = [c for c in pipe.components.values() if isinstance(c, nn.Module)]
+    return any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for model in models
+        for module in model.modules()
+    )
+
+
+def _eager(needed: bool) -> contextlib.AbstractContextManager:
+    return torch.compiler.set_stance("force_eager") if needed else contextlib.nullcontext()
+
+
+def _input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The first positional argument, or the keyword argument that models and blocks of diffusers call it by."""
+    named = [kwargs.get(name) for name in ("hidden_states", "sample", "input_ids")]
+    for value in (*args[:1], *named, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise ValueError("site: a call without a tensor as its input; hook another block")
+
+
+def _timestep(args: tuple, kwargs: dict[str, Any]) -> float:
+    value = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None
+    if value is None:
+        raise ValueError("pipe: its denoiser was called without a timestep; expected a diffusion pipeline")
+    # All rows of a call have one timestep.
+    return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
+
+
+def _stop(module: nn.Module, args: tuple) -> None:
+    raise Stop
+
+
+def quiet(pipe: Any) -> Callable[[], None]:
+    """Turns the pipeline's progress bar off; returns the undo."""
+    had, before = "_progress_bar_config" in vars(pipe), vars(pipe).get("_progress_bar_config")
+    pipe.set_progress_bar_config(disable=True)
+
+    def undo() -> None:
+        if had:
+            pipe._progress_bar_config = before
+        else:
+            vars(pipe).pop("_progress_bar_config", None)
+
+    return undo

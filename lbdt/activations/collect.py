@@ -1,0 +1,250 @@
+"""Writing a source's shards to a folder: resumable, by several processes, the same bytes in any case."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lbdt.activations.generated import Generated
+from lbdt.activations.layout import FORMAT, Layout, digest_of, raw
+from lbdt.activations.prompts import prompt_lines
+from lbdt.activations.sites import Site
+from lbdt.activations.source import Shard
+from lbdt.activations.stored import Stored, read_settings
+from lbdt.files import json_bytes
+
+_TEMPORARY = ".lbdt-"
+_SPARE = 1 << 20
+
+
+def collect(
+    source: Generated,
+    folder: str | os.PathLike[str],
+    *,
+    process: int = 0,
+    processes: int = 1,
+    progress: bool = True,
+) -> Stored | None:
+    """Writes those shards i of `source` to `folder` that are not there yet and have i % processes == process.
+
+    A shard is written whole or not at all, so a killed run is continued by the same call; the folder then holds the
+    same bytes as that of an unbroken run, by whatever number of processes. Shards of a wrong size or header are made
+    again, and stderr says so. At most one shard is held in memory.
+
+    Returns:
+        The complete folder; None where other processes have still to write theirs.
+
+    Raises:
+        ValueError: a folder with other settings (names which differ) or other files, one that another process is
+            writing, too little space; activations that cannot be stored.
+    """
+    if not 0 <= process < processes:
+        raise ValueError(f"process: expected one of {processes}, got {process}")
+    folder = Path(folder)
+    files = Files(source, folder)
+    with files.opened(shared=processes > 1):
+        files.prepare()
+        mine = range(process, files.layout.shards, processes)
+        missing = [index for index in mine if files.problem(index, tell=True)]
+        bar = tqdm(
+            missing,
+            desc=f"collect {folder.name}",
+            unit="shard",
+            total=len(mine),
+            initial=len(mine) - len(missing),
+            disable=not progress,
+            file=sys.stderr,
+            position=process,
+        )
+        for index in bar:
+            files.write(index, source.run(index))
+        return files.finish()
+
+
+class Files:
+    """The folder of one source's activations, being written."""
+
+    def __init__(self, source: Generated, folder: Path) -> None:
+        self.folder = folder
+        self.prompts = prompt_lines(source.labelled)
+        self.settings: dict[str, Any] = {"format": FORMAT} | source.settings()
+        self._settings = json_bytes(self.settings)
+        self.layout = Layout(self.settings, digest_of(self._settings))
+
+    @property
+    def bytes(self) -> int:
+        """Of all shards together."""
+        return sum(self.layout.size(index) for index in range(self.layout.shards))
+
+    def present(self) -> int:
+        """How many shards are there already."""
+        if not (self.folder / "settings.json").is_file():
+            return 0
+        return sum(self.problem(index) is None for index in range(self.layout.shards))
+
+    def problem(self, index: int, tell: bool = False) -> str | None:
+        """Why shard `index` has to be made; with `tell`, said on stderr where a file is there that is no good."""
+        try:
+            self.layout.check(self.folder, index)
+        except ValueError as error:
+            if tell and self.layout.path(self.folder, index).exists():
+                sys.stderr.write(f"lbdt: {error}; making it again\n")
+            return str(error)
+        return None
+
+    @contextlib.contextmanager
+    def opened(self, shared: bool) -> Iterator[None]:
+        """Holds the folder, made if needed, against other runs; the processes of one run share it.
+
+        Raises ValueError where another run holds it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{self.folder}: another `lbdt collect` is writing there; wait for it, or give another folder"
+                ) from error
+            yield
+        finally:
+            os.close(handle)
+
+    def prepare(self) -> None:
+        """Refuses what cannot go on here, then writes prompts and settings unless they are there.
+
+        Raises ValueError: other settings, other files, too little space.
+        """
+        # Listed before settings.json is looked for: where another process of this run makes shards, it is there by then.
+        others = sorted(
+            p.name for p in self.folder.iterdir() if p.name[0] != "." and p.name != "prompts.jsonl"
+        )
+        begun = (self.folder / "settings.json").is_file()
+        if begun:
+            self._compare()
+        elif others:
+            raise ValueError(
+                f"{self.folder}: holds other files ({', '.join(others[:3])}); give a folder of its own"
+            )
+        self._remove_leftovers()
+        self.check_space()
+        if not begun or not (self.folder / "prompts.jsonl").is_file():
+            _write(self.folder / "prompts.jsonl", self.prompts)
+        if not begun:
+            _write(self.folder / "settings.json", self._settings)
+        (self.folder / "shards").mkdir(exist_ok=True)
+
+    def check_space(self) -> None:
+        """ValueError where the shards that are missing do not fit on the disk."""
+        needed = sum(
+            self.layout.size(index)
+            for index in range(self.layout.shards)
+            if not self.layout.path(self.folder, index).is_file()
+        )
+        place = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(place).free
+        if needed + _SPARE > free:
+            raise ValueError(
+                f"{self.folder}: the activations need {human(needed)}, and {human(free)} are free; take fewer "
+                "--timesteps or --patches, or train without storing them"
+            )
+
+    def write(self, index: int, shards: dict[Site, Shard]) -> None:
+        """Shard `index`, all sites."""
+        tensors = []
+        for name, part in self.layout.parts(index).items():
+            kind, _, site = name.partition("/")
+            shard = shards[Site.parse(site)]
+            tensor = shard.x if kind == "x" else shard.patches
+            if tensor.dtype != part.dtype or tuple(tensor.shape) != part.shape:
+                raise ValueError(
+                    f"shard {index}, {name}: expected {part.dtype} {list(part.shape)}, got {tensor.dtype} "
+                    f"{list(tensor.shape)}"
+                )
+            tensors.append(raw(tensor))
+        digest = hashlib.sha256()
+        for data in tensors:
+            digest.update(data)
+        header = self.layout.header(index, digest.hexdigest())
+        _write(self.layout.path(self.folder, index), header, *tensors)
+
+    def finish(self) -> Stored | None:
+        """Writes the manifest once every shard is there."""
+        shards = []
+        for index in range(self.layout.shards):
+            try:
+                sha256 = self.layout.check(self.folder, index)
+            except ValueError:
+                return None
+            name = self.layout.path(self.folder, index).name
+            shards.append({"name": name, "bytes": self.layout.size(index), "sha256": sha256})
+        manifest = {"format": FORMAT, "settings": self.layout.digest, "shards": shards}
+        _write(self.folder / "manifest.json", json_bytes(manifest))
+        return Stored(self.folder)
+
+    def _compare(self) -> None:
+        there, _ = read_settings(self.folder)
+        if (self.folder / "settings.json").read_bytes() == self._settings:
+            return
+        differ = [
+            f"{name} ({_short(there.get(name))} there, {_short(self.settings.get(name))} now)"
+            for name in sorted({*there, *self.settings})
+            if there.get(name) != self.settings.get(name)
+        ]
+        raise ValueError(
+            f"{self.folder}: holds activations of other settings: {'; '.join(differ) or 'their order'}; give the "
+            "same settings to continue, or another folder"
+        )
+
+    def _remove_leftovers(self) -> None:
+        """Temporary files of killed runs; those in use are locked."""
+        for path in (*self.folder.glob(f"{_TEMPORARY}*"), *self.folder.glob(f"shards/{_TEMPORARY}*")):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+
+
+def _write(path: Path, *chunks: bytes | memoryview) -> None:
+    """The whole file or nothing; not `lbdt.files.write_files`, whose temporary files another process cannot tell from
+    a killed one's, and which takes a file as one piece."""
+    while True:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{_TEMPORARY}{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not os.fstat(file.fileno()).st_nlink:
+                    continue  # another process took it for a leftover before it was locked
+                os.fchmod(file.fileno(), 0o644)
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+                return
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def human(count: int) -> str:
+    """Bytes for people: 1.5 GB."""
+    value, units = float(count), ["B", "kB", "MB", "GB"]
+    while value >= 1000 and units[1:]:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}" if value < 1000 else f"{value / 1000:.3g} TB"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,54 @@
+"""What a pipeline is, in a few bytes: so that activations of one are not continued with another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from lbdt.hooks.lookup import unwrap
+
+_ELEMENTS = 64
+
+
+def fingerprint(pipe: Any) -> dict[str, str]:
+    """SHA-256 of every component, by its name: of its class and settings, a tokenizer's vocabulary, and of a model's
+    parameters and buffers the names, shapes, dtypes and 64 evenly spaced elements each.
+
+    Not a proof of equality: two models that differ in few weights only may look alike.
+    """
+    return {name: _digest(part) for name, part in sorted(pipe.components.items()) if part is not None}
+
+
+def _digest(part: Any) -> str:
+    part = unwrap(part) if isinstance(part, nn.Module) else part
+    about = {"class": type(part).__name__, "config": _plain(getattr(part, "config", None))}
+    if hasattr(part, "get_vocab"):
+        about["vocabulary"] = sorted(part.get_vocab().items())
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    if isinstance(part, nn.Module):
+        for name, tensor in sorted([*part.named_parameters(), *part.named_buffers()]):
+            name = ".".join(piece for piece in name.split(".") if piece != "_orig_mod")
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(_elements(tensor))
+    return digest.hexdigest()
+
+
+def _elements(tensor: torch.Tensor) -> bytes:
+    # Weights that are streamed from elsewhere during a call are not here to be read.
+    if tensor.is_meta or not tensor.numel():
+        return b""
+    flat = tensor.detach().flatten()
+    return flat[:: -(-flat.numel() // _ELEMENTS)].double().cpu().numpy().tobytes()
+
+
+def _plain(config: Any) -> dict[str, Any] | None:
+    """Settings without the versions and paths that loading and saving leave in them."""
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not hasattr(config, "items"):
+        return None
+    return {key: value for key, value in config.items() if key[:1] != "_" and key != "transformers_version"}

@@ -1,0 +1,169 @@
+"""Activations in a folder that `lbdt collect` wrote: a source, with quick access to single rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbdt.activations.generated import places
+from lbdt.activations.layout import Layout, digest_of
+from lbdt.activations.prompts import read_prompts
+from lbdt.activations.sites import Site
+from lbdt.activations.source import Shard, require_site
+
+
+class Stored:
+    """A complete folder of activations (`lbdt.activations.layout`). Shards are mapped into memory, not read."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Checks settings, prompts, and that every shard is there in its size; the headers on first use.
+
+        Raises ValueError naming the file, what was expected and what was got.
+        """
+        self.folder = Path(folder)
+        self.settings, self._layout = read_settings(self.folder)
+        self.labelled = tuple(read_prompts(self.folder / "prompts.jsonl"))
+        text = (self.folder / "prompts.jsonl").read_bytes()
+        if digest_of(text) != self.settings["prompts_sha256"]:
+            raise ValueError(f"{self.folder / 'prompts.jsonl'}: not the prompts of settings.json; damaged")
+        self.sites = tuple(self._layout.sites)
+        self.concepts, self.styles = tuple(self.settings["concepts"]), tuple(self.settings["styles"])
+        self.timesteps = self._layout.timesteps
+        self.prompts, self.prompts_per_shard = self._layout.prompts, self._layout.prompts_per_shard
+        self._labels = places(self.labelled, self.concepts, self.styles)
+        self._maps: dict[int, Tensor] = {}
+        self._sha256 = self._manifest()
+
+    def width(self, site: Site) -> int:
+        return self._entry(site)["width"]
+
+    def patches(self, site: Site) -> int:
+        return self._entry(site)["patches"]
+
+    def rows(self, site: Site) -> int:
+        """Number of rows at the site: prompts times timesteps times patches."""
+        return self.prompts * len(self.timesteps) * self.patches(site)
+
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """Every prompt's places in `concepts` and `styles`, two of [prompts] int64; -1: none."""
+        return self._labels
+
+    def shard(self, index: int, site: Site) -> Shard:
+        require_site(self, site)
+        if not 0 <= index < self._layout.shards:
+            raise IndexError(f"shard {index}: expected one of {self._layout.shards}")
+        x = self._tensor(index, f"x/{site}")
+        if self.patches(site) < self._entry(site)["of"]:
+            patches = self._tensor(index, f"patches/{site}")
+        else:
+            patches = torch.arange(x.shape[2], dtype=torch.int32).expand(x.shape[:3])
+        first = index * self.prompts_per_shard
+        concepts, styles = (label[first : first + x.shape[0]] for label in self._labels)
+        return Shard(x, patches, concepts, styles)
+
+    def gather(self, site: Site, rows: Tensor) -> Tensor:
+        """Rows [n] int64, numbered ((prompt * T) + timestep) * M + patch -> [n, d], in the folder's dtype.
+
+        Raises IndexError for rows outside of [0, rows(site)).
+        """
+        require_site(self, site)
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.rows(site):
+            raise IndexError(
+                f"rows: expected numbers in [0, {self.rows(site)}), got {int(rows.min())} to {int(rows.max())}"
+            )
+        out = torch.empty(len(rows), self.width(site), dtype=self._layout.dtype)
+        each = self.prompts_per_shard * len(self.timesteps) * self.patches(site)
+        # Ascending within a file, as a disk reads best.
+        ordered, place = rows.sort()
+        shards, counts = (ordered // each).unique_consecutive(return_counts=True)
+        start = 0
+        for index, count in zip(shards.tolist(), counts.tolist(), strict=True):
+            mine = slice(start, start + count)
+            x = self._tensor(index, f"x/{site}").flatten(0, 2)
+            out[place[mine]] = x.index_select(0, ordered[mine] - index * each)
+            start += count
+        return out
+
+    def verify(self) -> None:
+        """Reads every byte. Raises ValueError naming the first shard that differs from the manifest."""
+        for index, expected in enumerate(self._sha256):
+            start = self._start(index)
+            digest = hashlib.sha256()
+            path = self._layout.path(self.folder, index)
+            with path.open("rb") as file:
+                file.seek(start)
+                while block := file.read(1 << 22):
+                    digest.update(block)
+            if digest.hexdigest() != expected:
+                raise ValueError(
+                    f"{path}: expected SHA-256 {expected[:12]}..., got {digest.hexdigest()[:12]}...; the file is "
+                    "damaged: delete it, and run the same `lbdt collect` again"
+                )
+
+    def _entry(self, site: Site) -> dict[str, Any]:
+        require_site(self, site)
+        return self._layout.sites[site]
+
+    def _start(self, index: int) -> int:
+        """Checks the shard's header; where its tensors begin."""
+        try:
+            sha256 = self._layout.check(self.folder, index)
+        except ValueError as error:
+            raise ValueError(f"{error}; run the same `lbdt collect` again, which makes it anew") from error
+        if sha256 != self._sha256[index]:
+            raise ValueError(
+                f"{self._layout.path(self.folder, index)}: expected SHA-256 {self._sha256[index][:12]}... by "
+                f"manifest.json, got {sha256[:12]}...; delete manifest.json and run the same `lbdt collect` again"
+            )
+        return self._layout.size(index) - self._layout.data_size(index)
+
+    def _tensor(self, index: int, name: str) -> Tensor:
+        if index not in self._maps:
+            start, path = self._start(index), self._layout.path(self.folder, index)
+            # A private mapping: writing to a tensor does not change the file. It keeps no file open.
+            size = self._layout.size(index)
+            self._maps[index] = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[start:]
+        part = self._layout.parts(index)[name]
+        return self._maps[index][part.start : part.end].view(part.dtype).view(part.shape)
+
+    def _manifest(self) -> list[str]:
+        path, again = self.folder / "manifest.json", "run the same `lbdt collect` again"
+        if not path.is_file():
+            made = sum(self._layout.path(self.folder, i).is_file() for i in range(self._layout.shards))
+            raise ValueError(f"{self.folder}: incomplete, {made} of {self._layout.shards} shards; {again}")
+        try:
+            manifest = json.loads(path.read_text())
+            shards = manifest["shards"]
+            sha256 = [str(shard["sha256"]) for shard in shards]
+            if manifest["settings"] != self._layout.digest or len(shards) != self._layout.shards:
+                raise ValueError("of other settings")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: damaged ({error}); delete it, and {again}") from error
+        for index in range(self._layout.shards):
+            shard, expected = self._layout.path(self.folder, index), self._layout.size(index)
+            got = shard.stat().st_size if shard.is_file() else None
+            if got != expected:
+                found = "nothing" if got is None else f"{got}"
+                raise ValueError(f"{shard}: expected {expected} bytes, got {found}; {again}")
+        return sha256
+
+
+def read_settings(folder: Path) -> tuple[dict[str, Any], Layout]:
+    """The settings of a folder, and its layout; ValueError where there are none."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no settings.json; expected a folder written by `lbdt collect`")
+    data = path.read_bytes()
+    try:
+        settings = json.loads(data)
+        return settings, Layout(settings, digest_of(data))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: not settings of `lbdt collect` ({error}); damaged, or written by another version"
+        ) from error

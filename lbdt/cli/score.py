@@ -1,0 +1,188 @@
+"""The command `lbdt score`."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lbdt.cli.options import AsJson, Device, print_result, reported
+
+
+class By(enum.StrEnum):
+    """The labels that the dictionary is over."""
+
+    concepts = "concepts"
+    styles = "styles"
+
+
+class Dtype(enum.StrEnum):
+    """Number format of activations."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+@reported
+def command(
+    sae: Annotated[
+        str, typer.Option("--sae", metavar="DIR_OR_HUB", help="The SAE, in any format that lbdt reads.")
+    ],
+    site: Annotated[
+        str,
+        typer.Option("--site", metavar="HOOKPOINT[:update]", help="Where it was trained."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder of the dictionary; continued if begun.")
+    ],
+    activations: Annotated[
+        Path | None,
+        typer.Option(
+            "--activations", metavar="DIR", help="Of `lbdt collect`. Default: the pipeline runs in each pass."
+        ),
+    ] = None,
+    hookpoint: Annotated[
+        str | None, typer.Option("--hookpoint", metavar="NAME", help="Subfolder of the SAE's repository.")
+    ] = None,
+    by: Annotated[By, typer.Option(help="Labels that the dictionary is over.")] = By.concepts,
+    candidates: Annotated[
+        int, typer.Option(min=1, help="Latents per label and timestep whose histograms are kept.")
+    ] = 4,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="Keep histograms for calibrated thresholds.")
+    ] = True,
+    bank: Annotated[
+        int, typer.Option(min=0, help="Undetected patches kept per timestep, for maps without any.")
+    ] = 32,
+    bank_site: Annotated[
+        str | None,
+        typer.Option(
+            "--bank-site",
+            metavar="HOOKPOINT[:update]",
+            help="Where patches will be replaced. Default: the output at --site's hookpoint.",
+        ),
+    ] = None,
+    assignment: Annotated[
+        Path | None,
+        typer.Option(
+            "--assignment",
+            metavar="FILE_OR_DIR",
+            help="assignment.json of a supervised SAE. Default: the one beside the SAE, if any.",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Latents selected per timestep. Default: the assigned one, else 2."),
+    ] = None,
+    percentile: Annotated[
+        float | None, typer.Option(help="Or all above this percentile of the scores, e.g. 99.99.")
+    ] = None,
+    false_positive: Annotated[
+        float, typer.Option(help="Share of other labels' patches above a calibrated threshold.")
+    ] = 0.02,
+    heldout: Annotated[
+        Path | None,
+        typer.Option("--heldout", metavar="DIR", help="Activations on which the detection rate is measured."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="DIR_OR_HUB",
+            help="Without --activations: a text-to-image pipeline of diffusers. Default: EmojiCanvas.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="A .jsonl or .csv file with prompt, concept or style, and seed; or canvas: EmojiCanvas's.",
+        ),
+    ] = "canvas",
+    canvas_seeds: Annotated[
+        str, typer.Option("--canvas-seeds", metavar="FIRST:END", help="Pictures of every prompt of canvas.")
+    ] = "100:104",
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale. Default: 3 on EmojiCanvas, else the pipeline's own.")
+    ] = None,
+    timesteps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N or T,T,...", help="So many of the steps, spread evenly, or these. Default: all."
+        ),
+    ] = None,
+    patches: Annotated[
+        int | None, typer.Option(min=1, help="Patches drawn of each map. Default: all.")
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Number format of the pipeline's activations.")
+    ] = Dtype.float16,
+    prompts_per_shard: Annotated[
+        int, typer.Option(min=1, help="Images of a pipeline call and of a shard.")
+    ] = 16,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of the pipeline.")] = 1,
+    save_every: Annotated[
+        int, typer.Option("--save-every", min=1, help="Shards after which the state is saved.")
+    ] = 8,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws of patches and of the bank.")] = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Write the dictionary of an SAE: each concept's scores per latent and timestep, and calibrated thresholds.
+
+    The same command continues a run that was killed, and several processes may share one; the files are the same.
+    """
+    if model is not None and prompts == "canvas" and activations is None:
+        raise typer.BadParameter(
+            "the prompts of canvas are EmojiCanvas's: give --prompts FILE with --model",
+            param_hint="--prompts",
+        )
+    if activations is not None and (model is not None or prompts != "canvas"):
+        raise typer.BadParameter(
+            "give --activations, or --model and --prompts, not both", param_hint="--activations"
+        )
+    from lbdt.commands.collect import parse_seeds, parse_timesteps
+    from lbdt.commands.score import Pipeline, run
+
+    try:
+        wanted, seeds = parse_timesteps(timesteps), parse_seeds(canvas_seeds)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    pipeline = Pipeline(
+        model=model,
+        prompts=prompts,
+        canvas_seeds=seeds,
+        steps=steps,
+        guidance=guidance,
+        timesteps=wanted,
+        patches=patches,
+        dtype=dtype.value,
+        prompts_per_shard=prompts_per_shard,
+        threads=threads,
+    )
+    values, lines = run(
+        sae,
+        site,
+        out,
+        activations=activations,
+        pipeline=pipeline,
+        hookpoint=hookpoint,
+        by=by.value,
+        candidates=candidates,
+        calibrate=calibrate,
+        bank=bank,
+        bank_site=bank_site,
+        assignment=assignment,
+        select={"top_k": top_k, "percentile": percentile, "false_positive": false_positive},
+        heldout=heldout,
+        save_every=save_every,
+        seed=seed,
+        device=device,
+    )
+    if values["process"] == 0:
+        print_result(values, lines, as_json)

@@ -1,0 +1,302 @@
+"""`lbdt convert`: other projects' files as lbdt's, or an SAE as sdxl-unbox's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lbdt.dictionary.files import INFO_FILE, TENSORS_FILE
+from lbdt.files import write_files
+from lbdt.formats import class_params, unbox
+from lbdt.formats.latents import SPACINGS, read_latents
+from lbdt.hub import check_subfolder, resolve_folder
+from lbdt.sae import SparseAutoencoder, checkpoint
+
+_PICKLES = "cls_latents_dict_*.pkl"
+_DICTIONARY = (INFO_FILE, TENSORS_FILE)
+_SAE = (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE)
+_UNBOX = (unbox.CONFIG_FILE, unbox.WEIGHTS_FILE)
+
+Result = tuple[dict[str, Any], list[str]]
+
+
+def run(
+    source: str,
+    *,
+    out: Path,
+    source_format: str,
+    target: str,
+    hookpoint: str | None,
+    update: bool | None,
+    timesteps: str | None,
+    concepts: str | None,
+    encoder_only: bool,
+    dtype: str,
+    force: bool,
+) -> Result:
+    """Writes `out`; returns what was read, assumed, checked and written, for JSON and as a table.
+
+    Everything that can be refused is refused before anything is written.
+
+    Raises:
+        ValueError: an option that does not go with the source, an unusable --out, or what the readers refuse.
+    """
+    check_subfolder(hookpoint)
+    if source_format == "auto":
+        source_format = _kind(source)
+    given = {
+        "--timesteps": timesteps is not None,
+        "--concepts": concepts is not None,
+        "--update": update is not None,
+        "--encoder-only": encoder_only,
+        "--to sdxl-unbox": target != "lbdt",
+        "--dtype": dtype != "float32",
+        "--hookpoint": hookpoint is not None,
+    }
+    kind = torch.float32 if dtype == "float32" else getattr(torch, dtype)
+    if source_format == "class-params":
+        _require(given, "class-params", ())
+        return _class_params(source, out, force)
+    if source_format == "latents":
+        _require(given, "latents", ("--timesteps", "--concepts", "--dtype", "--hookpoint"))
+        return _latents(source, out, hookpoint, timesteps, concepts, kind, force)
+    allowed = ("--update", "--dtype", "--hookpoint", "--to sdxl-unbox")
+    _require(given, "an SAE", allowed if target == "sdxl-unbox" else (*allowed, "--encoder-only"))
+    return _sae(source, out, source_format, target, hookpoint, update, encoder_only, kind, force)
+
+
+def _kind(source: str) -> str:
+    """ "latents", "class-params" or "auto" (an SAE), by the names of a local source's files."""
+    path = Path(source)
+    if path.is_file():
+        if path.suffix == ".pkl":
+            return "latents"
+        if path.name.startswith("class_params"):
+            return "class-params"
+    elif path.is_dir() and not any((path / name).exists() for name in (*_SAE, unbox.WEIGHTS_FILE)):
+        if any(path.glob(_PICKLES)):
+            return "latents"
+        if (path / class_params.PTH_FILE).exists():
+            return "class-params"
+    return "auto"
+
+
+def _require(given: dict[str, bool], what: str, allowed: tuple[str, ...]) -> None:
+    wrong = [name for name, is_given in given.items() if is_given and name not in allowed]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)}: does not go with {what}; leave it out, or name the source with --from"
+        )
+
+
+def _sae(
+    source: str,
+    out: Path,
+    source_format: str,
+    target: str,
+    hookpoint: str | None,
+    update: bool | None,
+    encoder_only: bool,
+    dtype: torch.dtype,
+    force: bool,
+) -> Result:
+    names = _UNBOX if target == "sdxl-unbox" else _SAE
+    _check_out(out, names, force)
+    read = checkpoint.read(source, hookpoint, source_format, update)
+    sae, notes = read.sae, list(read.assumptions)
+    checks = _sae_checks(sae)
+    if target == "sdxl-unbox":
+        unbox.save_unbox(sae, out, dtype)
+        back = unbox.load(out, sae.config.update)
+        if not sae.config.update:
+            notes.append(
+                "sdxl-unbox itself will take the SAE for one of output minus input: its files cannot say no"
+            )
+    else:
+        sae.save_pretrained(out, encoder_only=encoder_only, dtype=dtype)
+        back = SparseAutoencoder.from_pretrained(out)
+    state = sae.state_dict()
+    _same({name: (state[name].to(dtype).float(), tensor) for name, tensor in back.state_dict().items()}, out)
+    tensors = {name: list(tensor.shape) for name, tensor in state.items()}
+    settings = {key: value for key, value in sae.config.to_json().items() if key in _SETTINGS}
+    return _result(source, read.format, target, out, names, tensors, settings, notes, checks)
+
+
+_SETTINGS = ("d_in", "num_latents", "k", "activation", "update")
+
+
+def _sae_checks(sae: SparseAutoencoder) -> dict[str, Any]:
+    """Of the weights alone; how well they explain activations cannot be known without some (`lbdt score`)."""
+    checks: dict[str, Any] = {"encoder_rows_zero": _zero_rows(sae.encoder.weight)}
+    if sae.W_dec is not None:
+        norms = sae.W_dec.norm(dim=1)
+        checks |= {
+            "decoder_rows_zero": _zero_rows(sae.W_dec),
+            "decoder_row_norms": [float(norms.min()), float(norms.median()), float(norms.max())],
+        }
+    return checks
+
+
+def _zero_rows(weight: torch.Tensor) -> float:
+    return float((weight == 0).all(1).float().mean())
+
+
+def _latents(
+    source: str,
+    out: Path,
+    hookpoint: str | None,
+    timesteps: str | None,
+    concepts: str | None,
+    dtype: torch.dtype,
+    force: bool,
+) -> Result:
+    path, params_path = _pickle(source, hookpoint)
+    names = _DICTIONARY if params_path is None else (*_DICTIONARY, class_params.JSON_FILE)
+    _check_out(out, names, force)
+    params = None if params_path is None else class_params.load_class_params(params_path)
+    chosen = None if concepts is None else [name.strip() for name in concepts.split(",")]
+    read = read_latents(path, _timesteps(timesteps), chosen)
+    dictionary = read.dictionary
+    dictionary.save_pretrained(out, dtype=dtype)
+    back = type(dictionary).from_pretrained(out)
+    _same({"mean": (dictionary.mean.to(dtype).float(), back.mean)}, out)
+    if params is not None:
+        write_files(out, {class_params.JSON_FILE: class_params.class_params_json(params)})
+    active = (dictionary.mean > 0).flatten(0, 1).any(0)
+    checks = {
+        "latents_never_active": float((~active).float().mean()),
+        "samples_per_class": sorted(set(read.samples.values())),
+        "largest_mean": float(dictionary.mean.max()),
+    }
+    settings = {
+        "concepts": list(dictionary.concepts),
+        "timesteps": dictionary.timesteps.tolist(),
+        "class_params": params is not None,
+    }
+    tensors = {"mean": list(dictionary.mean.shape), "counts": list(dictionary.counts.shape)}
+    return _result(path, "latents", "lbdt", out, names, tensors, settings, read.assumptions, checks)
+
+
+def _pickle(source: str, hookpoint: str | None) -> tuple[Path, Path | None]:
+    """The pickle, and the steering parameters of a folder that has both."""
+    path = Path(source)
+    if path.is_file():
+        if hookpoint is not None:
+            raise ValueError(f"--hookpoint: {source} is one file already; leave it out")
+        return path, None
+    wanted = _PICKLES if hookpoint is None else f"cls_latents_dict_{hookpoint}.pkl"
+    folder = resolve_folder(source, None, marker=wanted, files=(wanted, class_params.PTH_FILE))
+    found = sorted(folder.glob(wanted))
+    if len(found) != 1:
+        listed = ", ".join(p.name for p in found) or "none"
+        raise ValueError(f"{source}: expected one {wanted}, got {listed}; name the file, or give --hookpoint")
+    beside = folder / class_params.PTH_FILE
+    return found[0], beside if beside.exists() else None
+
+
+def _timesteps(given: str | None) -> str | list[int]:
+    if given is None or given in SPACINGS:
+        return given or "leading"
+    try:
+        return [int(value) for value in given.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"--timesteps: expected {', '.join(SPACINGS)}, or numbers such as 991,981,971, got {given!r}"
+        ) from error
+
+
+def _class_params(source: str, out: Path, force: bool) -> Result:
+    names = (class_params.JSON_FILE,)
+    _check_out(out, names, force)
+    path = Path(source)
+    if not path.is_file():
+        path = (
+            resolve_folder(source, None, class_params.PTH_FILE, (class_params.PTH_FILE,))
+            / class_params.PTH_FILE
+        )
+    params = class_params.load_class_params(path)
+    write_files(out, {class_params.JSON_FILE: class_params.class_params_json(params)})
+    settings = {
+        name: {"percentile": given.percentile, "multiplier": given.multiplier}
+        for name, given in params.items()
+    }
+    return _result(path, "class-params", "lbdt", out, names, {}, settings, (), {})
+
+
+def _check_out(out: Path, names: Sequence[str], force: bool) -> None:
+    """ValueError unless the folder can be written there and holds nothing but an earlier conversion to replace."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; give a folder")
+    present = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    others = [name for name in present if name not in names]
+    if others:
+        raise ValueError(
+            f"--out {out}: holds {', '.join(others[:5])}, which this conversion does not write; give a new folder"
+        )
+    if present and not force:
+        raise ValueError(
+            f"--out {out}: holds {', '.join(present)} already; give a new folder, or --force to replace"
+        )
+    folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {out}: cannot write in {folder}; give a place in a folder of yours")
+
+
+def _same(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], out: Path) -> None:
+    for name, (wanted, got) in pairs.items():
+        if not torch.equal(wanted, got):
+            raise RuntimeError(
+                f"{out}: {name}: what was written does not read back equal; do not use these files"
+            )
+
+
+def _result(
+    source: str | Path,
+    source_format: str,
+    target: str,
+    out: Path,
+    names: Sequence[str],
+    tensors: dict[str, list[int]],
+    settings: dict[str, Any],
+    notes: Sequence[str],
+    checks: dict[str, Any],
+) -> Result:
+    values = {
+        "source": str(source),
+        "from": source_format,
+        "to": target,
+        "out": str(out),
+        "files": list(names),
+        "tensors": tensors,
+        "settings": settings,
+        "assumptions": list(notes),
+        "checks": checks,
+    }
+    lines = [f"{'read':12}{source} ({source_format})"]
+    lines += [f"{'tensor':12}{name} {shape}" for name, shape in tensors.items()]
+    lines += [f"{'setting':12}{name} {_shown(value)}" for name, value in settings.items()]
+    lines += [f"{'assumed':12}{note}" for note in notes]
+    lines += [f"{'check':12}{name.replace('_', ' ')} {_shown(value)}" for name, value in checks.items()]
+    if tensors:
+        lines.append(f"{'check':12}what was written reads back equal")
+    lines.append(f"{'written':12}{out}: {', '.join(names)}")
+    return values, lines
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        shown = [_shown(inner) for inner in value]
+        return (
+            ", ".join(shown)
+            if len(shown) <= 8
+            else f"{', '.join(shown[:3])}, ..., {shown[-1]} ({len(shown)})"
+        )
+    return str(value)

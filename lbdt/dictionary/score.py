@@ -1,0 +1,328 @@
+"""`score`: the concept dictionary of an SAE by running sums over a source, in memory of one shard."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lbdt.activations.sites import Site
+from lbdt.activations.source import require_site, shard_count
+from lbdt.dictionary.calibration import Calibration
+from lbdt.dictionary.checks import checked_assignment
+from lbdt.dictionary.concepts import ConceptDictionary
+from lbdt.dictionary.encoding import Encoder, check_fit, labels, one_thread
+from lbdt.dictionary.files import INFO_FILE, TENSORS_FILE
+from lbdt.dictionary.passes import BankPass, CalibrationPass, Pass, StatisticsPass, run_pass
+from lbdt.dictionary.selection import check_criteria
+from lbdt.dictionary.state import Finished, State, digest, plain
+from lbdt.files import json_bytes, read_json, write_files
+
+if TYPE_CHECKING:
+    from lbdt.activations import Source
+    from lbdt.sae import SparseAutoencoder
+
+DONE_FILE = "score.json"
+_VERSION = 1
+_BINS = 256
+_SUMMED = ("version", "processes", "sae", "site", "by", "source")
+_COUNTED = (*_SUMMED, "candidates", "assigned")
+_USED = {
+    StatisticsPass.name: _SUMMED,
+    CalibrationPass.name: _COUNTED,
+    BankPass.name: (*_COUNTED, "calibrate", "bank", "bank_site", "selection", "seed"),
+}
+"""What each pass depends on: an interrupted run may go on with other settings for the passes to come."""
+_BANK_SHARDS = 64
+"""The bank is drawn from at most so many shards, spread evenly: it keeps a few patches only."""
+
+
+def score(
+    source: Source,
+    site: Site,
+    sae: SparseAutoencoder,
+    *,
+    by: str = "concepts",
+    candidates: int = 4,
+    calibrate: bool = True,
+    bank: int = 32,
+    bank_site: Site | None = None,
+    selection: Mapping[str, Any] | None = None,
+    assigned: Mapping[str, int] | None = None,
+    process: int = 0,
+    processes: int = 1,
+    folder: str | os.PathLike[str] | None = None,
+    save_every: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> ConceptDictionary:
+    """The dictionary of a site's activations (method.md, "Concept-latent dictionary"; SAeUron, arXiv 2501.18052).
+
+    One pass over the shards for the means, one for calibrated thresholds, and one over at most 64 shards for the bank;
+    a `Generated` source runs the pipeline in each. Prompts without a label are left out everywhere. One shard is in
+    memory at a time, beside [C, T, L] sums. The sums are whole numbers and the SAE runs on one thread a bin, so the same
+    shards give the same bytes with any number of processes or threads, interrupted or not, on one kind of machine.
+
+    Args:
+        source: labelled activations.
+        site: where the SAE was trained.
+        sae: on any device; encodes there. The encoder suffices.
+        by: the labels that the dictionary is over: "concepts" | "styles".
+        candidates: latents per label and timestep whose histograms are kept.
+        calibrate: keep histograms.
+        bank: undetected patches kept per timestep, for maps in which every patch is detected; 0: none.
+        bank_site: where patches will be replaced; None: the output at `site`'s hookpoint, an eraser's default.
+        selection: the eraser's keywords of `ConceptDictionary.select`, which say what counts as detected in the bank.
+        assigned: the latent that each label was trained on (`lbdt.training.assignment`); other names are ignored.
+        process, processes: this process's number and their count; each calls `score` with the same `folder`, and all
+            return the same dictionary.
+        folder: gets the dictionary, and until then every `save_every` shards the state to resume from after a crash.
+            Where the dictionary of just these settings is there already, it is returned.
+        seed: of the bank's draw.
+        progress: bars on stderr.
+
+    Raises:
+        ValueError, TypeError: the argument, what was expected, what was given; a label without prompts; a state of
+            other settings, or damaged, naming the file.
+    """
+    names = labels(source, by)
+    check_fit(source, site, sae)
+    _check(candidates, bank, process, processes, folder, save_every, sae.config.num_latents)
+    if calibrate and len(names) < 2:
+        raise ValueError(
+            f"calibration needs patches of other {by}, and there is {names[0]!r} only; add prompts or calibrate=False"
+        )
+    place = _bank_site(source, site, bank_site) if bank else None
+    _check_selection(selection or {}, candidates if calibrate else None)
+    mine = None
+    if assigned:
+        mine = {name: latent for name, latent in assigned.items() if name in names}
+        if not mine:
+            raise ValueError(f"assigned: has none of the {by} {', '.join(names)}; got {', '.join(assigned)}")
+        mine = checked_assignment(mine, names, sae.config.num_latents)
+    without = [name for name in names if name not in (mine or {})]
+    if (selection or {}).get("assigned") and without:
+        raise ValueError(
+            f"selection: assigned needs a latent for every label; {', '.join(without)} have none"
+        )
+    work = _Work(
+        source, site, sae, by, names, candidates, calibrate, bank, place, dict(selection or {}), mine, seed
+    )
+    if folder is None:
+        return work.run(None, save_every, 0, 1, progress)
+    folder, settings = Path(folder), work.settings()
+
+    def state() -> State:
+        finished = functools.partial(_is_finished, folder, settings)
+        common = settings | {"processes": processes}
+        parts = {name: {key: common[key] for key in keys} for name, keys in _USED.items()}
+        return State(folder, parts, process, processes, finished)
+
+    if _is_finished(folder, settings):
+        if not process:
+            # Another run's state is not this one's to remove.
+            with contextlib.suppress(ValueError):
+                state().remove()
+        return ConceptDictionary.from_pretrained(folder)
+    kept = state()
+    try:
+        dictionary = work.run(kept, save_every, process, processes, progress)
+        if process:
+            kept.wait_for_end()
+    except Finished:
+        return ConceptDictionary.from_pretrained(folder)
+    _finish(folder, settings, dictionary)
+    kept.remove()
+    return dictionary
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What `score` was asked for, checked."""
+
+    source: Source
+    site: Site
+    sae: SparseAutoencoder
+    by: str
+    names: tuple[str, ...]
+    candidates: int
+    calibrate: bool
+    bank: int
+    bank_site: Site | None
+    selection: dict[str, Any]
+    assigned: dict[str, int] | None
+    seed: int
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that the dictionary follows from, JSON-like."""
+        return plain(
+            {
+                "version": _VERSION,
+                "sae": _sae_settings(self.sae),
+                "site": str(self.site),
+                "by": self.by,
+                "candidates": self.candidates,
+                "calibrate": self.calibrate,
+                "bank": self.bank,
+                "bank_site": None if self.bank_site is None else str(self.bank_site),
+                "selection": self.selection,
+                "assigned": self.assigned,
+                "seed": self.seed,
+                "source": _source_settings(self.source, self.site, self.bank_site),
+            }
+        )
+
+    def run(
+        self, state: State | None, save_every: int, process: int, processes: int, progress: bool
+    ) -> ConceptDictionary:
+        """This process's part of every pass; each ends with the sums of all processes."""
+        place, latents = (self.source, self.site, self.by), self.sae.config.num_latents
+        shards = range(shard_count(self.source))
+
+        def over(work: Pass, indices: Sequence[int]) -> None:
+            run_pass(work, indices, state, save_every, process, processes, progress)
+
+        with Encoder(self.sae) as encoder:
+            sums = StatisticsPass(*place, self.names, encoder, latents)
+            over(sums, shards)
+            dictionary = sums.statistics.build().replaced(assigned=self.assigned)
+            _require_prompts(dictionary, self.by)
+            if self.calibrate:
+                spacing = "logit" if self.sae.config.activation == "topk_sigmoid" else "log"
+                with one_thread():
+                    empty = Calibration(dictionary, self.candidates, _BINS, spacing)
+                counts = CalibrationPass(*place, encoder, empty)
+                over(counts, shards)
+                dictionary = counts.calibration.build()
+            if self.bank:
+                with one_thread():
+                    selections = [dictionary.select(name, **self.selection) for name in self.names]
+                drawn = BankPass(*place, encoder, self.bank_site, selections, latents, self.bank, self.seed)
+                over(drawn, _spread(len(shards)))
+                dictionary = dictionary.replaced(bank=drawn.bank.build())
+                if dictionary.bank is None:
+                    warnings.warn(
+                        "no bank: at some timestep every patch is detected; select fewer latents, or lower "
+                        "false_positive",
+                        stacklevel=3,
+                    )
+        return dictionary
+
+
+def _finish(folder: Path, settings: dict[str, Any], dictionary: ConceptDictionary) -> None:
+    # Gone before the dictionary changes and back after it, so it never vouches for another one.
+    (folder / DONE_FILE).unlink(missing_ok=True)
+    dictionary.save_pretrained(folder)
+    write_files(folder, {DONE_FILE: json_bytes(settings)})
+    for name in (INFO_FILE, TENSORS_FILE, DONE_FILE):
+        # What a killed run left half written.
+        for path in folder.glob(f".{name}.*"):
+            path.unlink(missing_ok=True)
+
+
+def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
+    path = folder / DONE_FILE
+    return path.is_file() and read_json(path) == settings
+
+
+def _check(
+    candidates: int, bank: int, process: int, processes: int, folder: Any, save_every: int, latents: int
+) -> None:
+    numbers = {
+        "candidates": (candidates, 1, latents),
+        "bank": (bank, 0, 2**20),
+        "processes": (processes, 1, 2**16),
+        "process": (process, 0, processes - 1),
+        "save_every": (save_every, 1, 2**31),
+    }
+    for name, (value, least, most) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ValueError(f"{name}: expected an integer in [{least}, {most}], got {value!r}")
+    if processes > 1 and folder is None:
+        raise ValueError("folder: several processes need one that all of them can read and write")
+
+
+def _check_selection(selection: Mapping[str, Any], candidates: int | None) -> None:
+    """As far as it can be told without the dictionary; `candidates` None: without histograms."""
+    known = list(inspect.signature(check_criteria).parameters)
+    unknown = sorted(set(selection) - set(known))
+    if unknown:
+        raise ValueError(f"selection: unknown key {', '.join(unknown)}; expected some of {', '.join(known)}")
+    check_criteria(**selection)
+    if candidates is None:
+        if selection.get("thresholds") == "calibrated":
+            raise ValueError("selection: thresholds 'calibrated' need calibrate=True")
+    elif selection.get("thresholds") != "published" and (selection.get("top_k") or 0) > candidates:
+        raise ValueError(f"selection: top_k {selection['top_k']} needs as many candidates, got {candidates}")
+
+
+def _bank_site(source: Source, site: Site, given: Site | None) -> Site:
+    if given is not None:
+        require_site(source, given)
+        return given
+    wanted = Site(site.hookpoint, "output")
+    if wanted not in source.sites:
+        raise ValueError(
+            f"bank_site: an eraser replaces {wanted} unless told otherwise, and the activations hold "
+            f"{', '.join(map(str, source.sites))} only; collect it too, give bank_site={site} for an eraser of "
+            "target='update', or bank=0"
+        )
+    return wanted
+
+
+def _require_prompts(dictionary: ConceptDictionary, by: str) -> None:
+    without = [
+        name for name, counts in zip(dictionary.concepts, dictionary.counts, strict=True) if not counts.all()
+    ]
+    if without:
+        raise ValueError(
+            f"no prompts of {', '.join(without)} among the activations; collect some, or activations without these {by}"
+        )
+
+
+def _spread(shards: int) -> list[int]:
+    """At most `_BANK_SHARDS` of the shards, evenly."""
+    count = min(shards, _BANK_SHARDS)
+    return [number * shards // count for number in range(count)]
+
+
+def _sae_settings(sae: SparseAutoencoder) -> dict[str, Any]:
+    """Everything that codes depend on."""
+    config = sae.config
+    weights = [part for name, part in sae.state_dict().items() if name != "W_dec" for part in (name, part)]
+    return {
+        "d_in": config.d_in,
+        "num_latents": config.num_latents,
+        "activation": config.activation,
+        "k": config.k,
+        "threshold": config.threshold,
+        "device": sae.encoder.weight.device.type,
+        "sha256": digest(weights),
+    }
+
+
+def _source_settings(source: Source, site: Site, bank_site: Site | None) -> dict[str, Any]:
+    """The source's own settings and a digest of its prompts; without these a digest of its activations."""
+    given = getattr(source, "settings", None)
+    if given is None:
+        sites = {site, bank_site} - {None}
+        shards = (source.shard(i, s) for s in sorted(sites) for i in range(shard_count(source)))
+        return {
+            "timesteps": list(source.timesteps),
+            "prompts": source.prompts,
+            "prompts_per_shard": source.prompts_per_shard,
+            "concepts": list(source.concepts),
+            "styles": list(source.styles),
+            "sha256": digest(part for shard in shards for part in shard),
+        }
+    settings = dict(given() if callable(given) else given)
+    prompts = getattr(source, "labelled", None)
+    if prompts is not None:
+        settings["prompts_sha256"] = digest(str(prompt.to_dict()) for prompt in prompts)
+    return settings

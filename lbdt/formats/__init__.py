@@ -1,0 +1,12 @@
+"""Other projects' files: checkpoints, latents pickles and steering parameters, read without running any code.
+
+Layouts: protocols.md sections 3.1 to 3.5. Every reader refuses what it does not understand, by name.
+"""
+
+from __future__ import annotations
+
+FORMATS = ("auto", "lbdt", "saeuron", "saemnesia", "gsae", "sdxl-unbox", "steerers", "sparsify")
+"""SAE checkpoint formats, as `SparseAutoencoder.from_pretrained(format=...)` takes them."""
+
+SOURCES = (*FORMATS, "latents", "class-params")
+"""What `lbdt convert --from` takes."""

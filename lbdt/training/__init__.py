@@ -1,0 +1,22 @@
+"""Training of sparse autoencoders: objectives, the loop, published recipes, and the latents that stand for concepts."""
+
+from lbdt.training.assignment import Assignment, assign, load_assignment, save_assignment
+from lbdt.training.engine import train
+from lbdt.training.evaluate import explain_variance, geometric_median
+from lbdt.training.objectives import Dense, Ranked
+from lbdt.training.run import Labels
+from lbdt.training.supervision import Supervision
+
+__all__ = [
+    "Assignment",
+    "Dense",
+    "Labels",
+    "Ranked",
+    "Supervision",
+    "assign",
+    "explain_variance",
+    "geometric_median",
+    "load_assignment",
+    "save_assignment",
+    "train",
+]

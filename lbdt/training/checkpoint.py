@@ -1,0 +1,99 @@
+"""Training checkpoints: one safetensors file, replaced atomically, that names the run it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lbdt.files import read_tensors, write_files
+from lbdt.sae import SparseAutoencoder
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def write_checkpoint(
+    path: Path,
+    settings: dict[str, Any],
+    sae: SparseAutoencoder,
+    optimizer: torch.optim.Adam,
+    state: dict[str, Tensor],
+) -> None:
+    """Parameters, Adam's moments and `state` (`step` among it)."""
+    tensors = dict(state)
+    for name, parameter in sae.named_parameters():
+        tensors[name] = parameter.detach()
+        for moment in _MOMENTS:
+            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    data = safetensors.torch.save(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        metadata={"lbdt_training": json.dumps(settings, sort_keys=True)},
+    )
+    write_files(path.parent, {path.name: data})
+
+
+def read_checkpoint(
+    path: Path,
+    settings: dict[str, Any],
+    sae: SparseAutoencoder,
+    shapes: dict[str, tuple[int, ...]],  # of the state
+) -> dict[str, Tensor]:
+    """What `write_checkpoint` wrote for a run of these settings.
+
+    Raises:
+        ValueError: unreadable, of a run of other settings, or with other tensors.
+    """
+    expected: dict[str, tuple[int | None, ...]] = dict(shapes)
+    for name, parameter in sae.named_parameters():
+        for prefix in ("", *(f"{moment}." for moment in _MOMENTS)):
+            expected[prefix + name] = tuple(parameter.shape)
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            written = json.loads((file.metadata() or {}).get("lbdt_training", "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: not a readable training checkpoint ({error}); delete it to start again"
+        ) from error
+    require_same_settings(path, written, settings)
+    return read_tensors(path, expected)
+
+
+def require_same_settings(
+    path: Path,
+    written: Any,
+    settings: dict[str, Any],
+    what: str = "the checkpoint",
+    remedy: str = "delete it, or pass the settings it was made with",
+) -> None:
+    """ValueError naming the settings that differ, where `path` was written by another run."""
+    wanted = json.loads(json.dumps(settings))
+    if written == wanted:
+        return
+    written = written if isinstance(written, dict) else {}
+    changed = sorted(key for key in {*wanted, *written} if written.get(key) != wanted.get(key))
+    raise ValueError(f"{path}: {what} belongs to a run with another {', '.join(changed)}; {remedy}")
+
+
+def load_state(sae: SparseAutoencoder, optimizer: torch.optim.Adam, saved: dict[str, Tensor]) -> None:
+    """Parameters and Adam's moments of a checkpoint, onto the parameters' device."""
+    for name, parameter in sae.named_parameters():
+        parameter.data.copy_(saved[name])
+        optimizer.state[parameter] = {
+            "step": saved["step"].float().to(parameter.device),
+            **{moment: saved[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS},
+        }
+
+
+def digest(sae: SparseAutoencoder) -> str:
+    """SHA-256 of an SAE's weights, which says what a run started from."""
+    sha = hashlib.sha256()
+    for name, tensor in sae.state_dict().items():
+        sha.update(name.encode())
+        sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()

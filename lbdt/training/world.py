@@ -1,0 +1,79 @@
+"""One process, or those of `accelerate launch`, which share every batch."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The others wait while the first process evaluates and writes, however long it takes.
+_PATIENCE = datetime.timedelta(days=365)
+
+
+@dataclass(frozen=True)
+class World:
+    """Process `rank` of `size`. Sums are over all processes, in the same order on each, so all see the same bits."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def part(self, count: int) -> slice:
+        """This process's share of `count` rows or samples, contiguous."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed over the processes, in place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, part: Tensor, count: int) -> Tensor:
+        """The parts [P, ...] of all processes, [count, ...]; differentiable in this process's own."""
+        if self.size == 1:
+            return part
+        own = self.part(count)
+        whole = part.new_zeros(count, *part.shape[1:])
+        whole[own] = part.detach()
+        self.sum_(whole)
+        return torch.cat([whole[: own.start], part, whole[own.stop :]])
+
+    def same_(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites tensors by those of the first process."""
+        if self.size > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, 0)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def joined(device: Callable[[], torch.device], auto: bool) -> Iterator[tuple[World, torch.device]]:
+    """The processes that `accelerate launch` or torchrun started (one where none did), and this one's device.
+
+    `device()` is the one asked for; `auto`: any CUDA device of it will do, so each process takes its own. The process
+    group is made by accelerate: gloo on CPUs, NCCL on CUDA.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield World(), device()
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device().type == "cpu", timeout=_PATIENCE)
+    try:
+        where = state.device if auto else device()
+        yield World(state.process_index, state.num_processes), where
+    finally:
+        state.destroy_process_group()

@@ -1,0 +1,36 @@
+"""What the projects' own loaders do, written from the published descriptions (protocols.md 3.1 to 3.5), without lbdt.
+
+Each returns pre-activations [n, N], the dense code [n, N] and the reconstruction [n, D] of `x` [n, D].
+"""
+
+import json
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+
+def saeuron(folder: Path, x: torch.Tensor, sigmoid: bool = False):
+    """`pre = W_enc (x - b_dec) + b_enc`; TopK of its ReLU, or for the diffusion G-SAE the sigmoid of its TopK."""
+    config = json.loads((folder / "cfg.json").read_text())
+    state = safetensors.torch.load_file(folder / "sae.safetensors")
+    assert set(state) == {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
+    assert state["encoder.weight"].shape == (config["num_latents"], config["d_in"])
+    pre = (x - state["b_dec"]) @ state["encoder.weight"].T + state["encoder.bias"]
+    values, indices = pre.topk(config["k"], dim=-1)
+    code = torch.zeros_like(pre).scatter(-1, indices, values.sigmoid() if sigmoid else values.relu())
+    return pre, code, code @ state["W_dec"] + state["b_dec"]
+
+
+def unbox(folder: Path, x: torch.Tensor):
+    """`pre = W_enc (x - pre_bias) + latent_bias`; TopK, then ReLU."""
+    config = json.loads((folder / "config.json").read_text())
+    state = torch.load(folder / "state_dict.pth", weights_only=True)["state_dict"]
+    assert set(state) == {"encoder.weight", "decoder.weight", "pre_bias", "latent_bias", "stats_last_nonzero"}
+    assert {"n_dirs_local", "d_model", "k", "auxk", "dead_steps_threshold"} <= set(config)
+    assert state["decoder.weight"].shape == (config["d_model"], config["n_dirs_local"])
+    assert state["stats_last_nonzero"].dtype == torch.int64
+    pre = (x - state["pre_bias"]) @ state["encoder.weight"].T + state["latent_bias"]
+    values, indices = pre.topk(config["k"], dim=-1)
+    code = torch.zeros_like(pre).scatter(-1, indices, values.relu())
+    return pre, code, code @ state["decoder.weight"].T + state["pre_bias"]

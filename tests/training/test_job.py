@@ -1,0 +1,220 @@
+"""`train_recipe`: its files, going on after kill -9 at any moment, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lbdt.activations.batches import Batches
+from lbdt.sae import SAEConfig, SparseAutoencoder
+from lbdt.training import explain_variance
+from lbdt.training.assignment import load_assignment
+from lbdt.training.heldout import split
+from lbdt.training.job import Options, train_recipe
+from lbdt.training.recipes import RECIPES
+from tests.training import planted
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPARED = ("cfg.json", "sae.safetensors", "metrics.jsonl", "report.json", "assignment.json")
+RANKED = {"expansion": 2, "k": 4}
+ROWS = [
+    ("saeuron", RANKED),
+    ("saemnesia", {}),
+    ("gsae", RANKED),
+    ("sdxl", RANKED),
+    ("relu", {"expansion": 2}),
+    ("jumprelu", {"expansion": 2}),
+]
+
+
+def start(name):
+    if not RECIPES[name].fine_tunes:
+        return None
+    torch.manual_seed(3)
+    return SparseAutoencoder(SAEConfig(planted.D, 3 * planted.D, 4, update=True)).requires_grad_(False)
+
+
+def job(name, out, steps=9, settings=None, **kwargs):
+    train_part, held = split(planted.source(48), 0.125)
+    options = Options(
+        steps=steps, rows=64, lr=1e-2, checkpoint_every=4, dead_after=150, **(settings or {}), **kwargs
+    )
+    return train_recipe(
+        RECIPES[name],
+        train_part,
+        planted.SITE,
+        out,
+        options=options,
+        heldout=held,
+        start=start(name),
+        progress=False,
+    )
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in COMPARED if (folder / name).exists()}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("name", "settings"), ROWS, ids=[name for name, _ in ROWS])
+def test_every_recipe_goes_on_to_the_files_of_an_unbroken_run(tmp_path, monkeypatch, name, settings):
+    report = job(name, tmp_path / "whole", settings=settings)
+    assert report["finished"] is False and report["evaluated_on"] == "heldout"
+    made = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    supervised = ["assignment.json"] if RECIPES[name].supervised else []
+    assert made == sorted([*COMPARED[:4], *supervised, "speed.jsonl"])
+    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(9))
+    assert lines[-1]["fvu"] < lines[0]["fvu"]
+
+    for stop in (3, 6, 3):
+        with monkeypatch.context() as patch:
+            patch.setattr(Batches, "_rows", _until(Batches._rows, stop))
+            with pytest.raises(Killed):
+                job(name, tmp_path / "broken", settings=settings)
+    assert (tmp_path / "broken/training.ckpt").exists()
+    job(name, tmp_path / "broken", settings=settings)
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+    assert not (tmp_path / "broken/training.ckpt").exists()
+    sae = SparseAutoencoder.from_pretrained(tmp_path / "whole")
+    if sae.config.normalize_decoder:
+        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.config.num_latents))
+    held = split(planted.source(48), 0.125)[1]
+    values = explain_variance(sae, held, planted.SITE)
+    assert {key: report[key] for key in values} == values
+
+
+def _until(rows, calls):
+    """`rows` for so many calls; then the process is as good as killed."""
+    left = [calls]
+
+    def counted(self, numbers):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return rows(self, numbers)
+
+    return counted
+
+
+KILLER = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from tests.training import test_job
+
+def child(folder):
+    pid = os.fork()
+    if pid == 0:
+        test_job.job("gsae", Path(folder), steps=80, settings=test_job.RANKED)
+        os._exit(0)
+    return pid
+
+draw, killed = random.Random(0), 0
+start = time.perf_counter()
+assert os.waitpid(child(sys.argv[1]), 0)[1] == 0
+whole = time.perf_counter() - start
+for _ in range(10):
+    pid = child(sys.argv[2])
+    time.sleep(draw.random() * 0.25 * whole)
+    os.kill(pid, signal.SIGKILL)
+    killed += os.waitpid(pid, 0)[1] == signal.SIGKILL
+assert os.waitpid(child(sys.argv[2]), 0)[1] == 0
+print(killed)
+"""
+
+
+def test_killed_with_kill_9_at_ten_random_moments(tmp_path):
+    """Forked from one process that has imported everything and computed nothing, so that the kills hit the training."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, whole, broken], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 5
+    assert contents(broken) == contents(whole)
+    left = [path.name for path in broken.iterdir() if not path.name.startswith(".")]
+    assert sorted(left) == sorted([*COMPARED, "speed.jsonl"])
+
+
+def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(tmp_path):
+    job("saeuron", tmp_path, settings=RANKED)
+    before = contents(tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert job("saeuron", tmp_path, settings=RANKED)["finished"] is True
+    with pytest.raises(ValueError, match="the finished training belongs to a run with another steps; choose"):
+        job("saeuron", tmp_path, steps=10, settings=RANKED)
+    with pytest.raises(ValueError, match="another config"):
+        job("saeuron", tmp_path, settings={"expansion": 2, "k": 5})
+    assert contents(tmp_path) == before
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
+
+
+def test_a_folder_with_another_sae_is_refused_and_left_alone(tmp_path):
+    start("saemnesia").save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="holds an SAE that this training did not make"):
+        job("saeuron", tmp_path, settings=RANKED)
+    assert contents(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cfg.json", "sae.safetensors"]
+
+
+def test_metrics_that_lost_steps_are_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "_rows", _until(Batches._rows, 6))
+        with pytest.raises(Killed):
+            job("saeuron", tmp_path, settings=RANKED)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]))
+    with pytest.raises(ValueError, match="expected the metrics of the 4 steps before the checkpoint"):
+        job("saeuron", tmp_path, settings=RANKED)
+
+
+def test_saemnesia_assigns_by_the_scores_of_its_start(tmp_path):
+    job("saemnesia", tmp_path)
+    found = load_assignment(tmp_path)
+    assert tuple(found.concepts) == planted.CONCEPT_NAMES and tuple(found.styles) == planted.STYLE_NAMES
+    config = SparseAutoencoder.from_pretrained(tmp_path).config
+    assert (config.num_latents, config.k, config.update) == (3 * planted.D, 4, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("saeuron", {"objective": {"pool": 0.5}}, "pool: recipe saeuron has no such setting"),
+        ("saeuron", {"variant": "image"}, "variant: recipe saeuron has released; got 'image'"),
+        ("saemnesia", {"k": 3}, "expansion, k: a fine-tuned SAE keeps its own"),
+        ("gsae", {**RANKED, "logs": ["tensorboard"]}, "--log tensorboard: TensorBoard is not installed"),
+        ("gsae", {**RANKED, "logs": ["paper"]}, "--log: expected one of tensorboard, wandb; got 'paper'"),
+    ],
+    ids=["unused setting", "variant", "sizes of a fine-tuned SAE", "tensorboard", "log"],
+)
+def test_refused_before_anything_is_written(tmp_path, monkeypatch, name, settings, message):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises((ValueError, ImportError), match=message):
+        job(name, tmp_path / "out", settings=settings)
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_recipes_need_what_they_are_for(tmp_path):
+    source, out = planted.source(16), tmp_path / "out"
+    with pytest.raises(ValueError, match="recipe saemnesia fine-tunes a trained SAE"):
+        train_recipe(RECIPES["saemnesia"], source, planted.SITE, out)
+    with pytest.raises(ValueError, match="a supervised recipe needs prompts with concepts or styles"):
+        train_recipe(RECIPES["gsae"], planted.source(16, labelled=False), planted.SITE, out)
+    wide = SparseAutoencoder(SAEConfig(planted.D + 1, 8, 2, update=True))
+    with pytest.raises(ValueError, match="of width 24, got one of width 25"):
+        train_recipe(RECIPES["saemnesia"], source, planted.SITE, out, start=wide)
+    output = SparseAutoencoder(SAEConfig(planted.D, 8, 2))
+    with pytest.raises(ValueError, match="for the block's output"):
+        train_recipe(RECIPES["saemnesia"], source, planted.SITE, out, start=output)
+    assert not out.exists()
