@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+_TEMPORARY = ".lbdt-"
 
 
 def read_json(path: Path) -> Any:
@@ -20,9 +24,16 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a folder written by save_pretrained (or SAeUron's)")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); the file is damaged, get it again") from error
+
+
+def _integer(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 2**64:  # of these some cannot become a float, which callers do not expect
+        raise ValueError(f"an integer of {len(text)} digits")
+    return value
 
 
 def read_tensors(
@@ -117,23 +128,49 @@ def json_bytes(values: Any) -> bytes:
     return (json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
-def write_files(directory: Path, contents: Mapping[str, bytes]) -> None:
-    """Writes every file under a temporary name, then renames them all (`os.replace`)."""
+def write_files(directory: Path, contents: Mapping[str, bytes | tuple[bytes | memoryview, ...]]) -> None:
+    """Writes every file (one piece, or several in a row) under a temporary name, then renames them all (`os.replace`).
+
+    What killed processes left half written in `directory` is removed.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    written: list[tuple[str, Path]] = []
-    try:
+    remove_leftovers(directory)
+    with contextlib.ExitStack() as stack:
+        written: list[tuple[str, Path]] = []
         for name, data in contents.items():
-            handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.")
+            file, temporary = stack.enter_context(_temporary(directory, name))
             written.append((temporary, directory / name))
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
             # mkstemp makes private files; what is shipped must be readable like any other file.
-            os.chmod(temporary, 0o644)
-        while written:
-            os.replace(*written[0])
-            written.pop(0)
-    finally:
-        for temporary, _ in written:
-            Path(temporary).unlink(missing_ok=True)
+            os.fchmod(file.fileno(), 0o644)
+            for piece in data if isinstance(data, tuple) else (data,):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        for temporary, path in written:
+            os.replace(temporary, path)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes the temporary files of killed processes in `directory`; those in use are locked, and stay."""
+    for path in directory.glob(f"{_TEMPORARY}*"):
+        # Also where the file system knows no locks: then nothing tells whose the file is.
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _temporary(directory: Path, name: str) -> Iterator[tuple[BinaryIO, str]]:
+    """A new file, locked while it is open, and its path; removed in the end unless it was renamed."""
+    while True:
+        handle, temporary = tempfile.mkstemp(dir=directory, prefix=f"{_TEMPORARY}{name}.")
+        with os.fdopen(handle, "wb") as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.fstat(handle).st_nlink:
+                continue  # another process took it for a leftover before it was locked
+            try:
+                yield file, temporary
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+            return

@@ -21,8 +21,13 @@ def test_the_emojicanvas_example_erases_the_cat(tmp_path, monkeypatch, capsys):
     assert "timestep" in capsys.readouterr().out
 
 
+def test_the_steering_example_steers(capsys):
+    exec(compile(EXAMPLES[2], str(README), "exec"), {})
+    assert "steering: rule saeuron, strength -5.0" in capsys.readouterr().out
+
+
 def test_every_example_is_python():
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
     for example in EXAMPLES:
         compile(example, str(README), "exec")
 

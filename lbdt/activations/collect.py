@@ -8,7 +8,6 @@ import hashlib
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from lbdt.activations.prompts import prompt_lines
 from lbdt.activations.sites import Site
 from lbdt.activations.source import Shard
 from lbdt.activations.stored import Stored, read_settings
-from lbdt.files import json_bytes
+from lbdt.files import json_bytes, remove_leftovers, write_files
 
-_TEMPORARY = ".lbdt-"
 _SPARE = 1 << 20
 
 
@@ -137,12 +135,13 @@ class Files:
             raise ValueError(
                 f"{self.folder}: holds other files ({', '.join(others[:3])}); give a folder of its own"
             )
-        self._remove_leftovers()
+        for place in (self.folder, self.folder / "shards"):
+            remove_leftovers(place)
         self.check_space()
         if not begun or not (self.folder / "prompts.jsonl").is_file():
-            _write(self.folder / "prompts.jsonl", self.prompts)
+            write_files(self.folder, {"prompts.jsonl": self.prompts})
         if not begun:
-            _write(self.folder / "settings.json", self._settings)
+            write_files(self.folder, {"settings.json": self._settings})
         (self.folder / "shards").mkdir(exist_ok=True)
 
     def check_space(self) -> None:
@@ -177,7 +176,8 @@ class Files:
         for data in tensors:
             digest.update(data)
         header = self.layout.header(index, digest.hexdigest())
-        _write(self.layout.path(self.folder, index), header, *tensors)
+        path = self.layout.path(self.folder, index)
+        write_files(path.parent, {path.name: (header, *tensors)})
 
     def finish(self) -> Stored | None:
         """Writes the manifest once every shard is there."""
@@ -190,7 +190,7 @@ class Files:
             name = self.layout.path(self.folder, index).name
             shards.append({"name": name, "bytes": self.layout.size(index), "sha256": sha256})
         manifest = {"format": FORMAT, "settings": self.layout.digest, "shards": shards}
-        _write(self.folder / "manifest.json", json_bytes(manifest))
+        write_files(self.folder, {"manifest.json": json_bytes(manifest)})
         return Stored(self.folder)
 
     def _compare(self) -> None:
@@ -206,35 +206,6 @@ class Files:
             f"{self.folder}: holds activations of other settings: {'; '.join(differ) or 'their order'}; give the "
             "same settings to continue, or another folder"
         )
-
-    def _remove_leftovers(self) -> None:
-        """Temporary files of killed runs; those in use are locked."""
-        for path in (*self.folder.glob(f"{_TEMPORARY}*"), *self.folder.glob(f"shards/{_TEMPORARY}*")):
-            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-
-
-def _write(path: Path, *chunks: bytes | memoryview) -> None:
-    """The whole file or nothing; not `lbdt.files.write_files`, whose temporary files another process cannot tell from
-    a killed one's, and which takes a file as one piece."""
-    while True:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{_TEMPORARY}{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if not os.fstat(file.fileno()).st_nlink:
-                    continue  # another process took it for a leftover before it was locked
-                os.fchmod(file.fileno(), 0o644)
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(temporary, path)
-                return
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
 
 
 def human(count: int) -> str:

@@ -103,7 +103,7 @@ class Generated:
         self._labels = places(self.labelled, self.concepts, self.styles)
         self.dtype, self.seed, self.threads = dtype, seed, threads
         self._pipe, self._steps, self._guidance, self._call = pipe, steps, guidance, dict(call or {})
-        self._model = model or _name(pipe)
+        self._model = _name(model or getattr(pipe, "name_or_path", "") or type(pipe).__name__)
         self._check_call()
         self._text = of_text(self.sites)
         probe = _Probe(pipe, self._text)
@@ -378,10 +378,9 @@ def _names(name: str, given: Sequence[str] | None, used: Sequence[str | None]) -
     return names
 
 
-def _name(pipe: Any) -> str:
+def _name(model: str) -> str:
     """Of a local folder only its own name, as the folders above it may differ between two runs of the same model."""
-    name = str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 @contextlib.contextmanager

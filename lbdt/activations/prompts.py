@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -50,7 +51,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     if path.suffix not in (".jsonl", ".csv"):
         raise ValueError(f"{path}: expected a .jsonl or .csv file of prompts")
     try:
-        text = path.read_text(encoding="utf-8")
+        # Bytes, as lines end by "\n" only: prompts may hold other line separators. Spreadsheets put a mark in front.
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
     prompts = [
@@ -68,13 +70,18 @@ def prompt_lines(prompts: Sequence[Prompt]) -> bytes:
 
 def _rows(path: Path, text: str):
     if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines())
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(f"{path}, line {reader.line_num}: expected {len(reader.fieldnames)} columns")
-            yield reader.line_num, {name: value for name, value in row.items() if value != ""}
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: expected {len(reader.fieldnames)} columns"
+                    )
+                yield reader.line_num, {name: value for name, value in row.items() if value != ""}
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error
         return
-    for line, content in enumerate(text.splitlines(), 1):
+    for line, content in enumerate(text.split("\n"), 1):
         if content.strip():
             try:
                 row = json.loads(content)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from . import classify, load_eraser, load_pipeline
-from .generate import STEPS, Case, batches, grid, images, judge
+from ..bench import machine
+from . import KINDS, classify, load_eraser, load_pipeline, load_steering
+from .generate import GUIDANCE, STEPS, Case, batches, grid, images, judge
 from .scenes import OBJECTS, STYLES
 
 
@@ -48,17 +50,26 @@ def score(
 
 
 def evaluate(
-    pipe, eraser, cases: Sequence[Case], jobs: Sequence[tuple[int, int]], size: int = 60, steps: int = STEPS
+    pipe,
+    eraser,
+    cases: Sequence[Case],
+    jobs: Sequence[tuple[int, int]],
+    size: int = 60,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
 ) -> dict:
-    """Base accuracy on ``cases`` and the metrics of ``jobs``, pairs of erased concept and index into ``cases``."""
+    """Base accuracy on ``cases`` and the metrics of ``jobs``, pairs of erased concept and index into ``cases``.
+
+    ``eraser``: a ``ConceptEraser`` or a ``Steering``.
+    """
     truth = torch.tensor([case.concept for case in cases]), torch.tensor([case.style for case in cases])
-    base = judge(pipe, cases, classify, size=size, desc="base", steps=steps)
+    base = judge(pipe, cases, classify, size=size, desc="base", steps=steps, guidance=guidance)
     verdicts = []
     for part in batches(jobs, size, "erased"):
         batch = [cases[i] for _, i in part]
         sets, seeds = [[OBJECTS[c]] for c, _ in part], [case.seed for case in batch]
         with eraser.attach(pipe, concepts=sets, seed=seeds):
-            verdicts.append(classify(images(pipe, batch, steps)))
+            verdicts.append(classify(images(pipe, batch, steps, guidance)))
     index = torch.tensor([i for _, i in jobs])
     erased = torch.tensor([c for c, _ in jobs])
     verdict = torch.cat([v[0] for v in verdicts]), torch.cat([v[1] for v in verdicts])
@@ -73,12 +84,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--eraser", type=Path, help="an eraser's folder; default: the embedded one")
+    parser.add_argument("--kind", choices=KINDS, default="saeuron", help="which eraser, and its sampling")
+    parser.add_argument("--eraser", type=Path, help="an eraser's folder; default: the embedded one of --kind")
+    parser.add_argument(
+        "--steering", action="store_true", help="the steering baseline of the same folder instead of PER"
+    )
+    parser.add_argument("--strength", type=float, help="of --steering; default: the folder's")
     parser.add_argument("--pipeline", type=Path, help="a pipeline's folder; default: the embedded one")
     parser.add_argument("--concept", action="append", choices=OBJECTS, help="default: all")
     parser.add_argument("--style", action="append", choices=STYLES, help="default: all")
     parser.add_argument("--seed", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, help="default: the kind's")
+    parser.add_argument("--guidance", type=float, help="default: the kind's")
     parser.add_argument(
         "--quick", action="store_true", help="erase from each prompt only its own object and one other"
     )
@@ -86,12 +103,23 @@ def main() -> None:
     parser.add_argument("--source", choices=("random", "nearest", "mean"))
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
+    if args.steering and (args.padding is not None or args.source):
+        parser.error("--padding and --source are of PER, not of --steering")
     from diffusers import StableDiffusionPipeline
 
     from ..eraser import ConceptEraser
+    from ..steering import Steering
 
     pipe = StableDiffusionPipeline.from_pretrained(args.pipeline) if args.pipeline else load_pipeline()
-    eraser = ConceptEraser.from_pretrained(args.eraser) if args.eraser else load_eraser()
+    if args.steering:
+        settings = {} if args.strength is None else {"strength": args.strength}
+        eraser = (
+            Steering.from_pretrained(args.eraser, **settings)
+            if args.eraser
+            else load_steering(args.kind, **settings)
+        )
+    else:
+        eraser = ConceptEraser.from_pretrained(args.eraser) if args.eraser else load_eraser(args.kind)
     for name in ("padding", "source"):
         if getattr(args, name) is not None:
             setattr(eraser, name, getattr(args, name))
@@ -101,13 +129,25 @@ def main() -> None:
     jobs = [(c, i) for c in concepts for i in range(len(cases))]
     if args.quick:
         jobs = [(c, i) for c, i in jobs if (c - cases[i].concept) % len(OBJECTS) in (0, 1 + cases[i].style)]
-    result = evaluate(pipe, eraser, cases, jobs, steps=args.steps)
+    sampling = KINDS[args.kind]
+    steps = sampling.steps if args.steps is None else args.steps
+    guidance = sampling.guidance if args.guidance is None else args.guidance
+    result = evaluate(pipe, eraser, cases, jobs, steps=steps, guidance=guidance)
     for name, row in result.pop("concepts").items():
         print(f"{name:14s} UA {row['UA']:5.1f}  IRA {row['IRA']:5.1f}  CRA {row['CRA']:5.1f}")
         result.setdefault("per concept", {})[name] = row
     print("  ".join(f"{k} {v:.2f}" for k, v in result.items() if isinstance(v, (int, float))))
     if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        about = {
+            "benchmark": "canvas_evaluate",
+            "command": " ".join(["python -m lbdt.canvas.evaluate", *sys.argv[1:]]),
+            **machine.describe(torch.device("cpu")),
+            "kind": args.kind,
+            "method": repr(eraser),
+            "seed": args.seed,
+            "quick": args.quick,
+        }
+        args.out.write_text(json.dumps(about | result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

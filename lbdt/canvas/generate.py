@@ -66,7 +66,8 @@ def judge(
     size: int = 60,
     desc: str | None = None,
     steps: int = STEPS,
+    guidance: float = GUIDANCE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Predicted object and style of every case, int64 [len(cases)] each."""
-    verdicts = [classify(images(pipe, batch, steps)) for batch in batches(cases, size, desc)]
+    verdicts = [classify(images(pipe, batch, steps, guidance)) for batch in batches(cases, size, desc)]
     return torch.cat([v[0] for v in verdicts]), torch.cat([v[1] for v in verdicts])

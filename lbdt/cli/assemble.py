@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lbdt.cli.erase import Source
-from lbdt.cli.options import AsJson, UnusedDevice, UnusedSeed, print_result, reported
+from lbdt.cli.options import AsJson, Dtype, UnusedDevice, UnusedSeed, print_result, reported
 
 
 class Target(enum.StrEnum):
@@ -32,14 +32,6 @@ class Rule(enum.StrEnum):
     saeuron = "saeuron"
     gsae = "gsae"
     sdxl = "sdxl"
-
-
-class Dtype(enum.StrEnum):
-    """Number format of the files."""
-
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
 
 
 @reported

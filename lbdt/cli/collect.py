@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lbdt.cli.options import AsJson, Device, print_result, reported
-
-
-class Dtype(enum.StrEnum):
-    """Number format of stored activations."""
-
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
+from lbdt.cli.options import AsJson, Device, Dtype, print_result, reported
 
 
 @reported
@@ -91,15 +82,14 @@ def command(
             "the prompts of canvas are EmojiCanvas's: give --prompts FILE with --model",
             param_hint="--prompts",
         )
-    from lbdt.commands.collect import parse_seeds, parse_timesteps, run
+    from lbdt.commands.collect import run
+    from lbdt.commands.pipeline import Sampling, parse_seeds, parse_timesteps
 
     try:
         wanted, seeds = parse_timesteps(timesteps), parse_seeds(canvas_seeds)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    values, lines = run(
-        site,
-        out,
+    sampling = Sampling(
         model=model,
         prompts=prompts,
         canvas_seeds=seeds,
@@ -110,8 +100,7 @@ def command(
         dtype=dtype.value,
         prompts_per_shard=prompts_per_shard,
         threads=threads,
-        seed=seed,
-        device=device,
     )
+    values, lines = run(site, out, sampling=sampling, seed=seed, device=device)
     if values["process"] == 0:
         print_result(values, lines, as_json)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lbdt.cli.options import AsJson, UnusedDevice, UnusedSeed, print_result, reported
+from lbdt.cli.options import AsJson, Dtype, UnusedDevice, UnusedSeed, print_result, reported
 from lbdt.formats import SOURCES
 
 Source = enum.StrEnum("Source", {name.replace("-", "_"): name for name in SOURCES})
@@ -19,14 +19,6 @@ class Target(enum.StrEnum):
 
     lbdt = "lbdt"
     sdxl_unbox = "sdxl-unbox"
-
-
-class DType(enum.StrEnum):
-    """Of the tensors written."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 @reported
@@ -69,7 +61,7 @@ def command(
     encoder_only: Annotated[
         bool, typer.Option("--encoder-only", help="Leave the SAE's decoder out: detection needs none.")
     ] = False,
-    dtype: Annotated[DType, typer.Option(help="Of the tensors written.")] = DType.float32,
+    dtype: Annotated[Dtype, typer.Option(help="Of the tensors written.")] = Dtype.float32,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the files of an earlier conversion in --out.")
     ] = False,

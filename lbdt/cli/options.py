@@ -21,6 +21,14 @@ class Kind(enum.StrEnum):
     sdxl = "sdxl"
 
 
+class Dtype(enum.StrEnum):
+    """Number formats of tensors and activations."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the start noise and the donor draws.")]
 Device = Annotated[

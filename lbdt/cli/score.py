@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lbdt.cli.options import AsJson, Device, print_result, reported
+from lbdt.cli.options import AsJson, Device, Dtype, print_result, reported
 
 
 class By(enum.StrEnum):
@@ -16,14 +16,6 @@ class By(enum.StrEnum):
 
     concepts = "concepts"
     styles = "styles"
-
-
-class Dtype(enum.StrEnum):
-    """Number format of activations."""
-
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
 
 
 @reported
@@ -146,14 +138,14 @@ def command(
         raise typer.BadParameter(
             "give --activations, or --model and --prompts, not both", param_hint="--activations"
         )
-    from lbdt.commands.collect import parse_seeds, parse_timesteps
-    from lbdt.commands.score import Pipeline, run
+    from lbdt.commands.pipeline import Sampling, parse_seeds, parse_timesteps
+    from lbdt.commands.score import run
 
     try:
         wanted, seeds = parse_timesteps(timesteps), parse_seeds(canvas_seeds)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    pipeline = Pipeline(
+    sampling = Sampling(
         model=model,
         prompts=prompts,
         canvas_seeds=seeds,
@@ -170,7 +162,7 @@ def command(
         site,
         out,
         activations=activations,
-        pipeline=pipeline,
+        sampling=sampling,
         hookpoint=hookpoint,
         by=by.value,
         candidates=candidates,

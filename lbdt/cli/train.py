@@ -73,6 +73,13 @@ def command(
     ] = None,
     expansion: Annotated[int | None, typer.Option(min=1, help=f"Latents over width. {_OURS}")] = None,
     k: Annotated[int | None, typer.Option("--k", min=1, help=f"Active latents a patch. {_OURS}")] = None,
+    batch_topk: Annotated[
+        bool | None,
+        typer.Option(
+            "--batch-topk/--no-batch-topk",
+            help=f"Train with the k largest of a batch on average, not of each patch. {_OURS}",
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps. Default: the recipe's epochs.")
     ] = None,
@@ -162,7 +169,7 @@ def command(
                 "the prompts of canvas are EmojiCanvas's: give --prompts FILE with --model",
                 param_hint="--prompts",
             )
-        from lbdt.commands.collect import parse_seeds, parse_timesteps
+        from lbdt.commands.pipeline import parse_seeds, parse_timesteps
 
         try:
             wanted, seeds = parse_timesteps(timesteps), parse_seeds(canvas_seeds)
@@ -185,6 +192,7 @@ def command(
         variant=variant,
         expansion=expansion,
         k=k,
+        batch_topk=batch_topk,
         steps=steps,
         rows=rows,
         lr=lr,

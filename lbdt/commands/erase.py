@@ -13,8 +13,10 @@ import torch
 from lbdt import picture
 from lbdt.commands.concepts import load_eraser
 from lbdt.commands.device import usable_device
+from lbdt.commands.pipeline import CANVAS, load_pipeline
 
 _STEPS = 20
+_SETTINGS = {"per": ("padding", "source"), "steering": ("rule", "strength")}
 
 
 def run(
@@ -50,7 +52,7 @@ def run(
     # An unknown concept is told from the dictionary alone, before gigabytes of pipeline are read.
     for name in concepts:
         loaded.select(name)
-    pipe = _pipeline(model, where)
+    pipe = load_pipeline(model, where)
     if model is None:
         from lbdt.canvas import KINDS
 
@@ -74,11 +76,11 @@ def run(
     values = {
         "prompt": prompt,
         "concepts": list(concepts),
-        "model": model or "EmojiCanvas",
-        "eraser": eraser or f"EmojiCanvas, {kind}",
+        "model": model or CANVAS,
+        "eraser": eraser or f"{CANVAS}, {kind}",
         "method": "steering" if steer else "per",
         "hookpoint": loaded.hookpoint,
-        "settings": _settings(loaded, steer),
+        **_settings(loaded, steer),
         "steps": steps,
         "guidance": guidance,
         "seed": seed,
@@ -104,22 +106,8 @@ def _load_steering(path_or_repo: str | None, kind: str, strength: float | None):
 
 
 def _settings(loaded, steer: bool) -> dict[str, Any]:
-    names = ("rule", "strength") if steer else ("padding", "source")
+    names = _SETTINGS["steering" if steer else "per"]
     return {name: getattr(loaded, name) for name in names}
-
-
-def _pipeline(model: str | None, device: torch.device):
-    if model is None:
-        from lbdt import canvas
-
-        pipe = canvas.load_pipeline()
-    else:
-        from diffusers import DiffusionPipeline
-
-        # Half precision is for GPUs; on a CPU it is slow or absent.
-        half = {"torch_dtype": torch.float16} if device.type == "cuda" else {}
-        pipe = DiffusionPipeline.from_pretrained(model, **half)
-    return pipe.to(device)
 
 
 def _generate(pipe, prompt: str, seed: int, device: torch.device, label: str, call: dict[str, Any]):
@@ -152,7 +140,7 @@ def _table(values: dict[str, Any], report) -> list[str]:
     seconds = values["seconds"]
     steps = report.steps
     lines = [
-        f"{'erased':22}{', '.join(values['concepts'])}, {', '.join(f'{k} {v}' for k, v in values['settings'].items())}",
+        f"{'erased':22}{', '.join(values['concepts'])}, {', '.join(f'{name} {values[name]}' for name in _SETTINGS[values['method']])}",
         f"{'hookpoint':22}{values['hookpoint']}",
         f"{'patches detected':22}{report.detected:.1%} of {len(steps)} steps' patches{_range(steps, 'detected')}",
         f"{'patches steered' if values['method'] == 'steering' else 'patches replaced':22}{report.replaced:.1%}{_range(steps, 'replaced')}",

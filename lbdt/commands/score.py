@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lbdt.activations import Site, Source, read_prompts
+from lbdt.activations import Site, Source
 from lbdt.activations.source import require_site
-from lbdt.commands.device import usable_device
+from lbdt.activations.stored import Stored
+from lbdt.commands.pipeline import Sampling, load_pipeline
+from lbdt.commands.processes import launched_on
 from lbdt.dictionary import ConceptDictionary
+from lbdt.dictionary.encoding import check_fit
 from lbdt.dictionary.score import score
 from lbdt.dictionary.selectivity import selectivity
 from lbdt.sae.checkpoint import read
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """What generates the activations where none are stored; see `lbdt.activations.generated.Generated`."""
-
-    model: str | None
-    prompts: str
-    canvas_seeds: range
-    steps: int
-    guidance: float | None
-    timesteps: int | list[int] | None
-    patches: int | None
-    dtype: str
-    prompts_per_shard: int
-    threads: int
 
 
 def run(
@@ -41,7 +24,7 @@ def run(
     out: Path,
     *,
     activations: Path | None,
-    pipeline: Pipeline,
+    sampling: Sampling,
     hookpoint: str | None,
     by: str,
     candidates: int,
@@ -60,12 +43,7 @@ def run(
     Started by `accelerate launch` or torchrun, every process adds up its share, and they meet by files in `out`.
     """
     start = time.perf_counter()
-    process, processes = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
-    )
-    if processes > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', process)}"
-    where = usable_device(device)
+    world, where = launched_on(device)
     place = Site.parse(site)
     replaced = _bank_site(place, bank_site) if bank else None
     checkpoint = read(sae, hookpoint)
@@ -73,15 +51,13 @@ def run(
     assigned = _assigned(assignment, checkpoint.folder, by)
     select = {name: value for name, value in select.items() if value is not None}
     if heldout is not None:
-        from lbdt.activations.stored import Stored
-
         held = Stored(heldout)
+        check_fit(held, place, model)
     if activations is not None:
-        from lbdt.activations.stored import Stored
-
         source: Source = Stored(activations)
     else:
-        source = _generated(pipeline, tuple(dict.fromkeys(s for s in (place, replaced) if s)), seed, where)
+        labelled, sites = sampling.labelled(), {place, replaced} - {None}
+        source = sampling.source(load_pipeline(sampling.model, where), labelled, list(sites), where, seed)
     require_site(source, place)
     if bank and bank_site is None and replaced not in source.sites:
         raise ValueError(
@@ -100,8 +76,8 @@ def run(
         bank_site=replaced,
         selection=select,
         assigned=assigned,
-        process=process,
-        processes=processes,
+        process=world.rank,
+        processes=world.size,
         folder=out,
         save_every=save_every,
         seed=seed,
@@ -112,15 +88,15 @@ def run(
         "site": str(place),
         "by": by,
         "device": str(where),
-        "process": process,
-        "processes": processes,
+        "process": world.rank,
+        "processes": world.size,
         "timesteps": dictionary.timesteps.tolist(),
         "prompts": source.prompts,
         "bank": 0 if dictionary.bank is None else dictionary.bank.shape[1],
         by: [],
         "heldout": None,
     }
-    if process == 0:
+    if world.main:
         values[by] = _rows(dictionary, select)
         if heldout is not None:
             rates = selectivity(held, place, model, dictionary, by=by, progress=True, **select)
@@ -150,39 +126,6 @@ def _assigned(given: Path | None, folder: Path, by: str) -> dict[str, int] | Non
         given = given.parent
     assignment = load_assignment(folder if given is None else given)
     return (assignment.concepts if by == "concepts" else assignment.styles) or None
-
-
-def _generated(given: Pipeline, sites: tuple[Site, ...], seed: int, device: torch.device) -> Source:
-    from lbdt.activations.generated import DTYPES, Generated
-    from lbdt.commands.collect import canvas_prompts, load_pipeline
-
-    canvas = given.prompts == "canvas"
-    labelled = canvas_prompts(given.canvas_seeds) if canvas else read_prompts(given.prompts)
-    concepts = styles = None
-    if canvas:
-        from lbdt.canvas import OBJECTS as concepts
-        from lbdt.canvas import STYLES as styles
-    guidance = given.guidance
-    if guidance is None and given.model is None:
-        from lbdt.canvas.generate import GUIDANCE
-
-        guidance = GUIDANCE
-    return Generated(
-        load_pipeline(given.model, device),
-        labelled,
-        sites,
-        steps=given.steps,
-        guidance=guidance,
-        prompts_per_shard=given.prompts_per_shard,
-        patches=given.patches,
-        timesteps=given.timesteps,
-        dtype=DTYPES[given.dtype],
-        seed=seed,
-        concepts=concepts,
-        styles=styles,
-        threads=given.threads if device.type == "cpu" else None,
-        model=given.model or "EmojiCanvas",
-    )
 
 
 def _rows(dictionary: ConceptDictionary, select: dict[str, Any]) -> list[dict[str, Any]]:

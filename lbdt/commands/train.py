@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ import torch
 from lbdt.activations import Site, Source
 from lbdt.activations.batches import Batches, Stream
 from lbdt.activations.stored import Stored
-from lbdt.commands.device import usable_device
+from lbdt.commands.pipeline import Sampling, load_pipeline
+from lbdt.commands.processes import joined_on
 from lbdt.sae import SparseAutoencoder
 from lbdt.training.assignment import Assignment, assign, load_assignment
 from lbdt.training.heldout import split, split_prompts
 from lbdt.training.job import Options, train_recipe
 from lbdt.training.recipes import recipe_named
-from lbdt.training.world import joined
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,20 @@ class Live:
     window: int
     steps_per_shard: int
     threads: int
+
+    def sampling(self) -> Sampling:
+        """How the pipeline runs."""
+        return Sampling(
+            model=self.model,
+            prompts=self.prompts,
+            canvas_seeds=self.canvas_seeds,
+            steps=self.sampling_steps,
+            guidance=self.guidance,
+            timesteps=self.timesteps,
+            patches=self.patches,
+            prompts_per_shard=self.prompts_per_shard,
+            threads=self.threads,
+        )
 
 
 def run(
@@ -62,7 +75,7 @@ def run(
         raise ValueError("expected either --activations DIR or --stream")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; give a folder")
-    with joined(lambda: usable_device(device), device in ("auto", "cuda")) as (world, where):
+    with joined_on(device) as (world, where):
         if live is None:
             source: Source = Stored(activations)
             wanted = _site(site, source)
@@ -113,46 +126,11 @@ def _site(text: str | None, source: Stored) -> Site:
 
 def _generated(live: Live, site: Site, device: torch.device, share: float) -> tuple[Source, Source | None]:
     """The live source for training, and where `share` > 0 that of held-out prompts."""
-    from lbdt.activations.generated import Generated
-    from lbdt.activations.prompts import read_prompts
-    from lbdt.commands.collect import canvas_prompts, load_pipeline
-
-    names: dict[str, Sequence[str]] = {}
-    guidance = live.guidance
-    if live.prompts == "canvas":
-        from lbdt.canvas import OBJECTS, STYLES
-
-        prompts, names = canvas_prompts(live.canvas_seeds), {"concepts": OBJECTS, "styles": STYLES}
-    else:
-        prompts = read_prompts(live.prompts)
-        for key, labels in (
-            ("concepts", [p.concept for p in prompts]),
-            ("styles", [p.style for p in prompts]),
-        ):
-            names[key] = [label for label in dict.fromkeys(labels) if label is not None]
-    if guidance is None and live.model is None:
-        from lbdt.canvas.generate import GUIDANCE
-
-        guidance = GUIDANCE
+    sampling = live.sampling()
+    labelled = sampling.labelled()
     pipe = load_pipeline(live.model, device)
-    parts = split_prompts(prompts, share) if share > 0 else (prompts, [])
-    made = [
-        Generated(
-            pipe,
-            part,
-            [site],
-            steps=live.sampling_steps,
-            guidance=guidance,
-            prompts_per_shard=live.prompts_per_shard,
-            patches=live.patches,
-            timesteps=live.timesteps,
-            threads=live.threads if device.type == "cpu" else None,
-            model=live.model or "EmojiCanvas",
-            **names,
-        )
-        for part in parts
-        if part
-    ]
+    parts = split_prompts(labelled.prompts, share) if share > 0 else (labelled.prompts,)
+    made = [sampling.source(pipe, labelled.part(part), [site], device) for part in parts if part]
     return made[0], made[1] if len(made) > 1 else None
 
 

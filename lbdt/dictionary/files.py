@@ -23,7 +23,7 @@ _SINCE = {2: {"fired"}, 3: {"assigned"}}
 def save(
     dictionary: ConceptDictionary, directory: str | os.PathLike[str], dtype: torch.dtype | None = None
 ) -> None:
-    """Writes `dictionary` to `directory` (made if needed); both files appear whole or not at all.
+    """Writes `dictionary` to `directory` (made if needed); each file appears whole or not at all.
 
     `dtype` float16 halves the means and the bank; thresholds then round by up to 0.05 %, and means below 6e-8
     become 0. Histogram edges stay float32; counts are stored as int32 where they fit.

@@ -18,7 +18,6 @@ from lbdt.dictionary.calibration import Calibration
 from lbdt.dictionary.checks import checked_assignment
 from lbdt.dictionary.concepts import ConceptDictionary
 from lbdt.dictionary.encoding import Encoder, check_fit, labels, one_thread
-from lbdt.dictionary.files import INFO_FILE, TENSORS_FILE
 from lbdt.dictionary.passes import BankPass, CalibrationPass, Pass, StatisticsPass, run_pass
 from lbdt.dictionary.selection import check_criteria
 from lbdt.dictionary.state import Finished, State, digest, plain
@@ -220,15 +219,17 @@ def _finish(folder: Path, settings: dict[str, Any], dictionary: ConceptDictionar
     (folder / DONE_FILE).unlink(missing_ok=True)
     dictionary.save_pretrained(folder)
     write_files(folder, {DONE_FILE: json_bytes(settings)})
-    for name in (INFO_FILE, TENSORS_FILE, DONE_FILE):
-        # What a killed run left half written.
-        for path in folder.glob(f".{name}.*"):
-            path.unlink(missing_ok=True)
 
 
 def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     path = folder / DONE_FILE
-    return path.is_file() and read_json(path) == settings
+    if not path.is_file():
+        return False
+    try:
+        return read_json(path) == settings
+    except ValueError:
+        # Unreadable, or the first process has just removed it to replace the dictionary: it vouches for nothing.
+        return False
 
 
 def _check(

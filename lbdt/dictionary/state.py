@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lbdt.files import read_tensors, write_files
+from lbdt.files import read_tensors, remove_leftovers, write_files
 
 _PREFIX = "score.state"
 _POLL_SECONDS = 0.2
@@ -110,7 +110,8 @@ class State:
 
     def remove(self) -> None:
         """Deletes every file, of all processes, and what killed ones left half written."""
-        for path in (*self._all(), *self.folder.glob(f".{_PREFIX}.*")):
+        remove_leftovers(self.folder)
+        for path in self._all():
             path.unlink(missing_ok=True)
 
     def _all(self) -> list[Path]:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,7 +64,8 @@ def _params(path: Path, name: str, given: Any) -> ClassParams:
     numbers = []
     for key in _KEYS:
         value = given[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not abs(value) <= sys.float_info.max:
             raise ValueError(f"{path}: {name}: {key}: expected a finite number, got {_short(value)}")
         numbers.append(float(value))
     if not 0 < numbers[0] < 100:

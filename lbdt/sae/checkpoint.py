@@ -38,8 +38,8 @@ def save(
     topk.
 
     `encoder_only` leaves `W_dec` out; `dtype` (float16, bfloat16, float32) casts the weights. Both files are
-    written beside their final names first and then renamed, so a crash leaves the old files or the new ones,
-    no half file.
+    written beside their final names first and then renamed one by one, so a crash leaves no half file; over an
+    earlier SAE it may leave the new configuration beside the old weights.
 
     Raises:
         ValueError: NaN or infinite weights, or weights that overflow `dtype`.

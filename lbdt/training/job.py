@@ -39,6 +39,8 @@ class Options:
     variant: str | None = None
     expansion: int | None = None
     k: int | None = None
+    batch_topk: bool | None = None
+    """Train with the k * rows largest activations of a batch instead of the k largest of each patch."""
     steps: int | None = None
     """None: the recipe's epochs over the activations."""
     rows: int | None = None
@@ -125,7 +127,7 @@ def train_recipe(
         raise ValueError(f"{out}: holds an SAE that this training did not make; choose another folder")
     logs = writers(options.logs, out, settings) if world.main else []
     labels = given["labels"]
-    if labels is not None and world.main:
+    if labels is not None and world.main and not checkpoint.exists():
         save_assignment(labels.assignment, out)
     sae = train(
         config,
@@ -222,9 +224,15 @@ def _config(recipe: Recipe, source: Source, site: Site, start: SparseAutoencoder
     if start is None:
         if recipe.fine_tunes:
             raise ValueError(f"from: recipe {recipe.name} fine-tunes a trained SAE; give its folder")
-        return recipe.config(source.width(site), update=site.update, expansion=options.expansion, k=options.k)
-    if options.expansion is not None or options.k is not None:
-        raise ValueError("expansion, k: a fine-tuned SAE keeps its own; leave them out")
+        return recipe.config(
+            source.width(site),
+            update=site.update,
+            expansion=options.expansion,
+            k=options.k,
+            batch_topk=options.batch_topk,
+        )
+    if any(value is not None for value in (options.expansion, options.k, options.batch_topk)):
+        raise ValueError("expansion, k, batch-topk: a fine-tuned SAE keeps its own; leave them out")
     config = start.config
     if config.d_in != source.width(site) or config.update != site.update:
         raise ValueError(

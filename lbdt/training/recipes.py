@@ -65,9 +65,15 @@ class Recipe:
         return objective
 
     def config(
-        self, width: int, *, update: bool, expansion: int | None = None, k: int | None = None
+        self,
+        width: int,
+        *,
+        update: bool,
+        expansion: int | None = None,
+        k: int | None = None,
+        batch_topk: bool | None = None,
     ) -> SAEConfig:
-        """Of a new SAE for activations of a width; `update`: they are of that kind."""
+        """Of a new SAE for activations of a width; `update`: they are of that kind. None: as the recipe says."""
         expansion = self.expansion if expansion is None else expansion
         return SAEConfig(
             d_in=width,
@@ -77,7 +83,7 @@ class Recipe:
             update=update,
             expansion_factor=expansion,
             normalize_decoder=self.normalize_decoder,
-            batch_topk=self.batch_topk,
+            batch_topk=self.batch_topk if batch_topk is None else batch_topk,
         )
 
 

@@ -46,7 +46,7 @@ class Labels:
         for kind in ("concepts", "styles"):
             names, given = set(getattr(self, kind)), set(getattr(self.assignment, kind))
             wrong = sorted(names ^ given)
-            if wrong and (names or given):
+            if wrong:
                 raise ValueError(
                     f"labels: expected a latent for each of the activations' {kind} and for no other; "
                     f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} on one side only"

@@ -59,6 +59,13 @@ class World:
             torch.distributed.barrier()
 
 
+def launched() -> World:
+    """This process among those that `accelerate launch` or torchrun started (one where none did), by what they set in
+    the environment; no process group is made, so only `rank`, `size`, `main` and `part` are of use."""
+    rank, size = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    return World(rank, size) if size > 1 else World()
+
+
 @contextlib.contextmanager
 def joined(device: Callable[[], torch.device], auto: bool) -> Iterator[tuple[World, torch.device]]:
     """The processes that `accelerate launch` or torchrun started (one where none did), and this one's device.
@@ -66,7 +73,7 @@ def joined(device: Callable[[], torch.device], auto: bool) -> Iterator[tuple[Wor
     `device()` is the one asked for; `auto`: any CUDA device of it will do, so each process takes its own. The process
     group is made by accelerate: gloo on CPUs, NCCL on CUDA.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if launched().size == 1:
         yield World(), device()
         return
     from accelerate import PartialState

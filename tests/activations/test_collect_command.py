@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from lbdt import cli
 from lbdt.activations import Site
 from lbdt.activations.stored import Stored
-from lbdt.commands.collect import canvas_prompts, parse_seeds, parse_timesteps
+from lbdt.commands.pipeline import canvas_prompts, parse_seeds, parse_timesteps
 from tests import toy
 
 
@@ -46,6 +47,15 @@ def test_the_table_and_what_was_there(inputs, tmp_path):
         assert word in first.stdout
     assert "there already" not in first.output and "3, 3 of them there already" in again.stdout
     assert "3 shards of 6 prompts" in first.stderr and "1 process" in first.stdout
+
+
+def test_the_model_s_folder_may_be_spelled_otherwise_when_a_run_goes_on(inputs, tmp_path, monkeypatch):
+    assert lbdt(inputs, tmp_path / "a").exit_code == 0
+    folder = Path(inputs[1])
+    monkeypatch.chdir(folder.parent)
+    again = lbdt(["--model", folder.name, *inputs[2:]], tmp_path / "a")
+    assert again.exit_code == 0, again.output
+    assert "3, 3 of them there already" in again.stdout
 
 
 def test_json_is_all_there_is_on_stdout(inputs, tmp_path):

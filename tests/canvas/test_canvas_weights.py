@@ -41,8 +41,8 @@ def erased(pipe):
     return pictures, eraser
 
 
-def test_all_weights_together_stay_within_40_mb():
-    assert sum(path.stat().st_size for path in canvas.WEIGHTS.rglob("*") if path.is_file()) < 40e6
+def test_all_weights_together_stay_within_60_mb():
+    assert sum(path.stat().st_size for path in canvas.WEIGHTS.rglob("*") if path.is_file()) < 60e6
 
 
 def test_diffusers_loads_the_pipeline_like_any_other(pipe):

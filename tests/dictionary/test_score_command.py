@@ -138,6 +138,17 @@ def test_processes_share_the_work_and_the_first_one_reports(folders, tmp_path):
     assert not list((tmp_path / "two").glob("score.state.*"))
 
 
+def test_held_out_activations_of_another_site_are_refused_before_the_passes(folders, tmp_path):
+    done = lbdt(
+        "collect", "--model", folders / "pipe", "--prompts", folders / "prompts.jsonl", "--site", f"{SITE}:update",
+        *MODEL, "--out", tmp_path / "held", "--device", "cpu",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    failed = stored(folders, tmp_path / "out", "--heldout", tmp_path / "held")
+    assert failed.exit_code == 1 and "the activations hold" in failed.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -159,12 +159,13 @@ def test_class_params_round_trip(tmp_path):
         ({"Cats": 3}, "Cats: expected percentile and multiplier, got 3"),
         ({"Cats": {"percentile": 99.0}}, "Cats: expected percentile and multiplier, got percentile"),
         ({"Cats": {"percentile": 99.0, "multiplier": float("nan")}}, "multiplier: expected a finite number"),
+        ({"Cats": {"percentile": 99.0, "multiplier": -(10**400)}}, "multiplier: expected a finite number"),
         ({"Cats": {"percentile": "99", "multiplier": -1}}, "percentile: expected a finite number, got str"),
         ({"Cats": {"percentile": True, "multiplier": -1}}, "percentile: expected a finite number, got True"),
         ({"Cats": {"percentile": 100, "multiplier": -1}}, "expected a number between 0 and 100, got 100"),
         ({3: {"percentile": 99, "multiplier": -1}}, "expected names of classes, got 3"),
     ],
-    ids=["list", "empty", "number", "missing", "nan", "text", "bool", "range", "name"],
+    ids=["list", "empty", "number", "missing", "nan", "huge", "text", "bool", "range", "name"],
 )
 def test_wrong_class_params(tmp_path, value, message):
     torch.save(value, tmp_path / "class_params.pth")

@@ -12,6 +12,7 @@ from lbdt.activations.batches import Batches
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.testing import assert_close
 from lbdt.training import explain_variance, train
+from lbdt.training.world import launched
 from tests.training import planted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,3 +83,22 @@ def test_bfloat16_products_train_to_nearly_the_same(activation):
         values[precision] = explain_variance(sae, source, planted.SITE)
     assert values["bfloat16"] != values["float32"]
     assert values["bfloat16"]["fvu"] < values["float32"]["fvu"] + 0.02
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, (0, 1)),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, (0, 1)),
+        ({"WORLD_SIZE": "", "RANK": ""}, (0, 1)),
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}, (3, 4)),
+    ],
+    ids=["alone", "launched alone", "empty", "several"],
+)
+def test_the_launchers_variables_say_which_process_this_is(monkeypatch, variables, place):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    world = launched()
+    assert (world.rank, world.size) == place and world.main is (place[0] == 0)

@@ -1,0 +1,95 @@
+"""`lbdt assemble` into a folder that an earlier call wrote, or was killed in; and of parts that belong elsewhere."""
+
+import json
+
+import pytest
+
+from lbdt import ConceptEraser, Steering
+from lbdt.commands.assemble import run
+from lbdt.dictionary import ConceptDictionary
+from tests import toy
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("parts")
+    eraser = toy.eraser(k=4)
+    eraser.sae.save_pretrained(root / "sae")
+    eraser.dictionary.save_pretrained(root / "dictionary")
+    return root
+
+
+def assemble(parts, out, rule=None, **settings):
+    settings = {"hookpoint": toy.HOOKPOINT, "selection": {"top_k": 1}} | settings
+    strength = None if rule is None else -2.0
+    places = (str(parts / "sae"), str(parts / "dictionary"), out)
+    return run(*places, settings=settings, rule=rule, strength=strength, dtype="float32")
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+class Killed(BaseException):
+    pass
+
+
+def dies(*_args, **_kwargs):
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [(ConceptDictionary, "save_pretrained"), (Steering, "save_pretrained")],
+    ids=["eraser half written", "steering not written"],
+)
+def test_a_killed_call_is_made_good_by_the_same_call(parts, tmp_path, monkeypatch, moment):
+    assemble(parts, tmp_path / "whole", "sdxl")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(*moment, dies)
+        assemble(parts, tmp_path / "killed", "sdxl")
+    assert any((tmp_path / "killed").iterdir())
+    assemble(parts, tmp_path / "killed", "sdxl")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_no_steering_stays_of_an_eraser_that_had_one(parts, tmp_path):
+    assemble(parts, tmp_path / "e", "sdxl")
+    assemble(parts, tmp_path / "e")
+    assemble(parts, tmp_path / "new")
+    assert contents(tmp_path / "e") == contents(tmp_path / "new")
+    assert ConceptEraser.from_pretrained(tmp_path / "e").sae.W_dec is None
+
+
+OUTPUT, UPDATE = f"{toy.HOOKPOINT}:output", f"{toy.HOOKPOINT}:update"
+
+
+@pytest.mark.parametrize(
+    ("made", "target", "message"),
+    [
+        ({"site": OUTPUT, "bank_site": OUTPUT}, "output", None),
+        ({"site": OUTPUT, "bank_site": UPDATE}, "update", None),
+        ({"site": OUTPUT, "bank_site": None}, "update", None),
+        (
+            {"site": UPDATE, "bank_site": OUTPUT},
+            "output",
+            "site: the dictionary is of .*:update, and the eraser",
+        ),
+        (
+            {"site": OUTPUT, "bank_site": OUTPUT},
+            "update",
+            "bank site: the dictionary is of .*:output, and the er",
+        ),
+    ],
+    ids=["output", "update replaced", "no bank", "SAE of another site", "bank of another site"],
+)
+def test_a_dictionary_of_another_site_is_refused(parts, tmp_path, made, target, message):
+    toy.eraser(k=4, bank=True).dictionary.save_pretrained(tmp_path / "dictionary")
+    (tmp_path / "sae").symlink_to(parts / "sae")
+    (tmp_path / "dictionary/score.json").write_text(json.dumps(made))
+    if message is None:
+        assemble(tmp_path, tmp_path / "out", target=target)
+        return
+    with pytest.raises(ValueError, match=message):
+        assemble(tmp_path, tmp_path / "out", target=target)
+    assert not (tmp_path / "out").exists()
