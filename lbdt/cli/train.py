@@ -59,6 +59,8 @@ def command(
     assign: Annotated[
         str | None,
         typer.Option(
+            "--assignment",
+            "--assign",
             metavar="DIR",
             help="Latents of the concepts: a folder with assignment.json, or a dictionary. Default: by the scores of "
             "--from on the activations.",

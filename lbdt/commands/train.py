@@ -87,7 +87,8 @@ def run(
             if site is None:
                 raise ValueError("--site: expected with --stream")
             wanted = Site.parse(site)
-            source, held = _generated(live, wanted, where, heldout_share if heldout is None else 0.0)
+            share = heldout_share if heldout is None else 0.0
+            source, held = _generated(live, wanted, where, share, options.seed)
             held = held if heldout is None else Stored(heldout)
 
             def batches(source: Source, site: Site, seed: int) -> Stream:
@@ -124,13 +125,15 @@ def _site(text: str | None, source: Stored) -> Site:
     return source.sites[0]
 
 
-def _generated(live: Live, site: Site, device: torch.device, share: float) -> tuple[Source, Source | None]:
-    """The live source for training, and where `share` > 0 that of held-out prompts."""
+def _generated(
+    live: Live, site: Site, device: torch.device, share: float, seed: int
+) -> tuple[Source, Source | None]:
+    """The live source for training, and where `share` > 0 that of held-out prompts; `seed`: of the draw of patches."""
     sampling = live.sampling()
     labelled = sampling.labelled()
     pipe = load_pipeline(live.model, device)
     parts = split_prompts(labelled.prompts, share) if share > 0 else (labelled.prompts,)
-    made = [sampling.source(pipe, labelled.part(part), [site], device) for part in parts if part]
+    made = [sampling.source(pipe, labelled.part(part), [site], device, seed) for part in parts if part]
     return made[0], made[1] if len(made) > 1 else None
 
 

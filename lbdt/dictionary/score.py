@@ -18,9 +18,10 @@ from lbdt.dictionary.calibration import Calibration
 from lbdt.dictionary.checks import checked_assignment
 from lbdt.dictionary.concepts import ConceptDictionary
 from lbdt.dictionary.encoding import Encoder, check_fit, labels, one_thread
+from lbdt.dictionary.files import INFO_FILE
 from lbdt.dictionary.passes import BankPass, CalibrationPass, Pass, StatisticsPass, run_pass
 from lbdt.dictionary.selection import check_criteria
-from lbdt.dictionary.state import Finished, State, digest, plain
+from lbdt.dictionary.state import Finished, State, differing, digest, plain
 from lbdt.files import json_bytes, read_json, write_files
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def score(
         process, processes: this process's number and their count; each calls `score` with the same `folder`, and all
             return the same dictionary.
         folder: gets the dictionary, and until then every `save_every` shards the state to resume from after a crash.
-            Where the dictionary of just these settings is there already, it is returned.
+            Where the dictionary of just these settings is there already, it is returned; another one is refused.
         seed: of the bank's draw.
         progress: bars on stderr.
 
@@ -130,6 +131,7 @@ def score(
                 state().remove()
         return ConceptDictionary.from_pretrained(folder)
     kept = state()
+    _refuse_another(folder, settings, begun=kept.exists())
     try:
         dictionary = work.run(kept, save_every, process, processes, progress)
         if process:
@@ -230,6 +232,22 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     except ValueError:
         # Unreadable, or the first process has just removed it to replace the dictionary: it vouches for nothing.
         return False
+
+
+def _refuse_another(folder: Path, settings: dict[str, Any], begun: bool) -> None:
+    """ValueError where the folder holds a whole dictionary that is not a former result of these settings."""
+    there = None
+    with contextlib.suppress(ValueError):
+        there = read_json(folder / DONE_FILE)
+    if there is not None and there != settings:
+        differences = "; ".join(differing(there, settings))
+        raise ValueError(
+            f"{folder}: holds the dictionary of other settings: {differences}. Choose another folder, or delete it"
+        )
+    if there is None and not begun and (folder / INFO_FILE).exists():
+        raise ValueError(
+            f"{folder}: holds a dictionary that this command did not make; choose another folder, or delete it"
+        )
 
 
 def _check(

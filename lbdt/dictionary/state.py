@@ -114,6 +114,10 @@ class State:
         for path in self._all():
             path.unlink(missing_ok=True)
 
+    def exists(self) -> bool:
+        """Whether any process has left a file of this run."""
+        return bool(self._all())
+
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob(f"{_PREFIX}.*.safetensors"))
 

@@ -304,5 +304,14 @@ def test_a_dictionary_of_the_same_settings_is_not_made_again(tmp_path):
     asked = len(source.asked)
     again = run(source, folder=tmp_path)
     assert len(source.asked) == asked and torch.equal(first.mean, again.mean)
-    assert run(source, folder=tmp_path, candidates=2).histograms.candidates.shape[2] == 2
-    assert ConceptDictionary.from_pretrained(tmp_path).histograms.candidates.shape[2] == 2
+
+
+def test_another_dictionary_in_the_folder_is_refused_and_kept(tmp_path):
+    run(Lazy(20), folder=tmp_path / "mine")
+    ConceptDictionary.from_pretrained(tmp_path / "mine").save_pretrained(tmp_path / "foreign")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="dictionary of other settings: candidates: 4 there, 2 here"):
+        run(Lazy(20), folder=tmp_path / "mine", candidates=2)
+    with pytest.raises(ValueError, match="a dictionary that this command did not make"):
+        run(Lazy(20), folder=tmp_path / "foreign")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

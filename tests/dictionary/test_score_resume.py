@@ -10,7 +10,6 @@ import time
 import pytest
 import safetensors.torch
 
-from lbdt.dictionary import score as module
 from lbdt.dictionary.score import score
 from lbdt.dictionary.state import State
 from tests.dictionary.activations import SITE, Lazy, make_sae
@@ -207,13 +206,3 @@ def test_a_state_without_our_header_is_refused(tmp_path):
         ValueError, match="damaged state of an unfinished run .*delete it to do that part again"
     ):
         run(Lazy(20), tmp_path)
-
-
-def test_a_dictionary_of_other_settings_stays_until_the_new_one_is_whole(tmp_path):
-    run(Lazy(20), tmp_path, candidates=2)
-    before = files(tmp_path)
-    with pytest.raises(Killed):
-        run(Dying(9), tmp_path)
-    assert {name: files(tmp_path)[name] for name in before} == before
-    run(Lazy(20), tmp_path)
-    assert module.DONE_FILE in files(tmp_path) and files(tmp_path) != before

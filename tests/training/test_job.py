@@ -11,7 +11,7 @@ import torch
 from lbdt.activations.batches import Batches
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training import explain_variance
-from lbdt.training.assignment import load_assignment
+from lbdt.training.assignment import Assignment, load_assignment
 from lbdt.training.heldout import split
 from lbdt.training.job import Options, train_recipe
 from lbdt.training.recipes import RECIPES
@@ -37,7 +37,7 @@ def start(name):
     return SparseAutoencoder(SAEConfig(planted.D, 3 * planted.D, 4, update=True)).requires_grad_(False)
 
 
-def job(name, out, steps=9, settings=None, **kwargs):
+def job(name, out, steps=9, settings=None, assignment=None, **kwargs):
     train_part, held = split(planted.source(48), 0.125)
     options = Options(
         steps=steps, rows=64, lr=1e-2, checkpoint_every=4, dead_after=150, **(settings or {}), **kwargs
@@ -50,6 +50,7 @@ def job(name, out, steps=9, settings=None, **kwargs):
         options=options,
         heldout=held,
         start=start(name),
+        assignment=assignment,
         progress=False,
     )
 
@@ -184,6 +185,24 @@ def test_saemnesia_assigns_by_the_scores_of_its_start(tmp_path):
     assert tuple(found.concepts) == planted.CONCEPT_NAMES and tuple(found.styles) == planted.STYLE_NAMES
     config = SparseAutoencoder.from_pretrained(tmp_path).config
     assert (config.num_latents, config.k, config.update) == (3 * planted.D, 4, True)
+
+
+def test_another_assignment_is_refused_and_the_begun_runs_own_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("lbdt.training.job.write_files", _stop)
+    with pytest.raises(KeyboardInterrupt):
+        job("saemnesia", tmp_path)
+    monkeypatch.undo()
+    before = contents(tmp_path)
+    own = load_assignment(tmp_path)
+    swapped = Assignment(dict(zip(own.concepts, reversed(own.concepts.values()), strict=True)), own.styles)
+    with pytest.raises(ValueError, match="belongs to a run with another labels"):
+        job("saemnesia", tmp_path, assignment=swapped)
+    assert contents(tmp_path) == before and load_assignment(tmp_path) == own
+    assert job("saemnesia", tmp_path)["finished"] is False
+
+
+def _stop(*arguments):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
