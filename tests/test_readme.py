@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from benchmarks import pipelines
 from lbdt import canvas
 from lbdt.bench import table
 
@@ -37,6 +38,19 @@ def test_every_linked_file_is_there():
     assert (
         links and [link for link in links if "://" not in link and not (README.parent / link).exists()] == []
     )
+
+
+def test_its_figures_of_the_four_pipelines_are_those_of_the_linked_results():
+    text = README.read_text()
+    result = json.loads((README.parent / "benchmarks/results/pipelines.json").read_text())
+    assert all(line in text for line in pipelines.lines(result["pipelines"]))
+    (name,) = re.findall(r"\]\((benchmarks/results/train-vs-sparsify[\w-]+\.json)\)", text)
+    for row in json.loads((README.parent / name).read_text())["rows"]:
+        times = {version: f"{1e3 * seconds:.0f}" for version, seconds in row["seconds"].items()}
+        size = ", ".join(str(row["size"][key]) for key in ("d", "latents", "k", "rows"))
+        cells = [size, f"{row['dead_share']:.0%}", times["sparsify"], times["ours"]]
+        cells += [f"{row['speedup']:.2f}x", times["ours, bfloat16"]]
+        assert f"| {' | '.join(cells)} |" in text
 
 
 def test_its_benchmark_figures_are_those_of_the_linked_result():

@@ -9,6 +9,19 @@ from typing import Annotated
 import typer
 
 from lbdt.cli.options import AsJson, Device, Dtype, print_result, reported
+from lbdt.cli.sampling import (
+    CanvasSeeds,
+    Guidance,
+    Model,
+    Numbers,
+    Patches,
+    Prompts,
+    PromptsPerShard,
+    Steps,
+    Threads,
+    Timesteps,
+    sampling_of,
+)
 
 
 class By(enum.StrEnum):
@@ -79,45 +92,16 @@ def command(
         Path | None,
         typer.Option("--heldout", metavar="DIR", help="Activations on which the detection rate is measured."),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="DIR_OR_HUB",
-            help="Without --activations: a text-to-image pipeline of diffusers. Default: EmojiCanvas.",
-        ),
-    ] = None,
-    prompts: Annotated[
-        str,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help="A .jsonl or .csv file with prompt, concept or style, and seed; or canvas: EmojiCanvas's.",
-        ),
-    ] = "canvas",
-    canvas_seeds: Annotated[
-        str, typer.Option("--canvas-seeds", metavar="FIRST:END", help="Pictures of every prompt of canvas.")
-    ] = "100:104",
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale. Default: 3 on EmojiCanvas, else the pipeline's own.")
-    ] = None,
-    timesteps: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N or T,T,...", help="So many of the steps, spread evenly, or these. Default: all."
-        ),
-    ] = None,
-    patches: Annotated[
-        int | None, typer.Option(min=1, help="Patches drawn of each map. Default: all.")
-    ] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Number format of the pipeline's activations.")
-    ] = Dtype.float16,
-    prompts_per_shard: Annotated[
-        int, typer.Option(min=1, help="Images of a pipeline call and of a shard.")
-    ] = 16,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of the pipeline.")] = 1,
+    model: Model = None,
+    prompts: Prompts = "canvas",
+    canvas_seeds: CanvasSeeds = "100:104",
+    steps: Steps = 20,
+    guidance: Guidance = None,
+    timesteps: Timesteps = None,
+    patches: Patches = None,
+    dtype: Numbers = Dtype.float16,
+    prompts_per_shard: PromptsPerShard = 16,
+    threads: Threads = 1,
     save_every: Annotated[
         int, typer.Option("--save-every", min=1, help="Shards after which the state is saved.")
     ] = 8,
@@ -129,29 +113,19 @@ def command(
 
     The same command continues a run that was killed, and several processes may share one; the files are the same.
     """
-    if model is not None and prompts == "canvas" and activations is None:
-        raise typer.BadParameter(
-            "the prompts of canvas are EmojiCanvas's: give --prompts FILE with --model",
-            param_hint="--prompts",
-        )
     if activations is not None and (model is not None or prompts != "canvas"):
         raise typer.BadParameter(
             "give --activations, or --model and --prompts, not both", param_hint="--activations"
         )
-    from lbdt.commands.pipeline import Sampling, parse_seeds, parse_timesteps
     from lbdt.commands.score import run
 
-    try:
-        wanted, seeds = parse_timesteps(timesteps), parse_seeds(canvas_seeds)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    sampling = Sampling(
+    sampling = sampling_of(
         model=model,
         prompts=prompts,
-        canvas_seeds=seeds,
+        canvas_seeds=canvas_seeds,
         steps=steps,
         guidance=guidance,
-        timesteps=wanted,
+        timesteps=timesteps,
         patches=patches,
         dtype=dtype.value,
         prompts_per_shard=prompts_per_shard,

@@ -9,6 +9,17 @@ from typing import Annotated
 import typer
 
 from lbdt.cli.options import AsJson, Device, print_result, reported
+from lbdt.cli.sampling import (
+    CanvasSeeds,
+    Guidance,
+    Model,
+    Patches,
+    Prompts,
+    PromptsPerShard,
+    Threads,
+    Timesteps,
+    sampling_of,
+)
 
 
 class Name(enum.StrEnum):
@@ -36,6 +47,9 @@ class Log(enum.StrEnum):
     wandb = "wandb"
 
 
+SamplingSteps = Annotated[
+    int, typer.Option("--sampling-steps", min=1, help="Denoising steps.", rich_help_panel="The pipeline")
+]
 _OURS = "Default: the recipe's."
 
 
@@ -124,30 +138,22 @@ def command(
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     log: Annotated[list[Log] | None, typer.Option("--log", help="Also log there; may be repeated.")] = None,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Run the pipeline while training; nothing is cached.")
+        bool,
+        typer.Option("--stream", help="Run the pipeline (options below) while training; nothing is cached."),
     ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="DIR_OR_HUB", help="Of --stream: pipeline. Default: EmojiCanvas."),
-    ] = None,
-    prompts: Annotated[
-        str, typer.Option(metavar="FILE", help="Of --stream: as for `lbdt collect`.")
-    ] = "canvas",
-    canvas_seeds: Annotated[
-        str, typer.Option(metavar="FIRST:END", help="Of --stream: pictures of every prompt of canvas.")
-    ] = "100:104",
-    sampling_steps: Annotated[int, typer.Option(min=1, help="Of --stream: denoising steps.")] = 20,
-    guidance: Annotated[float | None, typer.Option(help="Of --stream: guidance scale.")] = None,
-    timesteps: Annotated[
-        str | None, typer.Option(metavar="N or T,T,...", help="Of --stream: which steps. Default: all.")
-    ] = None,
-    patches: Annotated[int | None, typer.Option(min=1, help="Of --stream: patches of each map.")] = None,
-    prompts_per_shard: Annotated[int, typer.Option(min=1, help="Of --stream: images of a call.")] = 16,
+    model: Model = None,
+    prompts: Prompts = "canvas",
+    canvas_seeds: CanvasSeeds = "100:104",
+    sampling_steps: SamplingSteps = 20,
+    guidance: Guidance = None,
+    timesteps: Timesteps = None,
+    patches: Patches = None,
+    prompts_per_shard: PromptsPerShard = 16,
+    threads: Threads = 1,
     window: Annotated[int, typer.Option(min=1, help="Of --stream: pipeline calls that a batch mixes.")] = 4,
     steps_per_shard: Annotated[
         int, typer.Option(min=1, help="Of --stream: training steps for each pipeline call.")
     ] = 8,
-    threads: Annotated[int, typer.Option(min=1, help="Of --stream: CPU threads of the pipeline.")] = 1,
     seed: Annotated[int, typer.Option("--seed", help="Of the first weights and the order of batches.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -166,29 +172,20 @@ def command(
 
     live = None
     if stream:
-        if model is not None and prompts == "canvas":
-            raise typer.BadParameter(
-                "the prompts of canvas are EmojiCanvas's: give --prompts FILE with --model",
-                param_hint="--prompts",
-            )
-        from lbdt.commands.pipeline import parse_seeds, parse_timesteps
-
-        try:
-            wanted, seeds = parse_timesteps(timesteps), parse_seeds(canvas_seeds)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
         live = Live(
-            model=model,
-            prompts=prompts,
-            canvas_seeds=seeds,
-            sampling_steps=sampling_steps,
-            guidance=guidance,
-            timesteps=wanted,
-            patches=patches,
-            prompts_per_shard=prompts_per_shard,
+            sampling_of(
+                model=model,
+                prompts=prompts,
+                canvas_seeds=canvas_seeds,
+                steps=sampling_steps,
+                guidance=guidance,
+                timesteps=timesteps,
+                patches=patches,
+                prompts_per_shard=prompts_per_shard,
+                threads=threads,
+            ),
             window=window,
             steps_per_shard=steps_per_shard,
-            threads=threads,
         )
     options = Options(
         variant=variant,

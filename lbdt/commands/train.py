@@ -24,31 +24,11 @@ from lbdt.training.recipes import recipe_named
 class Live:
     """A pipeline to train from without a cache, as `lbdt collect` would run it."""
 
-    model: str | None
-    prompts: str
-    canvas_seeds: range
-    sampling_steps: int
-    guidance: float | None
-    timesteps: int | list[int] | None
-    patches: int | None
-    prompts_per_shard: int
+    sampling: Sampling
     window: int
+    """Pipeline calls that a batch mixes."""
     steps_per_shard: int
-    threads: int
-
-    def sampling(self) -> Sampling:
-        """How the pipeline runs."""
-        return Sampling(
-            model=self.model,
-            prompts=self.prompts,
-            canvas_seeds=self.canvas_seeds,
-            steps=self.sampling_steps,
-            guidance=self.guidance,
-            timesteps=self.timesteps,
-            patches=self.patches,
-            prompts_per_shard=self.prompts_per_shard,
-            threads=self.threads,
-        )
+    """Training steps for each pipeline call."""
 
 
 def run(
@@ -129,9 +109,9 @@ def _generated(
     live: Live, site: Site, device: torch.device, share: float, seed: int
 ) -> tuple[Source, Source | None]:
     """The live source for training, and where `share` > 0 that of held-out prompts; `seed`: of the draw of patches."""
-    sampling = live.sampling()
+    sampling = live.sampling
     labelled = sampling.labelled()
-    pipe = load_pipeline(live.model, device)
+    pipe = load_pipeline(sampling.model, device)
     parts = split_prompts(labelled.prompts, share) if share > 0 else (labelled.prompts,)
     made = [sampling.source(pipe, labelled.part(part), [site], device, seed) for part in parts if part]
     return made[0], made[1] if len(made) > 1 else None
