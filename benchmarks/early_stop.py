@@ -2,8 +2,8 @@
 benchmarks.early_stop`.
 
 Feature maps come from EmojiCanvas without an eraser; candidates are the patches above a threshold of the shipped
-eraser's concepts. A candidate is refuted once k other latents exceed its value, and the count stops there. How often
-latents fire is counted on other prompts and seeds than it is judged on.
+eraser's concepts. A candidate is refuted once k other latents exceed its value, and the count stops there. The
+dictionary's counts are of other pictures than it is judged on.
 """
 
 from __future__ import annotations
@@ -65,13 +65,10 @@ def measure(objects: list[str], steps: int) -> dict[str, Any]:
     pipe, eraser = canvas.load_pipeline(), canvas.load_eraser()
     pipe.set_progress_bar_config(disable=True)
     k, total = eraser.sae.rank_k, eraser.sae.config.num_latents
-    fired = torch.zeros(total, dtype=torch.int64)
-    for _, h in pre_activations(pipe, eraser, objects, steps, seed=1):
-        fired += torch.bincount(h.topk(k, dim=1).indices.flatten(), minlength=total)
     orders = {
         "as the SAE numbers them": torch.arange(total),
-        "by mean activation (the shipped dictionary)": eraser.dictionary.firing_order(),
-        "by firing counts": fired.argsort(descending=True, stable=True),
+        "by mean activation": eraser.dictionary.replaced(fired=None).firing_order(),
+        "by firing counts (the shipped dictionary)": eraser.dictionary.firing_order(),
     }
     read = dict.fromkeys(orders, 0.0)
     found = refuted = 0
