@@ -78,3 +78,13 @@ def test_its_benchmark_figures_are_those_of_the_linked_result():
         times = [table._ms(row["versions"][version]["own_ms"]) for version in (baseline, "ours")]
         cells = [label, *times, f"{row['ratio'][baseline]:.3g}x", f"{row['times_the_floor']:.3g}"]
         assert f"| {' | '.join(cells)} |" in README.read_text(), label
+
+
+def test_its_erasure_figures_are_those_of_the_linked_results():
+    for kind in canvas.KINDS:
+        name = f"benchmarks/results/canvas-{kind}.json"
+        result = json.loads((README.parent / name).read_text())
+        base = f"{result['base object']:.1f} / {result['base style']:.1f}"
+        cells = [f"[{kind}]({name})", f"{result['images']:,}", base]
+        cells += [f"{result[key]:.1f}" for key in ("UA", "IRA", "CRA", "unchanged")]
+        assert f"| {' | '.join(cells)} |" in README.read_text()
