@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -115,6 +116,10 @@ class Files:
                 raise ValueError(
                     f"{self.folder}: another `lbdt collect` is writing there; wait for it, or give another folder"
                 ) from error
+            except OSError as error:
+                # Some network file systems know no locks; shards are whole or absent there too.
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
             yield
         finally:
             os.close(handle)

@@ -1,5 +1,6 @@
 """Folders of shards: round trip, resuming, several processes, and everything that is refused."""
 
+import errno
 import json
 import os
 import shutil
@@ -251,6 +252,16 @@ def test_a_folder_of_other_files_and_one_in_use_are_refused(unbroken, tmp_path):
     with Files(source, tmp_path / "new").opened(shared=False):
         with pytest.raises(ValueError, match="another `lbdt collect` is writing there"):
             collect(source, tmp_path / "new", progress=False)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP], ids=["no locks", "not supported"])
+def test_a_file_system_without_locks_serves_too(unbroken, tmp_path, monkeypatch, code):
+    def refused(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    collect(unbroken[0], tmp_path / "new", progress=False)
+    assert contents(tmp_path / "new") == contents(unbroken[1])
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_made(unbroken, tmp_path, monkeypatch):
