@@ -40,7 +40,7 @@ def dies(*_args, **_kwargs):
 
 @pytest.mark.parametrize(
     "moment",
-    [(ConceptDictionary, "save_pretrained"), (Steering, "save_pretrained")],
+    [(ConceptDictionary, "save_pretrained"), (Steering, "save_settings")],
     ids=["eraser half written", "steering not written"],
 )
 def test_a_killed_call_is_made_good_by_the_same_call(parts, tmp_path, monkeypatch, moment):

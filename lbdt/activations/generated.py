@@ -16,13 +16,13 @@ from torch import Tensor
 from lbdt import ops
 from lbdt.activations.capture import Stop, capture, denoiser_of, of_text, quiet
 from lbdt.activations.fingerprint import fingerprint
+from lbdt.activations.layout import DTYPES
 from lbdt.activations.prompts import Prompt, prompt_lines
 from lbdt.activations.schedule import Schedule, choose
 from lbdt.activations.shuffle import mix
 from lbdt.activations.sites import Site
 from lbdt.activations.source import Shard, require_site, shard_count
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _OURS = (
     "prompt",
     "num_inference_steps",
@@ -95,7 +95,7 @@ class Generated:
         for name, value in (("patches", patches), ("threads", threads)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, or None, got {value}")
-        if dtype not in DTYPES.values():
+        if dtype not in [known for _, known in DTYPES.values()]:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype}")
         self.prompts, self.prompts_per_shard = len(self.labelled), prompts_per_shard
         self.concepts = _names("concepts", concepts, [prompt.concept for prompt in self.labelled])

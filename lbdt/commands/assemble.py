@@ -53,7 +53,7 @@ def run(
         # Of an earlier eraser here, whose decoder has just been dropped.
         (out / STEERING_FILE).unlink(missing_ok=True)
     else:
-        steering.save_pretrained(out, dtype=getattr(torch, dtype))
+        steering.save_settings(out)
     begun.unlink()
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     values = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lbdt.activations.generated import DTYPES, Generated
+from lbdt.activations.generated import Generated
 from lbdt.activations.prompts import Prompt, read_prompts
 from lbdt.activations.sites import Site
 
@@ -60,7 +60,7 @@ class Sampling:
             prompts_per_shard=self.prompts_per_shard,
             patches=self.patches,
             timesteps=self.timesteps,
-            dtype=DTYPES[self.dtype],
+            dtype=getattr(torch, self.dtype),
             seed=seed,
             concepts=labelled.concepts,
             styles=labelled.styles,

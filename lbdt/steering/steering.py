@@ -204,14 +204,19 @@ class Steering:
 
         In an eraser's folder, its `eraser.json` stays as it is.
         """
-        from lbdt.files import json_bytes, write_files
-
         self._check_settings()
         folder = Path(directory)
         self.sae.save_pretrained(folder / "sae", dtype=dtype)
         self.dictionary.save_pretrained(folder / "dictionary", dtype=dtype)
+        self.save_settings(folder)
+
+    def save_settings(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `steering.json` alone: for an eraser's folder with this SAE and dictionary, saved with its decoder."""
+        from lbdt.files import json_bytes, write_files
+
+        self._check_settings()
         settings = {key: _VERSION if key == "version" else getattr(self, key) for key in _KEYS}
-        write_files(folder, {CONFIG_FILE: json_bytes(settings)})
+        write_files(Path(directory), {CONFIG_FILE: json_bytes(settings)})
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **settings: Any) -> Steering:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lbdt.activations import Site, Source
 from lbdt.activations.batches import Batches
-from lbdt.activations.source import require_site, shard_count
-from lbdt.dictionary.selection import scores
+from lbdt.activations.source import require_site
+from lbdt.dictionary.score import score
 from lbdt.files import json_bytes, read_json, write_files
 from lbdt.sae import SparseAutoencoder
 from lbdt.training.assignment import Assignment, assign, load_assignment, save_assignment
@@ -101,7 +100,7 @@ def train_recipe(
         "seed": options.seed,
         "dead_after": options.dead_after,
         "start": start,
-        "labels": _labels(recipe, source, site, out, start, assignment, world),
+        "labels": _labels(recipe, source, site, out, start, assignment, world, progress),
         "data": {
             "recipe": recipe.name,
             "site": str(site),
@@ -178,41 +177,16 @@ def identity(source: Source) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def assignment_of(sae: SparseAutoencoder, source: Source, site: Site) -> Assignment:
+def assignment_of(sae: SparseAutoencoder, source: Source, site: Site, progress: bool = False) -> Assignment:
     """Latents for a source's concepts and styles by SAeUron's score, averaged over timesteps (protocols.md 3.1, 3.2).
 
     Raises:
-        ValueError: a source without labels.
+        ValueError: a source without labels, or a label without prompts.
     """
     _require_names(source)
-    both = []
-    for names, attribute in ((source.concepts, "concepts"), (source.styles, "styles")):
-        if names:
-            mean, counts = _means(sae, source, site, attribute, len(names))
-            both.append(scores(mean, counts, range(len(names))))
-    return assign(torch.cat(both), source.concepts, source.styles)
-
-
-@torch.no_grad()
-def _means(
-    sae: SparseAutoencoder, source: Source, site: Site, attribute: str, names: int
-) -> tuple[Tensor, Tensor]:
-    """Mean activations [C, T, L] over the patches of a label's prompts, and how many these are, [C, T]."""
-    steps, latents = len(source.timesteps), sae.config.num_latents
-    sums = torch.zeros(names * steps * latents)
-    counts = torch.zeros(names, steps, dtype=torch.int64)
-    for index in range(shard_count(source)):
-        shard = source.shard(index, site)
-        label = getattr(shard, attribute).cpu()
-        known = label >= 0
-        x, label = shard.x[known.to(shard.x.device)], label[known]
-        if not len(label):
-            continue
-        code = sae.encode(x.to(sae.b_dec.device).float())
-        bins = label.view(-1, 1, 1, 1) * steps + torch.arange(steps).view(1, -1, 1, 1)
-        sums.index_add_(0, (bins * latents + code.indices.cpu()).flatten(), code.values.cpu().flatten())
-        counts += torch.bincount(label, minlength=names).unsqueeze(1) * x.shape[2]
-    return sums.view(names, steps, latents) / counts.clamp(min=1).unsqueeze(2), counts
+    labels = [by for by in ("concepts", "styles") if getattr(source, by)]
+    made = [score(source, site, sae, by=by, calibrate=False, bank=0, progress=progress) for by in labels]
+    return assign(torch.cat([each.scores() for each in made]), source.concepts, source.styles)
 
 
 def _config(recipe: Recipe, source: Source, site: Site, start: SparseAutoencoder | None, options: Options):
@@ -250,6 +224,7 @@ def _labels(
     start: SparseAutoencoder | None,
     assignment: Assignment | None,
     world: World,
+    progress: bool,
 ) -> Labels | None:
     if not recipe.supervised:
         if assignment is not None:
@@ -266,7 +241,7 @@ def _labels(
         if start is None:
             raise ValueError(f"from: recipe {recipe.name} fine-tunes a trained SAE; give its folder")
         if world.main:
-            save_assignment(assignment_of(start, source, site), out)
+            save_assignment(assignment_of(start, source, site, progress), out)
         world.wait()
         assignment = load_assignment(out)
     return Labels(tuple(source.concepts), tuple(source.styles), assignment)

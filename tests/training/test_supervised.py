@@ -85,7 +85,7 @@ def test_the_assigned_latent_fires_on_the_patches_of_its_concept(config, objecti
 def test_the_published_losses_fall_when_fine_tuning(variant):
     source = planted.source()
     batches = Batches(source, planted.SITE)
-    config = SAEConfig(planted.D, 3 * planted.D, 6)
+    config = SAEConfig(planted.D, 3 * planted.D, 6, update=True)
     base = train(config, batches, 200, rows=512, lr=1e-2, progress=False)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     labels = Labels(*NAMES, assignment_of(base, source, planted.SITE))
@@ -109,7 +109,7 @@ def test_the_published_losses_fall_when_fine_tuning(variant):
 def test_scores_find_the_latents_of_planted_concepts():
     source = planted.source()
     sae = train(
-        SAEConfig(planted.D, 3 * planted.D, 6),
+        SAEConfig(planted.D, 3 * planted.D, 6, update=True),
         Batches(source, planted.SITE),
         400,
         rows=512,
