@@ -233,6 +233,7 @@ def test_other_settings_are_refused_by_name_and_nothing_changes(pipe, copied, ch
 
 def test_another_model_is_another_setting(pipe, copied):
     weight = pipe.unet.conv_in.weight
+    before = weight.detach().clone()
     with torch.no_grad():
         weight += 1
     try:
@@ -240,7 +241,7 @@ def test_another_model_is_another_setting(pipe, copied):
             collect(generated(pipe), copied[1], progress=False)
     finally:
         with torch.no_grad():
-            weight -= 1
+            weight.copy_(before)
 
 
 def test_a_folder_of_other_files_and_one_in_use_are_refused(unbroken, tmp_path):
