@@ -63,9 +63,14 @@ def within(name: str, tensor: Tensor, count: int, meaning: str) -> None:
         raise IndexError(f"{name}: expected values in [0, {count}) ({meaning}), got {low} to {high}")
 
 
-def no_gradient(op: str, *tensors: Tensor | None) -> None:
-    """RuntimeError where autograd would be cut off silently."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would have to go through an op on these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def no_gradient(op: str, *tensors: Tensor | None, instead: str | None = None) -> None:
+    """RuntimeError where autograd would be cut off silently; `instead`: what to call, if not the reference."""
+    if wants_gradient(*tensors):
         raise RuntimeError(
-            f"lbdt.ops.{op} has no gradient: call it under torch.no_grad(), or use lbdt.reference.{op}"
+            f"lbdt.ops.{op} has no gradient: call it under torch.no_grad(), or use {instead or f'lbdt.reference.{op}'}"
         )

@@ -44,13 +44,14 @@ def replace_patches(
         backend: "auto", or one to force (`lbdt.ops.use_backend`).
 
     Returns:
-        A tensor like x, and bool [B, N]: which patches were overwritten, padding included.
+        A tensor like x, and bool [B, N]: which patches were overwritten, padding included. The first has a
+        gradient: a replaced patch hands its own to its donors in x or the bank. The mask has none.
 
     Raises:
-        ValueError, TypeError: the argument, what was expected, what was given. RuntimeError if x requires
-        grad.
+        ValueError, TypeError: the argument, what was expected, what was given.
     """
-    _checks.no_gradient("replace_patches", x, bank)
+    if _checks.wants_gradient(x, bank):
+        return _WithGradient.apply(x, mask, u, height, width, padding, source, bank, backend or "")
     return torch.ops.lbdt.replace_patches(
         x, mask, u, height, width, padding, source, bank, backend=backend or ""
     )
@@ -71,12 +72,41 @@ def replace_patches_(
     """`replace_patches` in place on `x`; returns which patches were overwritten, bool [B, N].
 
     Donors lie outside the dilated mask, so none is overwritten before it is read. Arguments and errors as
-    there; besides, ValueError where elements of x share memory.
+    there; besides, ValueError where elements of x share memory, and RuntimeError if x or bank requires grad.
     """
-    _checks.no_gradient("replace_patches_", x, bank)
+    _checks.no_gradient("replace_patches_", x, bank, instead="lbdt.ops.replace_patches")
     return torch.ops.lbdt.replace_patches_(
         x, mask, u, height, width, padding, source, bank, backend=backend or ""
     )
+
+
+# Not by torch.library.register_autograd: that costs 4.4 us a call without a gradient, which is every call of a pipeline.
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mask, u, height, width, padding, source, bank, backend):
+        out, replaced = torch.ops.lbdt.replace_patches(
+            x, mask, u, height, width, padding, source, bank, backend=backend
+        )
+        ctx.save_for_backward(mask, u)
+        ctx.settings = (height, width, padding, source)
+        ctx.bank = None if bank is None else (bank.shape[1], bank.dtype)
+        ctx.mark_non_differentiable(replaced)
+        return out, replaced
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        mask, u = ctx.saved_tensors
+        patches = mask.shape[1]
+        spare, kind = ctx.bank or (0, None)
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        # The op is linear in x and the bank together, so what it makes of unit vectors is its matrix [B, N + M, N].
+        units = torch.eye(patches + spare, dtype=wide, device=mask.device).expand(mask.shape[0], -1, -1)
+        bank = units[:, patches:] if spare else None
+        matrix, _ = reference.replace_patches(units[:, :, :patches], mask, u, *ctx.settings, bank)
+        both = torch.matmul(gradient.flatten(2).to(wide), matrix.transpose(1, 2))  # [B, d, N + M]
+        to_x = both[:, :, :patches].reshape(gradient.shape).to(gradient.dtype)
+        to_bank = both[:, :, patches:].transpose(1, 2).to(kind) if spare else None
+        return to_x, *(None,) * 6, to_bank, None
 
 
 def _check(x, mask, u, height, width, padding, source, bank) -> None:
