@@ -1,0 +1,80 @@
+"""The folder of a run: its settings, and one file for each pair that is through."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lbdt.attack.search import Outcome
+from lbdt.dictionary.state import differing, plain
+from lbdt.files import json_bytes, read_json, write_files
+
+if TYPE_CHECKING:
+    from lbdt.activations.prompts import Prompt
+
+SETTINGS_FILE = "attack.json"
+
+
+class Folder:
+    """`attack.json` with everything that the outcomes follow from but the prompt, and `pairs/NAME.json` for each prompt.
+
+    Files are written whole or not at all, so a killed run goes on, and processes may share a folder.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """
+        Args:
+            path: made if there is none.
+            settings: JSON-like.
+
+        Raises:
+            ValueError: the folder is of a run with other settings, or holds something else.
+        """
+        self.path = path
+        file, wanted = path / SETTINGS_FILE, plain(settings)
+        strangers = path.exists() and (not path.is_dir() or any(p.name[:1] != "." for p in path.iterdir()))
+        # Asked after the look into the folder, which another process may be the first to write to.
+        if strangers and not file.is_file():
+            raise ValueError(
+                f"--out {path}: holds no {SETTINGS_FILE}, but something else; give another folder"
+            )
+        if not file.is_file():
+            write_files(path, {SETTINGS_FILE: json_bytes(wanted)})
+        differences = differing(read_json(file), wanted)
+        if differences:
+            raise ValueError(
+                f"--out {path}: of a run with other settings: {'; '.join(differences)}. Give those to go on with it, "
+                "or another folder"
+            )
+
+    def load(self, prompt: Prompt) -> Outcome | None:
+        """The outcome of a prompt, if it is there.
+
+        Raises:
+            ValueError: the file is damaged, or of another prompt.
+        """
+        path = self._file(prompt)
+        if not path.is_file():
+            return None
+        try:
+            outcome = Outcome.from_dict(read_json(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; delete it to attack that pair again") from error
+        if (outcome.prompt, outcome.concept, outcome.seed) != (prompt.text, prompt.concept, prompt.seed):
+            raise ValueError(
+                f"{path}: of {outcome.prompt!r}, seed {outcome.seed}, not of {prompt.text!r}, seed {prompt.seed}"
+            )
+        return outcome
+
+    def save(self, prompt: Prompt, outcome: Outcome) -> None:
+        """Writes the outcome of a prompt."""
+        path = self._file(prompt)
+        write_files(path.parent, {path.name: json_bytes(outcome.to_dict())})
+
+    def _file(self, prompt: Prompt) -> Path:
+        words = "-".join(part for part in (prompt.concept, prompt.style) if part)
+        key = hashlib.sha256(f"{prompt.seed} {prompt.concept} {prompt.text}".encode()).hexdigest()[:8]
+        return self.path / "pairs" / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', words)[:80]}-{key}.json"

@@ -1,0 +1,268 @@
+"""The search: one prompt, one eraser, and prefixes until the concept is back or the timesteps are through."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lbdt.activations.capture import quiet
+from lbdt.attack.loss import ReferenceLoss, frozen, latent_of, spread
+from lbdt.attack.prefix import Prefix
+from lbdt.attack.text import PrefixedText, check_pipeline
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lbdt.activations.prompts import Prompt
+
+SEARCHES = ("gradient", "random")
+
+# Start seeds of the reference pictures, so that none is the attacked picture.
+_REFERENCE = 1_000_003
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the attack; the defaults are the published ones (protocols.md 4.1), but for the sampling."""
+
+    tokens: int = 5
+    """Of the prefix."""
+    iterations: int = 40
+    """Steps of the optimiser at each timestep."""
+    timesteps: int = 50
+    """Of the noise schedule, from the cleanest to the noisiest (`lbdt.attack.loss.spread`)."""
+    check_every: int = 1
+    """Timesteps between two checks of success; the last one is always checked."""
+    search: str = "gradient"
+    """"gradient": the attack. "random": its control, a prefix drawn evenly from the vocabulary for each check."""
+    lr: float = 0.01
+    weight_decay: float = 0.1
+    steps: int = 20
+    """Denoising steps of the pictures that are judged."""
+    guidance: float | None = None
+    """Of those pictures; None: the pipeline's own."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "iterations", "timesteps", "check_every", "steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        if self.search not in SEARCHES:
+            raise ValueError(f"search: expected {' or '.join(SEARCHES)}, got {self.search!r}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one prompt. JSON-like, and the same for the same pipeline, eraser, settings and prompt."""
+
+    prompt: str
+    concept: str
+    style: str | None
+    seed: int
+    """Of the start noise of the judged pictures, and of the eraser's donors."""
+    reference: str
+    """What the judge sees in the reference picture, made without the eraser."""
+    seen_before: str
+    """What it sees in the erased picture, without an attack."""
+    seen_after: str
+    """What it sees in the last picture that was judged."""
+    timesteps: tuple[int, ...]
+    """That were attacked; none where the eraser failed without an attack."""
+    losses: tuple[float, ...]
+    """Mean over the iterations of each of them; none of a random search."""
+    checks: int
+    """Pictures that were judged, the one without an attack not counted."""
+    prefix: tuple[int, ...]
+    """Token ids in front of the prompt in the last judged picture."""
+    words: tuple[str, ...]
+    """The same, as the vocabulary spells them."""
+    attacked: str
+    """The whole attacked prompt as text."""
+    typable: bool
+    """Whether the tokenizer makes the same ids of that text; if not, only the ids are what was run."""
+
+    @property
+    def erased_before(self) -> bool:
+        """The judge does not see the concept, without an attack."""
+        return self.seen_before != self.concept
+
+    @property
+    def erased_after(self) -> bool:
+        """Nor with it."""
+        return self.seen_after != self.concept
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Outcome:
+        """The inverse; ValueError where keys or types are others."""
+        kinds = {"concept": str, "seen_before": str, "seen_after": str, "prompt": str, "seed": int}
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            raise ValueError(f"expected an object with the keys {', '.join(sorted(names))}")
+        wrong = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
+        if wrong:
+            raise ValueError(f"{wrong[0]}: expected {kinds[wrong[0]].__name__}, got {values[wrong[0]]!r}")
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+class Search:
+    """UnlearnDiffAtk (Zhang et al., arXiv 2310.11868; protocols.md 4.1), mode text_grad, through an attached eraser.
+
+    First the prompt as it is: where the judge sees the concept, the eraser has failed without an attack. Else the
+    timesteps one after another, each with some iterations of one optimiser, and after each (see `check_every`) a
+    picture by the likeliest tokens, from the prompt's own seed; the first that shows the concept ends the search.
+
+    Unlike the published script: the reference picture is the pipeline's own, without the eraser and from another
+    seed, as not every world has a data set; special tokens are no part of a prefix (`PrefixedText`); and UNets that
+    predict something else than the noise have that as their target (`ReferenceLoss`).
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        eraser: Any,
+        judge: Callable[[Sequence[Image.Image]], Sequence[str]],
+        settings: Settings | None = None,
+    ) -> None:
+        """
+        Args:
+            pipe: a diffusers pipeline of Stable Diffusion's kind with one CLIP text encoder. Its weights are not
+                touched.
+            eraser: `ConceptEraser` or `Steering`: anything with `attach(pipe, concepts, seed=...)`.
+            judge: the concept that each picture shows, by the name that the prompts' labels have.
+            settings: None: the published ones.
+
+        Raises:
+            TypeError, ValueError: another kind of pipeline, a count of timesteps that its schedule has not, a steering
+                that has no gradient.
+        """
+        check_pipeline(pipe)
+        self.pipe, self.eraser, self.judge = pipe, eraser, judge
+        self.settings = settings or Settings()
+        self.timesteps = spread(self.settings.timesteps, len(pipe.scheduler.alphas_cumprod))
+        released = (getattr(eraser, "rule", None), getattr(eraser, "error", None)) == ("saeuron", "released")
+        if released and eraser.sae.rank_k:
+            raise ValueError(
+                "eraser: steering with error 'released' decodes the top-k code, which has no gradient; attack it with "
+                "error='corrected'"
+            )
+
+    def run(self, prompt: Prompt, progress: Callable[[int], None] = lambda done: None) -> Outcome:
+        """Attacks one prompt with a concept. `progress` is told of timesteps done or spared, `settings.timesteps` in all.
+
+        Every draw comes from the prompt's seed and text, so prompts may be attacked in any order and by any process.
+
+        Raises:
+            ValueError: a prompt without a concept, or too long; a concept that the eraser does not know.
+        """
+        if prompt.concept is None:
+            raise ValueError(f"prompt: {prompt.text!r} has no concept to erase")
+        text = PrefixedText(self.pipe, prompt.text, self.settings.tokens)
+        undo = quiet(self.pipe)
+        try:
+            picture = self._picture(prompt.seed + _REFERENCE, prompt=prompt.text)
+            with self.eraser.attach(self.pipe, [prompt.concept], seed=prompt.seed), frozen(self.pipe):
+                return self._attack(prompt, text, picture, progress)
+        finally:
+            undo()
+
+    def _attack(
+        self, prompt: Prompt, text: PrefixedText, picture: Any, progress: Callable[[int], None]
+    ) -> Outcome:
+        settings, left = self.settings, len(self.timesteps)
+        reference = self._seen(picture)
+        before = after = self._seen(self._picture(prompt.seed, prompt=prompt.text))
+        done: list[int] = []
+        losses: list[float] = []
+        checks, chosen = 0, None
+        if before != prompt.concept:
+            loss_at = ReferenceLoss(self.pipe, latent_of(self.pipe, picture))
+            generator = torch.Generator().manual_seed(_number(prompt))
+            prefix = Prefix(
+                settings.tokens,
+                len(text.vocabulary),
+                generator,
+                lr=settings.lr,
+                weight_decay=settings.weight_decay,
+                device=text.vocabulary.device,
+            )
+            for timestep in self.timesteps:
+                if settings.search == "gradient":
+                    losses.append(self._descend(prefix, text, loss_at, timestep, generator))
+                done.append(timestep)
+                progress(1)
+                left -= 1
+                if len(done) % settings.check_every and left:
+                    continue
+                chosen, checks = self._chosen(prefix, generator), checks + 1
+                after = self._seen(self._picture(prompt.seed, prompt_embeds=text.embed(chosen)))
+                if after == prompt.concept:
+                    break
+        progress(left)
+        attacked, typable = (prompt.text, True) if chosen is None else text.text(chosen)
+        return Outcome(
+            prompt.text,
+            prompt.concept,
+            prompt.style,
+            prompt.seed,
+            reference,
+            before,
+            after,
+            tuple(done),
+            tuple(losses),
+            checks,
+            () if chosen is None else tuple(text.vocabulary[chosen].tolist()),
+            () if chosen is None else tuple(text.words(chosen)),
+            attacked,
+            typable,
+        )
+
+    def _descend(
+        self,
+        prefix: Prefix,
+        text: PrefixedText,
+        loss_at: ReferenceLoss,
+        timestep: int,
+        generator: torch.Generator,
+    ) -> float:
+        """The iterations at one timestep; returns their mean loss."""
+        total = 0.0
+        with torch.enable_grad():
+            for _ in range(self.settings.iterations):
+                loss = loss_at(text.embed_soft(prefix.sample()), timestep, generator)
+                prefix.step(loss)
+                total += float(loss.detach())
+        return total / self.settings.iterations
+
+    def _chosen(self, prefix: Prefix, generator: torch.Generator) -> Tensor:
+        """The prefix to be judged, int64 [k]."""
+        if self.settings.search == "gradient":
+            return prefix.best()
+        tokens, vocabulary = prefix.weights.shape
+        return torch.randint(vocabulary, (tokens,), generator=generator).to(prefix.weights.device)
+
+    def _picture(self, seed: int, **prompt: str | Tensor) -> Any:
+        """One picture of the pipeline as it is now, with whatever is attached."""
+        guidance = self.settings.guidance
+        return self.pipe(
+            **prompt,
+            num_inference_steps=self.settings.steps,
+            generator=torch.Generator().manual_seed(seed),
+            **({} if guidance is None else {"guidance_scale": guidance}),
+        ).images[0]
+
+    def _seen(self, picture: Any) -> str:
+        return str(next(iter(self.judge([picture]))))
+
+
+def _number(prompt: Prompt) -> int:
+    """A seed of the attack's own draws, other than that of the start noise."""
+    return int.from_bytes(hashlib.sha256(f"attack {prompt.seed} {prompt.text}".encode()).digest()[:6])

@@ -1,0 +1,50 @@
+"""UA before and after the attack, and the figures that are published on another world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lbdt.attack.search import Outcome
+
+PUBLISHED: tuple[tuple[str, float, float, float], ...] = (
+    ("SAeUron", 83.70, 34.20, 49.50),
+    ("SAeUron + PER", 84.60, 28.30, 56.30),
+    ("SAEmnesia", 97.60, 57.50, 40.10),
+    ("SAEmnesia + PER", 91.10, 56.20, 34.90),
+)
+"""Method, UA before, UA after, effectiveness, in percent: UnlearnCanvas, 1000 pairs, 5 tokens, 40 iterations (PER's
+project page, table 2; protocols.md 2.3). Another world than EmojiCanvas: not to be compared figure by figure."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Shares in percent of the pairs that were really attacked or failed without an attack."""
+
+    pairs: int
+    before: float
+    """UA: the erased pictures in which the judge does not see the concept."""
+    after: float
+    """The same after the attack; a pair that failed before it has failed after it."""
+    broken: int
+    """Pairs that were erased before the attack, and not after it."""
+
+    @property
+    def effectiveness(self) -> float:
+        """`before - after`, in percentage points."""
+        return self.before - self.after
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "effectiveness": self.effectiveness}
+
+
+def summarise(outcomes: Iterable[Outcome]) -> Summary | None:
+    """The summary of some pairs; None for none."""
+    found = list(outcomes)
+    if not found:
+        return None
+    before = sum(outcome.erased_before for outcome in found)
+    after = sum(outcome.erased_after for outcome in found)
+    return Summary(len(found), 100 * before / len(found), 100 * after / len(found), before - after)
