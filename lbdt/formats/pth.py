@@ -22,10 +22,10 @@ _NAMES = {
 }
 
 
-def read_pth(path: Path) -> Any:
+def read_pth(path: Path, max_entries: int = _MAX_ENTRIES) -> Any:
     """What `torch.save` wrote, on the CPU: tensors, numbers, strings, lists and dictionaries.
 
-    Before anything is loaded, every entry must be stored uncompressed and all of them together must fit the file,
+    Before anything is loaded, there must be at most `max_entries` (a tensor is one), every entry must be stored uncompressed and all of them together must fit the file,
     the pickle in it must name nothing but tensors, and no tensor may be larger than the file.
 
     Raises:
@@ -36,7 +36,7 @@ def read_pth(path: Path) -> Any:
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
-            _check_entries(path, archive.infolist(), size)
+            _check_entries(path, archive.infolist(), size, max_entries)
             _check_names(path, archive)
         value = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, NotImplementedError) as error:
@@ -55,9 +55,9 @@ def read_pth(path: Path) -> Any:
     return value
 
 
-def _check_entries(path: Path, entries: list[zipfile.ZipInfo], size: int) -> None:
-    if len(entries) > _MAX_ENTRIES:
-        raise ValueError(f"{path}: expected at most {_MAX_ENTRIES} zip entries, got {len(entries)}")
+def _check_entries(path: Path, entries: list[zipfile.ZipInfo], size: int, most: int) -> None:
+    if len(entries) > most:
+        raise ValueError(f"{path}: expected at most {most} zip entries, got {len(entries)}")
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise ValueError(
