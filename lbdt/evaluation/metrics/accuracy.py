@@ -1,0 +1,99 @@
+"""Unlearning accuracy (UA), in-domain retain accuracy (IRA) and cross-domain retain accuracy (CRA)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Unlearning(NamedTuple):
+    """Of one erased concept, in per cent; None where no picture could say."""
+
+    ua: float | None
+    ira: float | None
+    cra: float | None
+    pictures: int
+    """Really scored."""
+
+
+def unlearning(
+    erased: Tensor,
+    objects: Tensor,
+    styles: Tensor,
+    seen_objects: Tensor,
+    seen_styles: Tensor | None,
+    count: int,
+) -> dict[int, Unlearning]:
+    """UA, IRA and CRA of every erased concept (protocols.md 1.5, SAeUron's protocol), by concept.
+
+    - UA: 100 minus the accuracy of the object classifier on pictures whose prompt names the erased concept.
+    - IRA: its accuracy on those of every other object, averaged over the objects.
+    - CRA: the accuracy of the style classifier on all styled pictures, the erased concept's included, averaged over
+      the styles. Of the others a sample may have been generated: they then stand for all `count - 1` others of a
+      style, so that the erased concept weighs 1 / count as in the whole grid. On the whole grid that is the plain
+      mean.
+
+    Every share is divided by the pictures that are here, not by those that were planned.
+
+    Args:
+        erased, objects: int64 [n], the concept that was erased, and that of the prompt.
+        styles: int64 [n], of the prompt; -1: none.
+        seen_objects, seen_styles: int64 [n], the classifiers' verdicts; styles None: no style classifier.
+        count: objects of the world.
+
+    Raises:
+        ValueError: tensors of different lengths, or no picture.
+    """
+    tensors = [erased, objects, styles, seen_objects, *([] if seen_styles is None else [seen_styles])]
+    if len({t.shape for t in tensors}) != 1 or erased.dim() != 1 or not len(erased):
+        raise ValueError(
+            f"expected tensors of one length [n], n > 0; got {', '.join(str(list(t.shape)) for t in tensors)}"
+        )
+    right = (objects == seen_objects).double()
+    right_style = None if seen_styles is None else (styles == seen_styles).double()
+    scores = {}
+    for concept in erased.unique().tolist():
+        here = erased == concept
+        own, other = here & (objects == concept), here & (objects != concept)
+        cra = None
+        if right_style is not None:
+            parts = [
+                mean_by(right_style[part & (styles >= 0)], styles[part & (styles >= 0)])
+                for part in (own, other)
+            ]
+            if None not in parts:
+                cra = (parts[0] + (count - 1) * parts[1]) / count
+        ua = mean_by(1 - right[own], objects[own])
+        scores[concept] = Unlearning(
+            _percent(ua), _percent(mean_by(right[other], objects[other])), _percent(cra), int(here.sum())
+        )
+    return scores
+
+
+def average(scores: list[float | None]) -> float | None:
+    """The mean of those that are there; None where none is."""
+    there = [score for score in scores if score is not None]
+    return sum(there) / len(there) if there else None
+
+
+def global_average(
+    ua: float | None, ira: float | None, cra: float | None, artifact_rate: float | None
+) -> float | None:
+    """GA: the mean of UA, IRA, CRA and 100 - AR, without CRA where there is none (protocols.md 2.2: that reproduces
+    all eight published rows); None where one of the other three is missing."""
+    if ua is None or ira is None or artifact_rate is None:
+        return None
+    return average([ua, ira, cra, 100 - artifact_rate])
+
+
+def mean_by(values: Tensor, groups: Tensor) -> float | None:
+    """The mean over the groups of each group's mean of float `values` [n], grouped by int64 [n]; None for none."""
+    if not len(values):
+        return None
+    return float(torch.stack([values[groups == group].mean() for group in groups.unique()]).mean())
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share

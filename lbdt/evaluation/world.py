@@ -1,0 +1,81 @@
+"""What an evaluation runs on: prompts with labels, a pipeline, the methods that erase, and a judge of the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from torch import Tensor
+
+    from lbdt.activations.prompts import Prompt
+
+
+class Verdicts(NamedTuple):
+    """What a judge says of n pictures."""
+
+    objects: Tensor
+    """int64 [n], indices into the world's objects; -1: a class of the judge that is none of them."""
+    styles: Tensor | None
+    """int64 [n], indices into the world's styles; None: the judge knows none."""
+    features: Tensor
+    """float32 [n, F], of the judge's feature space."""
+
+
+class Judge(Protocol):
+    """Classifies pictures and describes them by features."""
+
+    name: str
+    """Of the classifiers, for the report."""
+    features_name: str
+    """Of the feature space, for the report: a Frechet distance means nothing without it."""
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> Verdicts: ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One pipeline of the comparison: an SAE's eraser, its steering baseline, and how pictures are sampled."""
+
+    name: str
+    steps: int
+    guidance: float | None
+    """None: the pipeline's own."""
+    per: Callable[..., Any]
+    """Keywords `padding`, `source` (both may be left out) -> `ConceptEraser`."""
+    steering: Callable[..., Any] | None = None
+    """Keyword `strength` (may be left out: the shipped one) -> `Steering`; None: no baseline."""
+    strengths: tuple[float, ...] = ()
+    """Of the steering sweep."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that an evaluation needs to know of its subject."""
+
+    name: str
+    objects: tuple[str, ...]
+    """The concepts that may be erased, in the order of the judge's classes."""
+    styles: tuple[str, ...]
+    """May be empty."""
+    prompts: Callable[[int], Sequence[Prompt]]
+    """Seed -> one prompt per object and style, and per object without a style, with labels and start seeds. No two
+    seeds share a start seed of the same text."""
+    pipeline: Callable[[torch.device], Any]
+    """The diffusers pipeline on a device."""
+    judge: Callable[[torch.device], Judge] | None
+    """None: nothing can be classified, and UA, IRA and CRA are absent."""
+    kinds: Mapping[str, Kind]
+    seeds: tuple[int, ...]
+    """That are scored, if none are given."""
+    sweep_seeds: tuple[int, ...]
+    """That the steering strength is chosen on; none of `seeds`."""
+    batch: int = 20
+    """Pictures that are generated together."""
+    scheduler: Callable[[Any], Any] | None = None
+    """Pipeline -> the scheduler that the protocol demands; None: the pipeline's own."""
+    reference: Callable[[str], Any] | None = field(default=None)
+    """Kind -> fitted `FeatureJudge` of the unedited generations; None: fitted on the base run's pictures."""
