@@ -1,0 +1,162 @@
+"""How the report writes one figure, one row's name and one table; anything that was not measured is said to be so."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+PERCENT = ("UA", "IRA", "CRA", "RA", "AR", "AR others", "GA", "replaced")
+OTHER = ("FD", "CLIP")
+LOWER_IS_BETTER = ("AR", "AR others", "FD")
+HIGHER_IS_BETTER = ("UA", "IRA", "CRA", "RA", "GA", "CLIP")
+METHODS = {"base": "base", "steering": "steering", "per": "PER"}
+NONE = "-"
+_ORDER = ("UA", "IRA", "CRA", "RA", "AR", "AR others", "GA", "FD", "CLIP", "replaced")
+
+
+class Table(NamedTuple):
+    """Text cells; the first `names` columns are names (left-aligned), the others figures."""
+
+    head: list[str]
+    rows: list[list[str]]
+    marked: set[tuple[int, int]]
+    """(row, column) of the cells that are the better ones."""
+    names: int
+
+
+def metrics_of(row: Mapping[str, Any]) -> list[str]:
+    """The metrics that `row` has a figure of: the known ones in the report's order, then others by name."""
+    found = [name for name, value in row.items() if isinstance(value, Mapping) and "mean" in value]
+    return sorted(found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+
+
+def mean_of(row: Mapping[str, Any] | None, metric: str) -> float | None:
+    """The mean of a metric; None where it was not measured."""
+    estimate = (row or {}).get(metric)
+    return None if estimate is None else estimate["mean"]
+
+
+def half_of(estimate: Mapping[str, Any]) -> float | None:
+    """Half the width of the 95 % interval (its longer side, where it was cut at 0 or 100); None with one seed."""
+    low, high = estimate.get("low"), estimate.get("high")
+    return None if low is None or high is None else max(high - estimate["mean"], estimate["mean"] - low)
+
+
+def number(value: float | None, metric: str) -> str:
+    """A plain figure of this metric: per cent with one decimal, others with three significant digits."""
+    return NONE if value is None else f"{value:.{_decimals(value, metric)}f}"
+
+
+def count(value: int | None) -> str:
+    """A number of pictures or patches."""
+    return NONE if value is None else f"{value:,}"
+
+
+def cell(row: Mapping[str, Any], metric: str) -> str:
+    """`91.7 ± 3.4`, `91.7` without an interval, `-` where the metric was not measured."""
+    estimate = row.get(metric)
+    if estimate is None:
+        return NONE
+    half = half_of(estimate)
+    text = number(estimate["mean"], metric)
+    return text if half is None else f"{text} ± {half:.{_decimals(estimate['mean'], metric)}f}"
+
+
+def _decimals(value: float, metric: str) -> int:
+    if metric in PERCENT:
+        return 1
+    return 2 if value == 0 else min(6, max(1, 2 - math.floor(math.log10(abs(value)))))
+
+
+def plain(value: Any) -> str:
+    """A setting's value: numbers without a needless `.0`."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def settings(row: Mapping[str, Any]) -> str:
+    """`strength -5`, `padding 1, nearest` (what is a word says itself what it is), or nothing."""
+    given = (row.get("settings") or {}).items()
+    return ", ".join(value if isinstance(value, str) else f"{name} {plain(value)}" for name, value in given)
+
+
+def method(row: Mapping[str, Any]) -> str:
+    """`PER`, with its settings in brackets where there are some."""
+    name, text = METHODS.get(row["method"], row["method"]), settings(row)
+    return f"{name} ({text})" if text else name
+
+
+def kinds_of(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Name -> what was measured of it."""
+    return dict(values.get("kinds") or {})
+
+
+def main_row(kind: Mapping[str, Any], method_name: str) -> Mapping[str, Any] | None:
+    """The main table's row of a method; None where it was not run."""
+    return next((row for row in kind.get("rows") or [] if row["method"] == method_name), None)
+
+
+def better(first: float | None, second: float | None, metric: str) -> int | None:
+    """0 or 1: which of two means is the better one as printed; None on a tie, or where either is missing."""
+    if first is None or second is None or metric not in LOWER_IS_BETTER + HIGHER_IS_BETTER:
+        return None
+    if metric in PERCENT:
+        first, second = round(first, 1), round(second, 1)
+    if first == second:
+        return None
+    return int((second < first) == (metric in LOWER_IS_BETTER))
+
+
+def text_lines(table: Table) -> list[str]:
+    """For the terminal: columns padded, `*` behind what is marked."""
+    grid = [list(table.head)] + [
+        [text + "*" * ((line, column) in table.marked) for column, text in enumerate(row)]
+        for line, row in enumerate(table.rows)
+    ]
+    sizes = [max(_width(row[column]) for row in grid) for column in range(len(table.head))]
+    lines = []
+    for row in grid:
+        cells = []
+        for column, (text, size) in enumerate(zip(row, sizes, strict=True)):
+            padding = " " * (size - _width(text))
+            cells.append(text + padding if column < table.names else padding + text)
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal that the text takes."""
+    return sum(
+        0 if unicodedata.combining(letter) else 1 + (unicodedata.east_asian_width(letter) in "WF")
+        for letter in text
+    )
+
+
+def markdown_lines(table: Table) -> list[str]:
+    """A Markdown table, with what is marked in bold."""
+    rows = [
+        [
+            f"**{_quoted(text)}**" if (line, column) in table.marked else _quoted(text)
+            for column, text in enumerate(row)
+        ]
+        for line, row in enumerate(table.rows)
+    ]
+    return _bars([[_quoted(text) for text in table.head], ["---"] * len(table.head), *rows])
+
+
+def _quoted(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _bars(rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines[1] = lines[1].replace(" ", "")
+    return lines
+
+
+def parts_of(kind: Mapping[str, Any], *names: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(part, row) of the parts that are lists of rows; absent ones are left out."""
+    for name in names:
+        for row in kind.get(name) or []:
+            yield name, row

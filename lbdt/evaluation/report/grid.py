@@ -1,0 +1,110 @@
+"""The report's pictures: a row a concept, columns without | mask (where the SAE saw the concept) | steering | PER. Pillow only."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lbdt.evaluation.report import cells
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
+
+COLUMNS = {"base": "without", "mask": "mask", "steering": "steering", "per": "PER"}
+GAP = 8
+CAPTION = 20
+LABEL = 118
+_TILE = 128
+_GROUND, _INK, _FAINT, _EMPTY = (250, 250, 248), (32, 33, 36), (99, 102, 107), (228, 229, 231)
+
+
+def draw(values: Mapping[str, Any], folder: Path) -> dict[str, bytes]:
+    """Kind -> PNG of its grid, for the kinds that have one; the pictures' paths are relative to `folder`.
+
+    Raises ValueError for a file that is no picture.
+    """
+    drawn = {}
+    for name, kind in cells.kinds_of(values).items():
+        if kind.get("grid"):
+            stream = io.BytesIO()
+            compose(kind["grid"], folder).save(stream, format="PNG", optimize=True)
+            drawn[name] = stream.getvalue()
+    return drawn
+
+
+def file_name(kind: str) -> str:
+    """`grid-KIND.png`, the kind's name without what a file's name may not hold."""
+    return f"grid-{re.sub(r'[^A-Za-z0-9._-]+', '-', kind)}.png"
+
+
+def size(rows: int) -> tuple[int, int]:
+    """Of the picture of so many rows."""
+    across = LABEL + len(COLUMNS) * (_TILE + GAP) + GAP
+    return across, CAPTION + rows * (_TILE + GAP) + 2 * GAP
+
+
+def compose(rows: Sequence[Mapping[str, Any]], folder: Path) -> Image.Image:
+    """One RGB picture of `size(len(rows))`; a picture that is not there leaves an empty tile that says so."""
+    from PIL import Image, ImageDraw
+
+    whole = Image.new("RGB", size(len(rows)), _GROUND)
+    pen = ImageDraw.Draw(whole)
+    for column, caption in enumerate(COLUMNS.values()):
+        pen.text((LABEL + column * (_TILE + GAP), GAP - 2), caption, fill=_INK, font=_font(14))
+    for line, row in enumerate(rows):
+        top = GAP + CAPTION + line * (_TILE + GAP)
+        _label(pen, top, row)
+        for column, part in enumerate(COLUMNS):
+            left = LABEL + column * (_TILE + GAP)
+            _tile(whole, pen, (left, top), folder / row[part] if row.get(part) else None)
+    return whole
+
+
+def _label(pen: ImageDraw.ImageDraw, top: int, row: Mapping[str, Any]) -> None:
+    style = "no style" if row.get("style") is None else str(row["style"]).replace("_", " ")
+    texts = [(str(row["concept"]).replace("_", " "), _INK, 14), (style, _FAINT, 12)]
+    if row.get("seed") is not None:
+        texts.append((f"seed {row['seed']}", _FAINT, 12))
+    for number, (text, colour, height) in enumerate(texts):
+        place = GAP, top + _TILE // 2 - 28 + 20 * number
+        pen.text(place, _fitted(pen, text, height, LABEL - 2 * GAP), fill=colour, font=_font(height))
+
+
+def _tile(whole: Image.Image, pen: ImageDraw.ImageDraw, place: tuple[int, int], path: Path | None) -> None:
+    from PIL import Image
+
+    left, top = place
+    if path is None or not path.is_file():
+        pen.rectangle((left, top, left + _TILE - 1, top + _TILE - 1), fill=_EMPTY)
+        pen.text(
+            (left + _TILE // 2, top + _TILE // 2), "no picture", fill=_FAINT, font=_font(12), anchor="mm"
+        )
+        return
+    try:
+        with Image.open(path) as picture:
+            scaled = picture.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path}: not a readable picture ({error}); remove it and evaluate again") from error
+    scaled.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
+    factor = _TILE // max(scaled.size)
+    if factor > 1:
+        scaled = scaled.resize((scaled.width * factor, scaled.height * factor), Image.Resampling.NEAREST)
+    whole.paste(scaled, (left + (_TILE - scaled.width) // 2, top + (_TILE - scaled.height) // 2))
+
+
+def _fitted(pen: ImageDraw.ImageDraw, text: str, height: int, width: int) -> str:
+    font = _font(height)
+    if pen.textlength(text, font=font) <= width:
+        return text
+    while text and pen.textlength(text + "…", font=font) > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _font(height: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(height)

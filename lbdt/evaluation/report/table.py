@@ -1,0 +1,176 @@
+"""The tables of `lbdt evaluate`: for the terminal, for a README, and every figure as CSV.
+
+All of them follow from the figures alone: no time, date, path or machine is in them, so that the same seeds give the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lbdt.evaluation import published
+from lbdt.evaluation.report import cells
+from lbdt.evaluation.report.cells import Table
+
+COLUMNS = ("UA", "IRA", "CRA", "AR", "AR others", "GA", "FD")
+CSV_COLUMNS = ("kind", "part", "method", "settings", "pictures", "metric", "mean", "low", "high", "seeds")
+MARKS = "the better mean of steering and PER; ±: half of the 95 % interval over seeds"
+LEGEND = f"{MARKS}; -: not measured"
+TIE, UNKNOWN = "no difference", "not measured"
+
+
+def main_table(values: Mapping[str, Any], columns: tuple[str, ...] = COLUMNS) -> Table:
+    """Every pipeline's rows (base, steering, PER); the better mean of steering and PER is marked for each metric."""
+    rows, marked = [], set()
+    for name, kind in cells.kinds_of(values).items():
+        pair: dict[str, int] = {}
+        for row in kind.get("rows") or []:
+            pair[row["method"]] = len(rows)
+            figures = [cells.cell(row, metric) for metric in columns]
+            rows.append([name, cells.method(row), cells.count(row.get("pictures")), *figures])
+        if {"steering", "per"} <= pair.keys():
+            for column, metric in enumerate(columns, start=3):
+                best = _better(kind, metric)
+                if best is not None:
+                    marked.add((pair[best], column))
+    return Table(["pipeline", "method", "pictures", *columns], rows, marked, 2)
+
+
+def lines(values: Mapping[str, Any]) -> list[str]:
+    """The main table for the terminal, its legend, and which method is ahead in which pipelines."""
+    table = main_table(values)
+    if not table.rows:
+        return ["no pipeline was evaluated"]
+    return [*cells.text_lines(table), f"*: {LEGEND}", *verdict(values)]
+
+
+def markdown(values: Mapping[str, Any]) -> list[str]:
+    """The main table for a README, and its legend."""
+    return [*cells.markdown_lines(main_table(values)), "", f"Bold: {LEGEND}."]
+
+
+def verdict(values: Mapping[str, Any]) -> list[str]:
+    """A sentence per metric: where PER is ahead of steering, where steering is, where nothing can be said."""
+    sentences = []
+    for metric, label in (("AR", "artifact rate"), ("GA", "global average")):
+        found: dict[str, list[str]] = {"per": [], "steering": [], TIE: [], UNKNOWN: []}
+        for name, kind in cells.kinds_of(values).items():
+            pair = [cells.mean_of(cells.main_row(kind, m), metric) for m in ("steering", "per")]
+            winner = UNKNOWN if None in pair else _better(kind, metric) or TIE
+            shown = [cells.number(value, metric) for value in reversed(pair)]
+            found[winner].append(name if None in pair else f"{name} {shown[0]} against {shown[1]}")
+        compared = len(found["per"] + found["steering"] + found[TIE])
+        wins = f"{label}: PER is better than steering in {len(found['per'])} of {compared} pipelines"
+        if not compared:
+            wins = f"{label}: PER and steering were not compared"
+        if found["per"]:
+            wins += f" ({', '.join(found['per'])})"
+        texts = [
+            f"{text}: {', '.join(found[key])}"
+            for key, text in (("steering", "steering is better in"), (TIE, TIE), (UNKNOWN, UNKNOWN))
+            if found[key]
+        ]
+        sentences.append("; ".join([wins, *texts]))
+    return sentences
+
+
+def csv_text(values: Mapping[str, Any]) -> str:
+    """Every figure of every part, one a line; what was not measured has no line. Histograms are in values.json.
+
+    `mean`, `low` and `high` have six significant digits; `settings` is `name=value` pairs joined by `;`.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for name, kind in cells.kinds_of(values).items():
+        for line in _csv_rows(kind):
+            writer.writerow([name, *line])
+    return text.getvalue()
+
+
+def _csv_rows(kind: Mapping[str, Any]) -> Iterator[list[str]]:
+    for part, row in cells.parts_of(kind, "rows", "sweep", "padding", "sources", "together"):
+        given = dict(row.get("settings") or {})
+        for extra in ("chosen", "order", "erased"):
+            if extra in row:
+                given[extra] = row[extra]
+        for metric in cells.metrics_of(row):
+            yield _csv_row("main" if part == "rows" else part, row, given, metric, row[metric])
+    for method, concepts in (kind.get("per concept") or {}).items():
+        for concept, figures in concepts.items():
+            for metric, value in figures.items():
+                if value is not None:
+                    row = {"method": method}
+                    yield _csv_row("per concept", row, {"concept": concept}, metric, {"mean": value})
+    for padding, steps in (kind.get("ratio") or {}).items():
+        for step in steps:
+            given = {"padding": padding, "timestep": step["timestep"]}
+            for metric in ("detected", "replaced"):
+                yield _csv_row("ratio", {"method": "per"}, given, metric, {"mean": 100 * step[metric]})
+    for row in kind.get("activations") or []:
+        for metric in ("outside", "wasserstein", "norm wasserstein"):
+            if row.get(metric) is not None:
+                figure = {"mean": row[metric]}
+                yield _csv_row("activations", row, row.get("settings") or {}, metric, figure)
+
+
+def _csv_row(
+    part: str, row: Mapping[str, Any], given: Mapping[str, Any], metric: str, estimate: Mapping[str, Any]
+) -> list[str]:
+    texts = (f"{name}={'+'.join(v) if isinstance(v, list) else cells.plain(v)}" for name, v in given.items())
+    figures = (estimate.get(key) for key in ("mean", "low", "high"))
+    return [
+        part,
+        row["method"],
+        ";".join(texts),
+        str(row.get("pictures", "")),
+        metric,
+        *("" if value is None else f"{value:.6g}" for value in figures),
+        str(estimate.get("seeds", "")),
+    ]
+
+
+def published_table() -> Table:
+    """The published figures of steering and PER, never in one table with ours; [*]: corrected, see the notes."""
+    head = ["pipeline", "method", "UA", "IRA", "CRA", "average", "AR", "GA"]
+    rows = []
+    for row in published.ERASURE:
+        average = row.average if "average" in row.misprints else row.printed_average
+        shown = {"UA": row.UA, "IRA": row.IRA, "CRA": row.CRA, "average": average}
+        texts = [_two(value) + " [*]" * (name in row.misprints) for name, value in shown.items()]
+        figures = [*texts, f"{row.AR:.1f}", _two(row.printed_global_average)]
+        rows.append([row.pipeline, cells.METHODS[row.method], *figures])
+    return Table(head, rows, set(), 2)
+
+
+def published_attack_table() -> Table:
+    """The published figures of UnlearnDiffAtk."""
+    rows = [
+        [row.pipeline, cells.METHODS[row.method], f"{row.before:.1f}", f"{row.after:.1f}", f"{row.drop:.1f}"]
+        for row in published.ATTACK
+    ]
+    return Table(["pipeline", "method", "UA before", "UA after", "drop"], rows, set(), 2)
+
+
+def published_methods_table() -> Table:
+    """The published figures of other erasure methods."""
+    head = ["method", "task", "UA", "IRA", "CRA", "average", "FID", "memory, GB", "storage, GB"]
+    rows = [
+        [row.method, row.task, _two(row.UA), _two(row.IRA), _two(row.CRA), _two(row.average)]
+        + [cells.NONE if v is None else f"{v:g}" for v in (row.FID, row.memory_gb, row.storage_gb)]
+        for row in published.METHODS
+    ]
+    return Table(head, rows, set(), 2)
+
+
+def _two(value: float | None) -> str:
+    return cells.NONE if value is None else f"{value:.2f}"
+
+
+def _better(kind: Mapping[str, Any], metric: str) -> str | None:
+    pair = ("steering", "per")
+    best = cells.better(*(cells.mean_of(cells.main_row(kind, name), metric) for name in pair), metric)
+    return None if best is None else pair[best]

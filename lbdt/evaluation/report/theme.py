@@ -1,0 +1,162 @@
+"""The look of the report's figures: colours that differ in hue and in lightness, and small multiples of pipelines.
+
+A colour has a light and a dark variant: the SVG files hold the light one, the HTML report exchanges it for a variable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NEEDS = "needs matplotlib: pip install lbdt[plot]"
+
+COLOURS = {
+    "ink": ("#202124", "#e8e8e6"),
+    "faint": ("#63666b", "#a6aab0"),
+    "line": ("#dcdde0", "#3a3d42"),
+    "ground": ("#fdfdfb", "#1b1c1f"),
+    "base": ("#9b9ea3", "#83878d"),
+    "steering": ("#d97400", "#f2a33a"),
+    "per": ("#0b4f8a", "#63b0f5"),
+    "weak": ("#e9a54c", "#b5762a"),
+    "strong": ("#8f4300", "#ffd7a1"),
+    "padding-0": ("#06264f", "#eaf2fd"),
+    "padding-1": ("#1f66ad", "#a9cef5"),
+    "padding-2": ("#4f9bd6", "#5f9fe0"),
+    "padding-3": ("#86bfe6", "#3f76b5"),
+}
+"""Name -> (on a light ground, on a dark ground)."""
+
+LOOK = {"steering": ("steering", "o", "-"), "per": ("per", "D", "-"), "base": ("base", "s", ":")}
+"""Method -> (colour, marker, line style)."""
+
+_PANEL = 2.75  # inches across: four of them fill the report's 1,100 CSS pixels
+
+
+def light(name: str) -> str:
+    """The hexadecimal colour in the SVG files."""
+    return COLOURS[name][0]
+
+
+def installed() -> bool:
+    """Whether matplotlib is installed. One that is installed and cannot be imported raises what it raises."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Matplotlib's defaults with ours over them, whatever the user's matplotlibrc says; restored afterwards."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "svg.hashsalt": "lbdt",
+                "svg.fonttype": "path",
+                # Names of concepts are text, also with a dollar sign in them.
+                "text.parse_math": False,
+                "font.size": 9,
+                "axes.titlesize": 10,
+                "axes.titleweight": "bold",
+                "axes.labelsize": 9,
+                "xtick.labelsize": 8.5,
+                "ytick.labelsize": 8.5,
+                "legend.fontsize": 9,
+                "legend.frameon": False,
+                "text.color": light("ink"),
+                "axes.labelcolor": light("ink"),
+                "axes.titlecolor": light("ink"),
+                "xtick.color": light("faint"),
+                "ytick.color": light("faint"),
+                "axes.edgecolor": light("faint"),
+                "axes.linewidth": 0.8,
+                "axes.grid": True,
+                "axes.axisbelow": True,
+                "grid.color": light("line"),
+                "grid.linewidth": 0.7,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "figure.facecolor": light("ground"),
+                "axes.facecolor": light("ground"),
+                "savefig.facecolor": light("ground"),
+                "lines.linewidth": 1.6,
+                "lines.markersize": 4.5,
+                "errorbar.capsize": 2,
+            }
+        )
+        yield
+
+
+def panels(
+    columns: Sequence[str], rows: Sequence[str], height: float, **shared: Any
+) -> tuple[Figure, dict[tuple[str, str], Axes]]:
+    """A figure of len(rows) x len(columns) panels, each `height` inches high -> the figure and (row, column) -> axes.
+
+    The columns' names are titles, the rows' names the labels of the first column.
+    """
+    from matplotlib.figure import Figure
+
+    size = (max(_PANEL * len(columns), 4.6) + 0.3, height * len(rows) + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, **shared)
+    found = {}
+    for line, row in enumerate(rows):
+        for number, column in enumerate(columns):
+            axes = found[row, column] = grid[line][number]
+            if line == 0:
+                axes.set_title(column, loc="left")
+            if number == 0:
+                axes.set_ylabel(row)
+    return figure, found
+
+
+def legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend above all panels: each label once, in the order in which the panels first show it."""
+    found: dict[str, Any] = {}
+    for panel in axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        names = list(found)
+        figure.legend(list(found.values()), names, loc="outside upper left", ncols=min(len(names), 7))
+
+
+def absent(axes: Axes) -> None:
+    """An empty panel that says why."""
+    axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=light("faint"))
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+
+
+def per_cent(axes: Axes) -> None:
+    """An axis from 0 to 100 with room for the marks at its ends."""
+    axes.set_ylim(-4, 104)
+    axes.set_yticks([0, 25, 50, 75, 100])
+
+
+def interval(estimate: Mapping[str, Any]) -> list[list[float]] | None:
+    """`yerr` of one point; None with one seed."""
+    low, high, mean = estimate.get("low"), estimate.get("high"), estimate["mean"]
+    return None if low is None or high is None else [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as SVG, the same bytes for the same figures: no date, no version of matplotlib in it."""
+    stream = io.BytesIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(stream, format="svg", metadata=metadata)
+    return stream.getvalue()

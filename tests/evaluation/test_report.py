@@ -1,0 +1,190 @@
+"""Tables, CSV, the grid and the written folder of the report."""
+
+import copy
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from lbdt.evaluation import published
+from lbdt.evaluation.report import grid, table
+from lbdt.evaluation.report.write import write
+from tests.evaluation import sample_values as sample
+
+
+@pytest.fixture(scope="module")
+def values():
+    return sample.values()
+
+
+def read(values):
+    return list(csv.DictReader(io.StringIO(table.csv_text(values))))
+
+
+def test_the_terminal_shows_means_intervals_and_the_better_method(values):
+    lines = table.lines(values)
+    assert lines[0].split()[:4] == ["pipeline", "method", "pictures", "UA"]
+    steering, per = lines[2], lines[3]
+    assert steering.startswith("saeuron    steering (strength -5)") and "30.5 ± 3.0" in steering
+    assert per.startswith("saeuron    PER (padding 1, nearest)")
+    assert [text in per for text in ("93.0 ± 3.0*", "9.0 ± 3.0*", "4.20 ± 0.40*")] == [True] * 3
+    assert "*" not in steering and "*" not in lines[1]
+    assert len({len(line) for line in lines[1:13]}) <= 2  # padded: a last cell without a mark is one shorter
+
+
+def test_the_readme_table_has_four_pipelines_with_three_rows_each(values):
+    lines = table.markdown(values)
+    assert lines[0] == "| pipeline | method | pictures | UA | IRA | CRA | AR | AR others | GA | FD |"
+    rows = [line.split(" | ") for line in lines[2:14]]
+    assert [row[0].strip("| ") for row in rows] == [name for name in sample.KINDS for _ in range(3)]
+    assert [row[1].split(" ")[0] for row in rows] == ["base", "steering", "PER"] * 4
+    assert rows[2][3] == "**93.0 ± 3.0**" and lines[14] == "" and len(lines) == 16
+
+
+@pytest.mark.parametrize(
+    ("steering", "per", "metric", "marked"),
+    [
+        pytest.param(90.0, 80.0, "UA", ["steering"], id="higher-is-better"),
+        pytest.param(90.0, 80.0, "AR", ["per"], id="lower-is-better"),
+        pytest.param(3.0, 2.5, "FD", ["per"], id="distance"),
+        pytest.param(90.04, 90.0, "UA", [], id="equal-as-printed"),
+        pytest.param(90.0, None, "UA", [], id="one-not-measured"),
+    ],
+)
+def test_what_is_marked(steering, per, metric, marked):
+    rows = [sample.row(method, 50, 50, 50, 50, 5) for method in ("steering", "per")]
+    for row, value in zip(rows, (steering, per), strict=True):
+        row[metric] = None if value is None else sample.estimate(value)
+    found = table.main_table({"kinds": {"k": {"rows": rows}}}, (metric,))
+    assert [rows[line]["method"] for line, _ in sorted(found.marked)] == marked
+
+
+def test_what_was_not_measured_is_a_dash_with_one_seed_there_is_no_interval():
+    lines = table.lines(sample.bare())
+    assert lines[2].split() == "saeuron PER (padding 1) 780 90.0 95.0 - 8.0 - 69.2 -".split()
+    assert "not measured" in lines[3] and "were not compared" in lines[4]
+    assert table.lines({"about": {}, "kinds": {}}) == ["no pipeline was evaluated"]
+
+
+def test_the_verdict_counts_wins_losses_and_ties(values):
+    changed = copy.deepcopy(values)
+    changed["kinds"]["gsae"]["rows"][1]["AR"] = sample.estimate(1.0)
+    changed["kinds"]["sdxl"]["rows"][1]["AR"] = changed["kinds"]["sdxl"]["rows"][2]["AR"]
+    first, second = table.verdict(changed)
+    assert first.startswith(
+        "artifact rate: PER is better than steering in 2 of 4 pipelines (saeuron 9.0 against 30.5,"
+    )
+    assert "steering is better in: gsae 11.0 against 1.0; no difference: sdxl 12.0 against 12.0" in first
+    assert "in 4 of 4" in second
+
+
+def test_an_interval_that_is_cut_at_100_keeps_its_longer_half():
+    row = sample.row("per", 99, 50, 50, 5, 1.0)
+    assert row["UA"]["high"] == 100.0
+    assert table.main_table({"kinds": {"k": {"rows": [row]}}}).rows[0][3] == "99.0 ± 3.0"
+
+
+def test_the_csv_has_every_part_and_every_figure(values):
+    rows = read(values)
+    parts = {row["part"] for row in rows}
+    assert parts == {"main", "sweep", "padding", "sources", "together", "per concept", "ratio", "activations"}
+    one = [
+        r for r in rows if (r["kind"], r["part"], r["method"], r["metric"]) == ("gsae", "main", "per", "UA")
+    ]
+    assert one == [
+        {
+            **{"kind": "gsae", "part": "main", "method": "per", "metric": "UA", "pictures": "780"},
+            **{"settings": "padding=1;source=nearest", "mean": "91", "low": "88", "high": "94", "seeds": "3"},
+        }
+    ]
+    chosen = {r["settings"] for r in rows if r["part"] == "sweep" and "chosen=True" in r["settings"]}
+    assert chosen == {"strength=-5;chosen=True"}
+    concept = next(r for r in rows if r["part"] == "per concept" and r["settings"] == "concept=Cats")
+    assert (concept["metric"], concept["mean"]) == (
+        "UA",
+        f"{values['kinds']['saeuron']['per concept']['steering']['Cats']['UA']}",
+    )
+    assert not [r for r in rows if r["metric"] == "CLIP"]  # null: no line
+
+
+def test_the_csv_is_the_same_whenever_and_wherever_it_was_measured(values):
+    changed = copy.deepcopy(values)
+    changed["about"] = {"date": "another", "device": {"name": "cuda"}}
+    del changed["cost"]
+    assert table.csv_text(changed) == table.csv_text(values)
+    changed["kinds"]["saeuron"]["rows"][0]["UA"]["mean"] += 1e-9  # another order of the same sum
+    assert table.csv_text(changed) == table.csv_text(values)
+
+
+def test_the_csv_quotes_names():
+    kind = {"per concept": {"per": {'A "big", red': {"UA": 1.0, "AR": None}}}}
+    (row,) = read({"kinds": {"k,1": kind}})
+    assert (row["kind"], row["settings"], row["mean"]) == ("k,1", 'concept=A "big", red', "1")
+
+
+def test_the_published_table_shows_the_printed_figures_and_marks_the_corrected_ones():
+    rows = table.published_table().rows
+    assert rows[3] == ["saemnesia", "PER", "91.37", "91.92", "97.97", "93.75 [*]", "15.5", "91.44"]
+    assert rows[7] == ["sdxl", "PER", "94.31", "53.41 [*]", "-", "73.86", "8.0", "79.90"]
+    assert sum("[*]" in text for row in rows for text in row) == 2
+    assert len(table.published_attack_table().rows) == 4
+    assert len(table.published_methods_table().rows) == len(published.METHODS)
+
+
+def test_the_grid_has_a_row_a_concept_and_keeps_the_columns_apart(tmp_path):
+    sample.pictures(tmp_path)
+    colours = {"base": "red", "mask": "lime", "steering": "blue", "per": "white"}
+    rows = [{"concept": "Cats", "style": None, "seed": 1}, {"concept": "X" * 60, "style": "S", "seed": None}]
+    for part, colour in colours.items():
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{part}.png")
+        for row in rows:
+            row[part] = f"{part}.png"
+    rows[1]["per"] = "gone.png"
+    whole = grid.compose(rows, tmp_path)
+    assert whole.size == grid.size(2)
+    middle = grid.GAP + grid.CAPTION + 64
+    across = [grid.LABEL + 64 + column * (128 + grid.GAP) for column in range(4)]
+    expected = [Image.new("RGB", (1, 1), colour).getpixel((0, 0)) for colour in colours.values()]
+    assert [whole.getpixel((x, middle)) for x in across] == expected
+    below = middle + 128 + grid.GAP + 30
+    assert [whole.getpixel((x, below)) for x in across[:3]] == expected[:3]
+    assert whole.getpixel((across[3], below)) == (228, 229, 231)
+
+
+def test_a_damaged_picture_is_refused_before_anything_is_written(tmp_path, values):
+    sample.pictures(tmp_path)
+    (tmp_path / "pictures/per.png").write_bytes(b"no picture")
+    only = {"about": {}, "kinds": {"k": {"grid": values["kinds"]["saeuron"]["grid"][:1]}}}
+    with pytest.raises(ValueError, match="per.png: not a readable picture"):
+        write(only, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"]
+
+
+def test_the_folder_holds_what_is_returned(tmp_path, values):
+    sample.pictures(tmp_path)
+    small = {**values, "kinds": {"gsae": values["kinds"]["gsae"]}}
+    files = write(small, tmp_path)
+    assert {"values", "table", "report", "sweep", "tradeoff", "ratio", "grid gsae"} <= files.keys()
+    assert files["grid gsae"] == tmp_path / "plots/grid-gsae.png" and files["sweep"].suffix == ".svg"
+    assert json.loads(files["values"].read_text()) == small
+    assert files["table"].read_text() == table.csv_text(small)
+    before = {name: path.read_bytes() for name, path in files.items()}
+    assert {name: path.read_bytes() for name, path in write(small, tmp_path).items()} == before
+
+
+def test_a_figure_that_is_not_a_number_is_refused(tmp_path):
+    broken = sample.bare()
+    broken["kinds"]["saeuron"]["rows"][0]["UA"]["mean"] = float("nan")
+    with pytest.raises(ValueError):
+        write(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_importing_the_report_does_not_import_matplotlib():
+    code = "import sys; from lbdt.evaluation.report import table, plots, write; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
