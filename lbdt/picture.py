@@ -10,6 +10,7 @@ from lbdt.out import check_out
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from lbdt.report import StepMask
 
@@ -78,7 +79,7 @@ def _masks_panel(image: Image.Image, masks: Sequence[StepMask], size: tuple[int,
 
     panel = Image.new("RGB", size, _GROUND)
     tile = ((size[0] - GAP // 2) // _TILES, (size[1] - GAP // 2) // _TILES)
-    ground = _scaled(image, tile).convert("L").point(lambda v: 60 + v // 3).convert("RGB")
+    ground = _darkened(_scaled(image, tile))
     chosen = sorted({round(place * (len(masks) - 1)) for place in (0.15, 0.5, 0.85)}) if masks else []
     tiles = [_mean_tile(ground, masks)]
     tiles += [
@@ -89,6 +90,15 @@ def _masks_panel(image: Image.Image, masks: Sequence[StepMask], size: tuple[int,
         column, line = number % _TILES, number // _TILES
         panel.paste(picture, (column * (size[0] - tile[0]), line * (size[1] - tile[1])))
     return panel
+
+
+def rate_tile(image: Image.Image, rate: Tensor) -> Image.Image:
+    """The darkened image, redder where patches were replaced at more steps: `rate` [H, W] in [0, 1]."""
+    return _tinted(_darkened(image), rate, _HOT)
+
+
+def _darkened(image: Image.Image) -> Image.Image:
+    return image.convert("L").point(lambda v: 60 + v // 3).convert("RGB")
 
 
 def _mean_tile(ground: Image.Image, masks: Sequence[StepMask]) -> Image.Image:
@@ -105,7 +115,7 @@ def _step_tile(ground: Image.Image, mask: StepMask, label: str) -> Image.Image:
     return _labelled(_tinted(padded, mask.detected[0].float(), _HOT), label)
 
 
-def _tinted(ground: Image.Image, rate, colour: tuple[int, int, int]) -> Image.Image:
+def _tinted(ground: Image.Image, rate: Tensor, colour: tuple[int, int, int]) -> Image.Image:
     """`ground` under `colour`, as strong as `rate` [H, W] in [0, 1], one cell a patch."""
     from PIL import Image
 

@@ -20,10 +20,13 @@ def fingerprint(pipe: Any) -> dict[str, str]:
 
     Not a proof of equality: two models that differ in few weights only may look alike.
     """
-    return {name: _digest(part) for name, part in sorted(pipe.components.items()) if part is not None}
+    return {
+        name: digest_of_module(part) for name, part in sorted(pipe.components.items()) if part is not None
+    }
 
 
-def _digest(part: Any) -> str:
+def digest_of_module(part: Any) -> str:
+    """SHA-256 of one component, as in `fingerprint`."""
     part = unwrap(part) if isinstance(part, nn.Module) else part
     about = {"class": type(part).__name__, "config": _plain(getattr(part, "config", None))}
     if hasattr(part, "get_vocab"):

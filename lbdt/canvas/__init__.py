@@ -114,20 +114,27 @@ def classify(images) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
     if not isinstance(images, torch.Tensor):
-        import numpy as np
-
-        images = torch.stack([torch.from_numpy(np.array(im.convert("RGB"))) for im in images])
-        images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        images = as_tensor(images)
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, 128, 128):
         raise ValueError(
             f"images has shape {tuple(images.shape)}, expected [B, 3, 128, 128]: EmojiCanvas pictures"
         )
     with torch.inference_mode():
-        return tuple(net(images.float().cpu()).argmax(-1) for net in _classifiers())
+        return tuple(net(images.float().cpu()).argmax(-1) for net in classifiers())
+
+
+def as_tensor(pictures) -> torch.Tensor:
+    """PIL pictures of one size as float32 [B, 3, H, W] in [-1, 1]."""
+    import numpy as np
+    import torch
+
+    images = torch.stack([torch.from_numpy(np.array(picture.convert("RGB"))) for picture in pictures])
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @functools.lru_cache(maxsize=1)
-def _classifiers():
+def classifiers():
+    """The embedded object and style classifier, ``lbdt.canvas.models.Classifier``."""
     from .models import load_classifiers
 
     return load_classifiers(_folder("judges"))

@@ -158,6 +158,17 @@ def render(concept: str, style: str, seed: int, *, anywhere: bool = False) -> Im
     return _stylize(image, style)
 
 
+def landscape(style: str, seed: int) -> Image.Image:
+    """A scene without its object, as ``render`` draws it; needs no font.
+
+    Raises:
+        ValueError: unknown style.
+    """
+    rng = np.random.default_rng([seed, len(OBJECTS)])
+    _, y = PLACES[rng.integers(len(PLACES))]
+    return _stylize(_landscape(rng, horizon=y + BOX - GRID), style)
+
+
 def render_batch(
     count: int, seed: int, *, anywhere: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

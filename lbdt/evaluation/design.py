@@ -1,0 +1,141 @@
+"""Which pictures an evaluation generates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lbdt.activations.prompts import Prompt
+from lbdt.evaluation.world import World
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture: its prompt, and the concepts that are erased while it is made, in the order of the requests."""
+
+    prompt: Prompt
+    erased: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Design:
+    """How many pictures; None: all. `own`: prompts of the erased concept, `others`: of other ones, per erased
+    concept and seed."""
+
+    own: int | None = None
+    others: int | None = None
+    sweep_own: int = 2
+    sweep_others: int = 1
+    strengths: int | None = None
+    """Of the steering sweep, spread over the kind's."""
+    ablation_own: int = 2
+    ablation_others: int = 2
+    """For paddings and donors, on the first seed."""
+    counts: tuple[int, ...] = (1, 3, 9)
+    """Concepts erased together."""
+    per_object: int = 2
+    """Prompts of each object for the concepts erased together."""
+    one_after_another: bool = True
+    """Erase them also by one attachment each, in their order."""
+
+    def __post_init__(self) -> None:
+        for name in ("own", "others", "strengths"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected a number from 1, or None for all; got {value}")
+
+    def describe(self, concepts: int) -> str:
+        """One sentence for the report, of so many erased concepts."""
+        own = "every style and none" if self.own is None else f"{self.own} of its styles"
+        others = (
+            "all prompts of all others"
+            if self.others is None
+            else f"{self.others} of other objects, in turn, weighted in CRA as if they were all"
+        )
+        return (
+            f"each of {concepts} concepts erased, per seed, from its own prompts in {own}, and from {others}"
+        )
+
+
+def targets(
+    world: World, seed: int, place: int, own: int | None, others: int | None, concepts: Sequence[str]
+) -> list[Job]:
+    """The pictures of one seed, the `place`-th of its list: for every one of `concepts`, `own` of its own prompts
+    and `others` of other objects' (None: all, or fewer where the world has no more). Samples rotate through styles
+    and objects with the concept and the seed."""
+    grid = _grid(world, seed)
+    styles: tuple[str | None, ...] = (*world.styles, None)
+    jobs = []
+    for concept in concepts:
+        index = world.objects.index(concept)
+        mine = [style for style in styles if (concept, style) in grid]
+        jobs += [Job(grid[concept, mine[s]], (concept,)) for s in _spread(len(mine), own, index + place)]
+        rest = [name for name in world.objects if name != concept]
+        if others is None:
+            jobs += [
+                Job(grid[name, style], (concept,))
+                for name in rest
+                for style in styles
+                if (name, style) in grid
+            ]
+            continue
+        jobs += [Job(prompt, (concept,)) for prompt in _sample(grid, rest, others, index, others * place)]
+    return list(dict.fromkeys(jobs))
+
+
+def _sample(
+    grid: Mapping[tuple[str | None, str | None], Prompt],
+    names: Sequence[str],
+    count: int,
+    turn: int,
+    skip: int,
+) -> list[Prompt]:
+    """`count` prompts of `names`, which take turns, as do each one's styles; styled prompts where there are any, as
+    they tell of objects and styles both."""
+    by_name: dict[str, list[Prompt]] = {name: [] for name in names}
+    for (name, style), prompt in grid.items():
+        if name in by_name and style is not None:
+            by_name[name].append(prompt)
+    for name, prompts in by_name.items():
+        if not prompts and (name, None) in grid:
+            prompts.append(grid[name, None])
+    able = [prompts for prompts in by_name.values() if prompts]
+    if not able:
+        return []
+    count = min(count, sum(map(len, able)))
+    chosen: dict[Prompt, None] = {}
+    number = 0
+    while len(chosen) < count:
+        prompts = able[(turn + number + skip) % len(able)]
+        # The second number moves on where the first has come round.
+        chosen[prompts[(turn + number + number // (len(able) * len(prompts))) % len(prompts)]] = None
+        number += 1
+    return list(chosen)
+
+
+def together(world: World, seed: int, erased: tuple[str, ...], per_object: int) -> list[Job]:
+    """Pictures of every object in `per_object` styles (without one if it has none), with all of `erased` erased."""
+    grid = _grid(world, seed)
+    jobs = []
+    for number, name in enumerate(world.objects):
+        mine: list[str | None] = [style for style in world.styles if (name, style) in grid]
+        if not mine and (name, None) in grid:
+            mine = [None]
+        jobs += [Job(grid[name, mine[s]], erased) for s in _spread(len(mine), per_object, number)]
+    return jobs
+
+
+def erased_together(concepts: Sequence[str], count: int) -> tuple[str, ...]:
+    """The first `count` requests: every other concept, so that related neighbours of the list are not all erased."""
+    order = [*concepts[1::2], *concepts[::2]]
+    return tuple(order[:count])
+
+
+def _grid(world: World, seed: int) -> dict[tuple[str | None, str | None], Prompt]:
+    return {(prompt.concept, prompt.style): prompt for prompt in world.prompts(seed)}
+
+
+def _spread(size: int, count: int | None, offset: int) -> list[int]:
+    if count is None or count >= size:
+        return list(range(size))
+    return [(offset + number * size // count) % size for number in range(count)]

@@ -1,0 +1,163 @@
+"""The series of an evaluation: what is generated before the steering's strength is known, and what after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from lbdt.evaluation.design import Design, Job, erased_together, targets, together
+from lbdt.evaluation.series import Series, slug
+from lbdt.evaluation.world import Kind, World
+
+PADDINGS = (0, 1, 2, 3)
+SOURCES = ("random", "nearest", "mean")
+ORDERS = ("at once", "one after another")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All pictures of one kind, as series. Rows of the report take their jobs from them."""
+
+    world: World
+    kind: Kind
+    design: Design
+    seeds: tuple[int, ...]
+    sweep_seeds: tuple[int, ...]
+    concepts: tuple[str, ...]
+    """That are erased."""
+
+    @cached_property
+    def per_settings(self) -> dict[str, Any]:
+        """Of the eraser as it comes: those of the main row."""
+        eraser = self.kind.per()
+        return {"padding": eraser.padding, "source": eraser.source}
+
+    @cached_property
+    def hookpoint(self) -> str:
+        """Whose output is watched."""
+        return self.kind.per().hookpoint
+
+    @cached_property
+    def strengths(self) -> tuple[float, ...]:
+        """Of the sweep; of more than `design.strengths`, those spread over the whole range."""
+        whole, count = self.kind.strengths, self.design.strengths
+        if self.kind.steering is None or count is None or count >= len(whole):
+            return whole if self.kind.steering else ()
+        if count == 1:
+            return (whole[len(whole) // 2],)
+        return tuple(whole[round(n * (len(whole) - 1) / (count - 1))] for n in range(count))
+
+    @cached_property
+    def scored_jobs(self) -> dict[int, list[Job]]:
+        """Of the main rows, by seed."""
+        return self._targets(self.seeds, self.design.own, self.design.others)
+
+    @cached_property
+    def sweep_jobs(self) -> dict[int, list[Job]]:
+        """Of the strengths, by seed."""
+        return self._targets(self.sweep_seeds, self.design.sweep_own, self.design.sweep_others)
+
+    @cached_property
+    def ablation_jobs(self) -> dict[int, list[Job]]:
+        """Of paddings and donors: of the first seed."""
+        return self._targets(self.seeds[:1], self.design.ablation_own, self.design.ablation_others)
+
+    def sweep(self) -> list[Series]:
+        """What the strength is chosen on, PER and the base on the same pictures; nothing without sweep seeds."""
+        if not self.sweep_seeds:
+            return []
+        jobs = _flat(self.sweep_jobs)
+        settings = [{"strength": strength} for strength in self.strengths]
+        return [
+            self._base("sweep", jobs, watched=True),
+            *(self._series("sweep", "steering", each, jobs, watched=True) for each in settings),
+            self._series("sweep", "per", self.per_settings, jobs, watched=True),
+        ]
+
+    def scored(self, strength: float | None) -> list[Series]:
+        """The main rows: base, steering (strength None: as it comes; without a baseline, none), PER."""
+        jobs, ablation = _flat(self.scored_jobs), _flat(self.ablation_jobs)
+        rows = [self.base()]
+        if self.kind.steering is not None:
+            rows.append(self._series("scored", "steering", self.steering_settings(strength), jobs))
+        return [*rows, self._series("scored", "per", self.per_settings, [*jobs, *ablation])]
+
+    def base(self) -> Series:
+        """The unedited pictures of all prompts of the main row."""
+        return self._base("scored", [*_flat(self.scored_jobs), *_flat(self.ablation_jobs)])
+
+    def ablation(self) -> list[Series]:
+        """PER with every padding, then with every source; the main row's settings are in `scored` already."""
+        jobs = _flat(self.ablation_jobs)
+        settings = [{**self.per_settings, "padding": padding} for padding in PADDINGS]
+        settings += [{**self.per_settings, "source": source} for source in SOURCES]
+        return [
+            self._series("ablation", "per", each, jobs)
+            if each != self.per_settings
+            else self._series("scored", "per", each, [*_flat(self.scored_jobs), *jobs])
+            for each in settings
+        ]
+
+    def together(self, strength: float | None) -> list[tuple[Series, str]]:
+        """Several concepts erased from every picture, and in which order. One attachment for all works at once; one
+        for each, in the order of the requests, works on what the one before left."""
+        methods = [("per", self.per_settings)]
+        if self.kind.steering is not None:
+            methods.insert(0, ("steering", self.steering_settings(strength)))
+        rows = []
+        for order in ORDERS if self.design.one_after_another else ORDERS[:1]:
+            for method, settings in methods:
+                for count in self._counts:
+                    if order != ORDERS[0] and count == 1:
+                        continue
+                    erased = erased_together(self.concepts, count)
+                    jobs = together(self.world, self.seeds[0], erased, self.design.per_object)
+                    name = f"together-{count}-{slug(order)}"
+                    series = self._series(name, method, settings, jobs)
+                    rows.append((replace(series, stacked=order != ORDERS[0]), order))
+        return rows
+
+    def steering_settings(self, strength: float | None) -> dict[str, Any]:
+        """Keywords of the kind's steering."""
+        return {} if strength is None else {"strength": strength}
+
+    @property
+    def _counts(self) -> list[int]:
+        # Some object must be kept, and the eraser need not know others than `concepts`.
+        most = min(len(self.concepts), len(self.world.objects) - 1)
+        return [count for count in self.design.counts if count <= most]
+
+    def _targets(self, seeds: Sequence[int], own: int | None, others: int | None) -> dict[int, list[Job]]:
+        return {
+            seed: targets(self.world, seed, place, own, others, self.concepts)
+            for place, seed in enumerate(seeds)
+        }
+
+    def _base(self, part: str, jobs: Sequence[Job], watched: bool = False) -> Series:
+        bare = [unedited(job) for job in jobs]
+        folder = f"base-{self.kind.steps}-{self.kind.guidance}"
+        name = f"{folder}/{part}" + (f"-{slug(self.hookpoint)}" if watched else "")
+        return Series(name, self.kind, "base", {}, tuple(dict.fromkeys(bare)), watched)
+
+    def _series(
+        self, part: str, method: str, settings: Mapping[str, Any], jobs: Sequence[Job], watched: bool = False
+    ) -> Series:
+        text = "-".join(f"{name}{value}" for name, value in settings.items())
+        name = f"{slug(self.kind.name)}/{part}/{method}{'-' if text else ''}{slug_settings(text)}"
+        return Series(name, self.kind, method, settings, tuple(dict.fromkeys(jobs)), watched)
+
+
+def unedited(job: Job) -> Job:
+    """The same picture, with nothing erased."""
+    return Job(job.prompt)
+
+
+def slug_settings(text: str) -> str:
+    """Settings as a part of a folder's name; a minus sign stays."""
+    return text.replace("/", "-").replace(" ", "-")
+
+
+def _flat(jobs: Mapping[int, Sequence[Job]]) -> list[Job]:
+    return [job for part in jobs.values() for job in part]

@@ -1,0 +1,223 @@
+"""Running an evaluation: generate what is missing, choose the steering's strength, generate the rest."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lbdt.evaluation.columns import Columns, Scorers, columns, figures, scored_clip, scored_vlm
+from lbdt.evaluation.design import Design
+from lbdt.evaluation.metrics.accuracy import average
+from lbdt.evaluation.metrics.artifacts import SMALLEST, FeatureJudge
+from lbdt.evaluation.plan import Plan
+from lbdt.evaluation.series import Files, Series, generate
+from lbdt.evaluation.world import World
+from lbdt.training.world import World as Processes
+
+
+@dataclass
+class Evaluation:
+    """One evaluation in one folder."""
+
+    world: World
+    kinds: Sequence[str]
+    design: Design
+    out: Path
+    device: torch.device
+    seeds: tuple[int, ...]
+    sweep_seeds: tuple[int, ...]
+    concepts: tuple[str, ...]
+    processes: Processes = field(default_factory=Processes)
+    scorers: Scorers = field(default_factory=Scorers)
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.kinds if name not in self.world.kinds]
+        if unknown or not self.kinds:
+            raise ValueError(
+                f"kinds: {', '.join(unknown) or 'none given'}; {self.world.name} has {', '.join(self.world.kinds)}"
+            )
+        strange = [name for name in self.concepts if name not in self.world.objects]
+        if strange or not self.concepts:
+            raise ValueError(
+                f"concepts: {', '.join(strange) or 'none given'}; {self.world.name} knows {', '.join(self.world.objects)}"
+            )
+        self.concepts = tuple(dict.fromkeys(self.concepts))
+        both = sorted(set(self.seeds) & set(self.sweep_seeds))
+        if both or not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(
+                f"seeds: expected some, each once, other than those of the sweep; got {list(self.seeds)}, and "
+                f"{list(self.sweep_seeds)} of the sweep"
+            )
+        self.plans = {
+            name: Plan(
+                self.world, self.world.kinds[name], self.design, self.seeds, self.sweep_seeds, self.concepts
+            )
+            for name in self.kinds
+        }
+        self._check_concepts()
+        self.pipe = self.world.pipeline(self.device)
+        if self.world.scheduler is not None:
+            self.pipe.scheduler = self.world.scheduler(self.pipe)
+        from lbdt.activations.fingerprint import fingerprint
+
+        self._about = {
+            "world": self.world.name,
+            "pipeline": fingerprint(self.pipe),
+            "device": self.device.type,
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+        }
+        self._columns: dict[str, Columns] = {}
+        self._digests: dict[tuple[str, str], str] = {}
+
+    def run(self) -> dict[str, float | None]:
+        """Generates and judges every picture that is not there yet, this process's share of them. All processes
+        return when all are done, with the chosen strength of each kind."""
+        self.make("sweep", [series for plan in self.plans.values() for series in plan.sweep()])
+        strengths = {name: self.strength(name) for name in self.kinds}
+        rest = []
+        for name, plan in self.plans.items():
+            rest += [*plan.scored(strengths[name]), *plan.ablation()]
+            rest += [series for series, _ in plan.together(strengths[name])]
+        self.make("pictures", rest)
+        self._columns.clear()  # an artifact judge may be fitted only now
+        return strengths
+
+    def strength(self, kind: str) -> float | None:
+        """The strength with the largest mean of UA, IRA and CRA on the sweep's pictures (of equal ones the weakest):
+        what the published baselines were tuned for. None: no baseline, no sweep or no judge; then the baseline is
+        taken as it comes."""
+        plan = self.plans[kind]
+        best: tuple[float, float] | None = None
+        for series in plan.sweep():
+            if series.method != "steering" or self.scorers.judge is None:
+                continue
+            row = figures(self.world, plan.sweep_jobs, self.columns(series), None, True).row()
+            mean = average([row[name] and row[name]["mean"] for name in ("UA", "IRA", "CRA")])
+            strength = series.settings["strength"]
+            if mean is not None and (best is None or (mean, -abs(strength)) > (best[0], -abs(best[1]))):
+                best = (mean, strength)
+        return None if best is None else best[1]
+
+    def columns(self, series: Series) -> Columns:
+        """Verdicts on a complete series."""
+        key = f"{series.name} {series.kind.name}"
+        if key not in self._columns:
+            self._columns[key] = columns(self.files(series), self._scorers(series.kind.name))
+        return self._columns[key]
+
+    def files(self, series: Series) -> Files:
+        """The folder of a series."""
+        about = self._about
+        if series.method != "base":
+            about = {**about, "method parts": self._parts(series)}
+        return Files(self.out, series, self.world.batch, about)
+
+    def _parts(self, series: Series) -> str:
+        kind = series.kind.name
+        if (kind, series.method) not in self._digests:
+            from lbdt.evaluation.parts import digest_of
+
+            # With its settings: a steering baseline may have no strength of its own.
+            make = series.kind.per if series.method == "per" else series.kind.steering
+            editor = make(**series.settings)
+            self._digests[kind, series.method] = digest_of(editor)
+        return self._digests[kind, series.method]
+
+    def _scorers(self, kind: str) -> Scorers:
+        if self.scorers.artifacts is not None or self.scorers.judge is None:
+            return self.scorers
+        judge = self.world.reference(kind) if self.world.reference else self._fitted(kind)
+        return replace(self.scorers, artifacts=judge)
+
+    def _fitted(self, kind: str) -> FeatureJudge | None:
+        """Of the unedited pictures of the main row; None before they are there, or where they are too few."""
+        files = self.files(self.plans[kind].base())
+        count = len(files.series.batches(files.size))
+        if len(files.series.jobs) < SMALLEST or not all(files.has(index) for index in range(count)):
+            return None
+        verdicts = [files.judge(index, self.scorers.judge) for index in range(count)]
+        return FeatureJudge.fit(torch.cat([verdict.features for verdict in verdicts]))
+
+    def _check_concepts(self) -> None:
+        for name, plan in self.plans.items():
+            unknown = sorted(set(self.concepts) - set(plan.kind.per().concepts))
+            if unknown:
+                raise ValueError(f"kind {name}: its eraser does not know {', '.join(unknown)}")
+
+    def make(self, label: str, wanted: Sequence[Series]) -> None:
+        """This process's batches of these series, then waits for the others'."""
+        files = {series.name: self.files(series) for series in wanted}
+        if self.processes.main:
+            for each in files.values():
+                each.prepare()
+        self.processes.wait()
+        tasks = [
+            (each, index) for each in files.values() for index in range(len(each.series.batches(each.size)))
+        ]
+        mine = tasks[self.processes.rank :: self.processes.size]
+        missing = [task for task in mine if not task[0].has(task[1])]
+        sizes = [len(each.series.batches(each.size)[index]) for each, index in missing]
+        editors: tuple[str, list[Any]] = ("", [])
+        with tqdm(
+            total=sum(sizes),
+            desc=f"{label} ({self.processes.rank + 1}/{self.processes.size})",
+            unit="picture",
+            file=sys.stderr,
+            position=self.processes.rank,
+            disable=not self.progress or not missing,
+            smoothing=0.1,
+        ) as bar:
+            for each, index in mine:
+                if not each.has(index):
+                    if editors[0] != each.series.name:
+                        editors = (each.series.name, each.series.editors())
+                    jobs = each.series.batches(each.size)[index]
+                    hookpoint = self.plans[each.series.kind.name].hookpoint if each.series.watched else None
+                    each.write(index, *generate(self.pipe, each.series, editors[1], jobs, hookpoint))
+                    bar.update(len(jobs))
+                self._judge(each, index)
+        self.processes.wait()
+
+    def _judge(self, files: Files, index: int) -> None:
+        # Here, so that the processes share this work too; what is kept is read again for the tables.
+        if self.scorers.judge is not None:
+            files.judge(index, self.scorers.judge)
+        if self.scorers.vlm is not None:
+            scored_vlm(files, index, self.scorers.vlm)
+        if self.scorers.clip is not None:
+            scored_clip(files, index, self.scorers.clip)
+
+    def about(self) -> dict[str, Any]:
+        """What the report says of how it was measured."""
+        judge = self.scorers.judge
+        return {
+            "world": self.world.name,
+            "seeds": list(self.seeds),
+            "sweep seeds": list(self.sweep_seeds),
+            "judge": judge.name if judge else None,
+            "features": judge.features_name if judge else None,
+            "artifacts": self._artifact_rule(),
+            "design": self.design.describe(len(self.concepts)),
+        }
+
+    def _artifact_rule(self) -> str | None:
+        if self.scorers.vlm is not None:
+            return f"{self.scorers.vlm.name} was asked, in our words: {self.scorers.vlm.question}"
+        if self.scorers.judge is None:
+            return None
+        fitted = (
+            "other unedited generations"
+            if self.world.reference
+            else "the unedited pictures of the same prompts"
+        )
+        return (
+            f"Mahalanobis distance in the features of {self.scorers.judge.features_name} over the 99th percentile of {fitted}; AR is of "
+            "pictures whose prompt names the erased concept, AR others of the rest"
+        )

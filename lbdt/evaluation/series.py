@@ -1,0 +1,262 @@
+"""Pictures made with one setting, in a folder: resumable, by several processes, always the same pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lbdt.evaluation.design import Job
+from lbdt.evaluation.world import Judge, Kind, Verdicts
+from lbdt.files import json_bytes, read_json, tensor_bytes, write_files
+
+WATCHED_PATCHES, WATCHED_TIMESTEPS = 4, 10
+_NO_STYLE = -2
+
+
+@dataclass(frozen=True)
+class Series:
+    """Pictures that are made alike."""
+
+    name: str
+    """Of its folder, e.g. "saeuron/scored/per-padding1-nearest"."""
+    kind: Kind
+    method: str
+    """ "base" | "steering" | "per"."""
+    settings: Mapping[str, Any] = field(hash=False)
+    jobs: tuple[Job, ...]
+    watched: bool = False
+    """Keep a sample of the hooked block's output."""
+    stacked: bool = False
+    """One attachment for each erased concept, in their order, instead of one for all."""
+
+    def batches(self, size: int) -> list[tuple[Job, ...]]:
+        """The jobs, `size` at a time: a picture's last bits may depend on its batch, so batches never change."""
+        return [self.jobs[first : first + size] for first in range(0, len(self.jobs), size)]
+
+    def editors(self) -> list[Any]:
+        """The erasers or steerings to attach: none for the base, one, or for stacked ones one for each concept."""
+        if self.method == "base":
+            return []
+        make = self.kind.per if self.method == "per" else self.kind.steering
+        count = max((len(job.erased) for job in self.jobs), default=0) if self.stacked else 1
+        return [make(**self.settings) for _ in range(count)]
+
+
+def slug(text: str) -> str:
+    """Text as a file name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-") or "none"
+
+
+class Files:
+    """The folder of one series under an evaluation's folder.
+
+    Of batch 12 it holds the pictures `0012-*.png`, `0012.safetensors` (start seeds, masks, watched rows) and
+    `0012.json`, written in this order, so that what has a JSON is whole; then the scorers' verdicts
+    `0012.DIGEST.safetensors`.
+    """
+
+    def __init__(self, root: Path, series: Series, size: int, about: Mapping[str, Any]) -> None:
+        """`about`: what else the pictures depend on, such as the pipeline's fingerprint."""
+        self.series, self.size = series, size
+        self.folder = root / series.name
+        self.about = {
+            **about,
+            "kind": series.kind.name if series.method != "base" else None,
+            "method": series.method,
+            "settings": dict(series.settings),
+            "steps": series.kind.steps,
+            "guidance": series.kind.guidance,
+            "batch": size,
+            "watched": series.watched,
+            "stacked": series.stacked,
+            "jobs": [[job.prompt.text, job.prompt.seed, *job.erased] for job in series.jobs],
+        }
+
+    def prepare(self) -> None:
+        """Writes series.json, or compares it; ValueError where the folder holds another series."""
+        path = self.folder / "series.json"
+        if path.is_file():
+            there = read_json(path)
+            if there == json.loads(json.dumps(self.about)):
+                return
+            differ = [
+                name for name in self.about if there.get(name) != json.loads(json.dumps(self.about[name]))
+            ]
+            raise ValueError(
+                f"{self.folder}: holds pictures made otherwise ({', '.join(differ) or 'unknown settings'} differ); give the same "
+                "settings to continue, or another --out"
+            )
+        write_files(self.folder, {"series.json": json_bytes(self.about)})
+
+    def has(self, index: int) -> bool:
+        """Whether batch `index` is there."""
+        return self._path(index, ".json").is_file()
+
+    def write(self, index: int, pictures: Sequence[Any], tensors: Mapping[str, Tensor], record: dict) -> None:
+        """Batch `index`: PIL pictures, tensors and what else is to be known of it."""
+        names = self.names(index)
+        contents: dict[str, bytes] = {}
+        for name, picture in zip(names, pictures, strict=True):
+            data = io.BytesIO()
+            picture.save(data, format="PNG", compress_level=1)
+            contents[name] = data.getvalue()
+        contents[self._path(index, ".safetensors").name] = tensor_bytes(tensors, None)
+        write_files(self.folder, contents)
+        write_files(self.folder, {self._path(index, ".json").name: json_bytes(record)})
+
+    def names(self, index: int) -> list[str]:
+        """The pictures' file names: batch, place, concept, style and seed."""
+        names = []
+        for place, job in enumerate(self.series.batches(self.size)[index]):
+            labels = [job.prompt.concept, job.prompt.style, str(job.prompt.seed)]
+            names.append(f"{index:04d}-{place:02d}-{slug(' '.join(label for label in labels if label))}.png")
+        return names
+
+    def pictures(self, index: int) -> list[Any]:
+        """The RGB pictures of batch `index`; ValueError for one that is missing or damaged."""
+        from PIL import Image
+
+        pictures: list[Any] = []
+        for name in self.names(index):
+            try:
+                with Image.open(self.folder / name) as picture:
+                    pictures.append(picture.convert("RGB"))
+            except (OSError, SyntaxError, ValueError) as error:
+                raise ValueError(
+                    f"{self.folder / name}: not a readable picture ({error}); remove {self._path(index, '.json')} to make "
+                    "its batch again"
+                ) from error
+        return pictures
+
+    def record(self, index: int) -> dict[str, Any]:
+        """The JSON of batch `index`."""
+        return read_json(self._path(index, ".json"))
+
+    def tensors(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """Those tensors of batch `index`."""
+        again = f"remove {self._path(index, '.json')} to make its batch again"
+        there = self._read(self._path(index, ".safetensors"), again)
+        return {name: there[name] for name in names}
+
+    def _read(self, path: Path, advice: str) -> dict[str, Tensor]:
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not readable ({error}); {advice}") from error
+
+    def judge(self, index: int, judge: Judge) -> Verdicts:
+        """The verdicts on batch `index`, from the file of an earlier call if there is one."""
+
+        def verdicts() -> dict[str, Tensor]:
+            objects, styles, features = judge(self.pictures(index))
+            unknown = torch.full_like(objects, _NO_STYLE)
+            tensors = {"objects": objects, "styles": unknown if styles is None else styles}
+            return tensors | {"features": features.float()}
+
+        got = self.scored(index, f"{judge.name}, {judge.features_name}", verdicts)
+        styles = None if bool((got["styles"] == _NO_STYLE).any()) else got["styles"]
+        return Verdicts(got["objects"], styles, got["features"])
+
+    def scored(self, index: int, scorer: str, score: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `score()` says of batch `index`, one row a picture; kept under the scorer's name, so asked once."""
+        digest = hashlib.sha256(scorer.encode()).hexdigest()[:8]
+        path = self._path(index, f".{digest}.safetensors")
+        if not path.is_file():
+            write_files(self.folder, {path.name: tensor_bytes(score(), None)})
+        return self._read(path, "remove it, and run the same command again")
+
+    def _path(self, index: int, ending: str) -> Path:
+        return self.folder / f"{index:04d}{ending}"
+
+
+def generate(
+    pipe: Any, series: Series, editors: Sequence[Any], jobs: Sequence[Job], hookpoint: str | None
+) -> tuple:
+    """One batch: PIL pictures, tensors and a record.
+
+    Tensors: `seeds` int64 [P]; for PER by one attachment `timesteps` [steps], the places `own` int64 [M] of pictures
+    whose prompt names the one erased concept, and their `cells` uint8 [M, steps, H, W] (bit 0 detected, bit 1
+    replaced, conditional half); for a watched series `watched` [rows, d] of the block `hookpoint`.
+    """
+    seeds = [job.prompt.seed for job in jobs]
+    call = {"num_inference_steps": series.kind.steps}
+    if series.kind.guidance is not None:
+        call["guidance_scale"] = series.kind.guidance
+    watch, masks = None, None
+    start = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        attachments = [
+            stack.enter_context(
+                editor.attach(pipe, concepts=sets, seed=seeds, keep_masks=series.method == "per")
+            )
+            for editor, sets in zip(editors, _sets(series, jobs, len(editors)), strict=True)
+        ]
+        if series.watched:
+            from lbdt.evaluation.watch import Watch
+
+            watch = stack.enter_context(
+                Watch(
+                    pipe,
+                    hookpoint,
+                    seeds,
+                    patches=WATCHED_PATCHES,
+                    timesteps=min(WATCHED_TIMESTEPS, series.kind.steps),
+                )
+            )
+        with _quiet(pipe):
+            pictures = pipe(
+                [job.prompt.text for job in jobs],
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                **call,
+            ).images
+        reports = [attachment.report() for attachment in attachments]
+        if series.method == "per" and len(attachments) == 1:
+            masks = attachments[0].masks()
+    tensors: dict[str, Tensor] = {"seeds": torch.tensor(seeds)}
+    if masks:
+        cells = [mask.detected.to(torch.uint8) | (mask.replaced.to(torch.uint8) << 1) for mask in masks]
+        own = [place for place, job in enumerate(jobs) if job.erased == (job.prompt.concept,)]
+        tensors["timesteps"] = torch.tensor([mask.timestep for mask in masks])
+        tensors["own"] = torch.tensor(own, dtype=torch.int64)
+        tensors["cells"] = torch.stack(cells, dim=1).cpu()[own]
+    if watch is not None:
+        tensors["watched"] = watch.rows()
+    record = {
+        "pictures": len(pictures),
+        "seconds": time.perf_counter() - start,
+        # The changed share of all patches; several attachments may change a patch more than once.
+        "replaced": [report.replaced for report in reports],
+    }
+    return pictures, tensors, record
+
+
+def _sets(series: Series, jobs: Sequence[Job], editors: int) -> Iterator[list[list[str]]]:
+    for number in range(editors):
+        if series.stacked:
+            yield [list(job.erased[number : number + 1]) for job in jobs]
+        else:
+            yield [list(job.erased) for job in jobs]
+
+
+@contextlib.contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    from lbdt.activations.capture import quiet
+
+    undo = quiet(pipe)
+    try:
+        yield
+    finally:
+        undo()

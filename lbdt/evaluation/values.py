@@ -1,0 +1,222 @@
+"""The figures of a finished evaluation, as one JSON-like value that the report is written from.
+
+    {"about": ..., "kinds": {NAME: {"sampling", "rows", "sweep", "padding", "sources", "together", "per concept",
+    "ratio", "activations", "grid"}}, "cost": ...}
+
+Metrics are per cent, Frechet distances and CLIP scores in their own unit, each `{"mean", "low", "high", "seeds"}` or
+None (not measured).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbdt.evaluation.columns import Columns, figures, labels
+from lbdt.evaluation.design import Job
+from lbdt.evaluation.metrics.accuracy import mean_by
+from lbdt.evaluation.metrics.activations import Watched, compare_settings
+from lbdt.evaluation.metrics.intervals import estimate
+from lbdt.evaluation.plan import PADDINGS, SOURCES, Plan, unedited
+from lbdt.evaluation.run import Evaluation
+from lbdt.evaluation.series import Series
+from lbdt.files import write_files
+
+
+def kind_values(evaluation: Evaluation, kind: str, strength: float | None) -> dict[str, Any]:
+    """Everything about one kind. Every series must be complete."""
+    plan = evaluation.plans[kind]
+    scored = {series.method: series for series in plan.scored(strength)}
+    base = evaluation.columns(scored["base"])
+    rows, concepts = [], {}
+    for method, series in scored.items():
+        got = evaluation.columns(series)
+        result = figures(evaluation.world, plan.scored_jobs, got, base, method != "base")
+        rows.append(_row(method, series.settings, result.pictures, result.row()))
+        if method != "base":
+            concepts[method] = result.concepts
+    return {
+        "sampling": {"steps": plan.kind.steps, "guidance": plan.kind.guidance},
+        "rows": rows,
+        "sweep": _sweep(evaluation, plan, strength),
+        **_ablation(evaluation, plan, base),
+        "together": [together_row(evaluation, series, order) for series, order in plan.together(strength)],
+        "per concept": concepts,
+        "activations": _activations(evaluation, plan),
+        "grid": _grid(evaluation, plan, scored),
+    }
+
+
+def _row(
+    method: str, settings: Mapping[str, Any], pictures: int, metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {"method": method, "settings": dict(settings), "pictures": pictures, **metrics}
+
+
+def _sweep(evaluation: Evaluation, plan: Plan, strength: float | None) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    series = plan.sweep()
+    if not series:
+        return rows
+    base = evaluation.columns(series[0])
+    for each in series[1:]:
+        result = figures(evaluation.world, plan.sweep_jobs, evaluation.columns(each), base, True)
+        chosen = each.method == "steering" and each.settings["strength"] == strength
+        rows.append(_row(each.method, each.settings, result.pictures, result.row()) | {"chosen": chosen})
+    return rows
+
+
+def _ablation(evaluation: Evaluation, plan: Plan, base: Columns) -> dict[str, Any]:
+    rows, ratio = [], {}
+    jobs = plan.ablation_jobs
+    series = plan.ablation()
+    for number, each in enumerate(series):
+        result = figures(evaluation.world, jobs, evaluation.columns(each), base, True)
+        rows.append(_row("per", each.settings, result.pictures, result.row()))
+        if number < len(PADDINGS):
+            ratio[str(each.settings["padding"])] = replaced_by_step(
+                evaluation, each, {job for part in jobs.values() for job in part}
+            )
+    count = len(PADDINGS)
+    assert len(rows) == count + len(SOURCES)
+    return {"padding": rows[:count], "sources": rows[count:], "ratio": ratio}
+
+
+def replaced_by_step(evaluation: Evaluation, series: Series, jobs: set[Job]) -> list[dict[str, float]]:
+    """Shares of the patches detected and replaced at each timestep, over the pictures of `jobs` whose prompt names
+    the erased concept; conditional half."""
+    files = evaluation.files(series)
+    counts: Tensor | None = None
+    patches, timesteps = 0, []
+    for index, batch in enumerate(series.batches(files.size)):
+        got = files.tensors(index, ("timesteps", "own", "cells"))
+        places = [n for n, place in enumerate(got["own"].tolist()) if batch[place] in jobs]
+        if not places:
+            continue
+        cells = got["cells"][places]
+        here = torch.stack([(cells & bit > 0).sum(dim=(0, 2, 3)) for bit in (1, 2)])
+        counts = here if counts is None else counts + here
+        patches += cells.shape[0] * cells.shape[2] * cells.shape[3]
+        timesteps = got["timesteps"].tolist()
+    if counts is None:
+        return []
+    return [
+        {
+            "timestep": timestep,
+            "detected": int(counts[0, n]) / patches,
+            "replaced": int(counts[1, n]) / patches,
+        }
+        for n, timestep in enumerate(timesteps)
+    ]
+
+
+def together_row(evaluation: Evaluation, series: Series, order: str) -> dict[str, Any]:
+    """UA over the erased objects, RA over the others, CRA over all styled pictures; each first averaged by object
+    or style, of what was generated."""
+    erased = series.jobs[0].erased
+    row = {"method": series.method, "order": order, "erased": list(erased), "pictures": len(series.jobs)}
+    got = evaluation.columns(series)
+    if got.objects is None:
+        return row | {"UA": None, "RA": None, "CRA": None}
+    world = evaluation.world
+    objects, styles = labels(world, series.jobs)
+    places = got.rows(series.jobs)
+    right = (got.objects[places] == objects).double()
+    gone = torch.tensor([job.prompt.concept in erased for job in series.jobs])
+    styled = styles >= 0
+    cra = None
+    if got.styles is not None:
+        cra = mean_by((got.styles[places] == styles).double()[styled], styles[styled])
+    scores = {
+        "UA": mean_by(1 - right[gone], objects[gone]),
+        "RA": mean_by(right[~gone], objects[~gone]),
+        "CRA": cra,
+    }
+    return row | {name: estimate([None if v is None else 100 * v]) for name, v in scores.items()}
+
+
+def _activations(evaluation: Evaluation, plan: Plan) -> list[dict[str, Any]]:
+    series = plan.sweep()
+    rows = []
+    for each in series:
+        files = evaluation.files(each)
+        count = len(each.batches(files.size))
+        rows.append(torch.cat([files.tensors(index, ("watched",))["watched"] for index in range(count)]))
+    if not rows:
+        return []
+    others = [
+        Watched(each.method, dict(each.settings), watched)
+        for each, watched in zip(series[1:], rows[1:], strict=True)
+    ]
+    return compare_settings(rows[0], others)
+
+
+def _grid(
+    evaluation: Evaluation, plan: Plan, scored: Mapping[str, Series], count: int = 6
+) -> list[dict[str, Any]]:
+    """Pictures to look at: `count` concepts spread over the list, each in another style, of the first seed."""
+    own = [job for job in next(iter(plan.scored_jobs.values())) if job.prompt.concept in job.erased]
+    names = list(dict.fromkeys(job.erased[0] for job in own))
+    count = min(count, len(names))
+    chosen = [names[round(n * (len(names) - 1) / max(count - 1, 1))] for n in range(count)]
+    rows = []
+    for number, name in enumerate(chosen):
+        mine = [job for job in own if job.erased == (name,)]
+        job = mine[number % len(mine)]
+        row = {"concept": name, "style": job.prompt.style, "seed": job.prompt.seed}
+        for method, series in scored.items():
+            row[method] = picture_path(evaluation, series, job if method != "base" else unedited(job))
+        row["mask"] = _mask(evaluation, scored, job)
+        rows.append(row)
+    return rows
+
+
+def picture_path(evaluation: Evaluation, series: Series, job: Job) -> str:
+    """The picture of a job, relative to the evaluation's folder."""
+    index, place = divmod(series.jobs.index(job), evaluation.world.batch)
+    return f"{series.name}/{evaluation.files(series).names(index)[place]}"
+
+
+def _mask(evaluation: Evaluation, scored: Mapping[str, Series], job: Job) -> str:
+    from lbdt.picture import rate_tile
+
+    bare = evaluation.files(scored["base"])
+    index, place = divmod(scored["base"].jobs.index(unedited(job)), bare.size)
+    picture = bare.pictures(index)[place]
+    series = scored["per"]
+    files = evaluation.files(series)
+    index, place = divmod(series.jobs.index(job), files.size)
+    got = files.tensors(index, ("own", "cells"))
+    cells = got["cells"][got["own"].tolist().index(place)]
+    data = io.BytesIO()
+    rate_tile(picture, (cells & 2 > 0).float().mean(0)).save(data, format="PNG")
+    name = picture_path(evaluation, series, job).replace("/", "-")
+    write_files(evaluation.out / "masks", {name: data.getvalue()})
+    return f"masks/{name}"
+
+
+def measured_cost(
+    evaluation: Evaluation, kind: str, strength: float | None, rounds: int = 3, pictures: int = 4
+) -> dict[str, Any]:
+    """Seconds a picture without and with each method, which take turns; medians over the rounds."""
+    import statistics
+
+    from lbdt.evaluation.series import generate
+
+    plan = evaluation.plans[kind]
+    jobs = [job for part in plan.scored_jobs.values() for job in part if job.prompt.concept in job.erased][
+        :pictures
+    ]
+    times: dict[str, list[float]] = {}
+    prepared = [(series, series.editors()) for series in plan.scored(strength)]
+    for number in range(rounds + 1):
+        for series, editors in prepared:
+            mine = jobs if editors else [unedited(job) for job in jobs]
+            _, _, record = generate(evaluation.pipe, series, editors, mine, None)
+            if number:  # the first round warms up
+                times.setdefault(series.method, []).append(record["seconds"] / len(jobs))
+    return {name: statistics.median(values) for name, values in times.items()} | {"unit": "seconds a picture"}

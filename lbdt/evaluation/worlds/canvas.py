@@ -1,0 +1,120 @@
+"""EmojiCanvas, the embedded world, with its four pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lbdt import canvas
+from lbdt.activations.prompts import Prompt
+from lbdt.canvas.artifacts import judge_path
+from lbdt.evaluation.world import Kind, Verdicts, World
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from lbdt.evaluation.metrics.artifacts import FeatureJudge
+
+SEEDS = (500, 501, 502)
+SWEEP_SEEDS = (700_000,)
+STRENGTHS: dict[str, tuple[float, ...]] = {
+    "saeuron": (-1.0, -3.0, -5.0, -10.0, -20.0),
+    "saemnesia": (-1.0, -2.0, -3.0, -5.0, -10.0),
+    "gsae": (-0.5, -1.0, -1.5, -2.0, -3.0),
+    "sdxl": (-10.0, -20.0, -30.0, -50.0, -100.0),
+}
+"""Of the steering sweep, weakest first: from nearly no effect to the loss of most pictures."""
+
+
+class CanvasJudge:
+    """EmojiCanvas's object and style classifiers.
+
+    Features are the style classifier's, [n, 192]: they do not know objects, so a clean landscape without one is near to
+    unedited generations (lbdt/canvas/README.md, "The artifact judge").
+    """
+
+    name = "EmojiCanvas's object and style classifiers"
+
+    def __init__(self, features: str = "style") -> None:
+        """`features`: of the "style" or of the "object" classifier."""
+        self._features = ("object", "style").index(features)
+        self.features_name = f"EmojiCanvas's {features} classifier (192)"
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> Verdicts:
+        """`pictures`: RGB, 128 x 128."""
+        import torch
+
+        images = canvas.as_tensor(pictures)
+        with torch.inference_mode():
+            features = [classifier.features(images) for classifier in canvas.classifiers()]
+            objects, styles = (
+                net.head(x).argmax(-1) for net, x in zip(canvas.classifiers(), features, strict=True)
+            )
+        return Verdicts(objects, styles, features[self._features])
+
+
+def canvas_world(kinds: Mapping[str, Kind] | None = None, pipeline: Any = None, batch: int = 20) -> World:
+    """EmojiCanvas: 20 objects in six styles and in none, its four erasers and their steering.
+
+    Args:
+        kinds: other erasers for its pipeline; None: those that come with the package.
+        pipeline: device -> pipeline; None: the embedded one.
+        batch: pictures that are generated together.
+    """
+    return World(
+        name="EmojiCanvas",
+        objects=canvas.OBJECTS,
+        styles=canvas.STYLES,
+        prompts=canvas_prompts,
+        pipeline=pipeline or _pipeline,
+        judge=lambda device: CanvasJudge(),
+        kinds=kinds or {name: _kind(name) for name in canvas.KINDS},
+        seeds=SEEDS,
+        sweep_seeds=SWEEP_SEEDS,
+        batch=batch,
+        reference=_reference if kinds is None and pipeline is None else None,
+    )
+
+
+def canvas_prompts(seed: int) -> list[Prompt]:
+    """Every object in every style, and in none; no two prompts of any seeds share a start seed."""
+    from lbdt.commands.pipeline import canvas_prompts as of_seeds
+
+    return of_seeds([seed])
+
+
+def _kind(name: str) -> Kind:
+    sampling = canvas.KINDS[name]
+    return Kind(
+        name,
+        sampling.steps,
+        sampling.guidance,
+        partial(_per, name),
+        partial(canvas.load_steering, name),
+        STRENGTHS[name],
+    )
+
+
+def _per(name: str, **settings: Any) -> Any:
+    eraser = canvas.load_eraser(name)
+    for key, value in settings.items():
+        setattr(eraser, key, value)
+    return eraser
+
+
+def _pipeline(device: torch.device) -> Any:
+    return canvas.load_pipeline().to(device)
+
+
+@lru_cache
+def _judge_file(path: Path) -> FeatureJudge:
+    from lbdt.evaluation.metrics.artifacts import FeatureJudge
+
+    return FeatureJudge.load(path)
+
+
+def _reference(kind: str) -> FeatureJudge:
+    return _judge_file(judge_path(canvas.KINDS[kind]))
