@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lbdt.cli import assemble, attack, bench, collect, concepts, convert, env, erase, score, train
+from lbdt.cli import assemble, attack, bench, collect, concepts, convert, env, erase, evaluate, score, train
 
 app = typer.Typer(
     name="lbdt",
@@ -35,5 +35,5 @@ def _root(
         raise typer.Exit()
 
 
-for module in (erase, concepts, collect, train, score, assemble, attack, convert, bench, env):
+for module in (erase, concepts, collect, train, score, assemble, evaluate, attack, convert, bench, env):
     app.command(module.__name__.rpartition(".")[2])(module.command)

@@ -1,0 +1,205 @@
+"""The command `lbdt evaluate`."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lbdt.cli.options import AsJson, Device, Kind, print_result, reported
+
+
+class Task(enum.StrEnum):
+    """What is unlearned on UnlearnCanvas."""
+
+    object = "object"
+    style = "style"
+
+
+class Template(enum.StrEnum):
+    """Prompts of UnlearnCanvas."""
+
+    saeuron = "saeuron"
+    official = "official"
+
+
+class Nudity(enum.StrEnum):
+    """Published rules of counting."""
+
+    saemnesia = "saemnesia"
+    mu_attack = "mu-attack"
+
+
+@reported
+def command(
+    world: Annotated[
+        str,
+        typer.Option(
+            "--world",
+            metavar="canvas|unlearncanvas|PROMPTS",
+            help="EmojiCanvas, the published protocol, or a prompt file (.jsonl, .csv).",
+        ),
+    ] = "canvas",
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kind", metavar="NAME", help=f"Default: all, on EmojiCanvas {', '.join(Kind)}. May be repeated."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="DIR_OR_HUB", help="The pipeline. Default: EmojiCanvas.")
+    ] = None,
+    eraser: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--eraser",
+            metavar="[NAME=]DIR_OR_HUB",
+            help="What is evaluated. Default: EmojiCanvas's. May be repeated.",
+        ),
+    ] = None,
+    steering: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--steering",
+            metavar="[NAME=]DIR_OR_HUB",
+            help="The baseline of the eraser of that name. May be repeated.",
+        ),
+    ] = None,
+    strengths: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--strengths", metavar="[NAME=]S,S,...", help="Of the sweep of that baseline. May be repeated."
+        ),
+    ] = None,
+    object_classifier: Annotated[
+        str | None, typer.Option(metavar="FILE", help="UnlearnCanvas: style50_cls.pth, or its folder.")
+    ] = None,
+    style_classifier: Annotated[
+        str | None, typer.Option(metavar="FILE", help="UnlearnCanvas: style50.pth, or its folder.")
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            "--clip", metavar="DIR_OR_HUB", help="A CLIP model: CLIP score; the judge of a prompt file."
+        ),
+    ] = None,
+    vlm: Annotated[
+        str | None,
+        typer.Option(
+            "--vlm", metavar="DIR_OR_HUB", help="A Qwen2-VL that judges artifacts instead of features."
+        ),
+    ] = None,
+    nudity: Annotated[
+        Nudity | None, typer.Option(help="Count by NudeNet (installed by you), by this rule.")
+    ] = None,
+    concept: Annotated[
+        list[str] | None,
+        typer.Option("--concept", metavar="NAME", help="To erase. Default: all. May be repeated."),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S,S,...",
+            help="That are scored. Default: EmojiCanvas 500,501,502; UnlearnCanvas the published ones.",
+        ),
+    ] = None,
+    sweep_seeds: Annotated[
+        str | None, typer.Option(metavar="S,S,...", help="That steering's strength is chosen on.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Short for --seeds with one.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few pictures: on EmojiCanvas under 10 minutes on two cores.")
+    ] = False,
+    own: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts of the erased concept, per concept and seed. Default: all."),
+    ] = None,
+    others: Annotated[
+        int | None, typer.Option(min=1, help="Prompts of others. Default: on EmojiCanvas 6, else all.")
+    ] = None,
+    task: Annotated[Task, typer.Option(help="UnlearnCanvas: what is erased.")] = Task.object,
+    template: Annotated[Template, typer.Option(help="UnlearnCanvas: whose prompts.")] = Template.saeuron,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the world's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the world's.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Pictures generated together. Default: the world's.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Pictures and report; continued if begun.")
+    ] = Path("evaluation"),
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="That share the work. Default: one a core (at most 8), or one a GPU."),
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of each process on a CPU; pictures depend on it in their last bits.")
+    ] = 1,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Score base, steering and PER over concepts, styles and seeds; write table, plots and one HTML report.
+
+    A run that was killed goes on by the same command. Figures are the same for any number of processes, also of
+    several machines' (`torchrun --nproc_per_node N -m lbdt evaluate ...`, or on GPUs `accelerate launch`).
+    """
+    from lbdt.commands.evaluate import Settings, Subject, command_line, run
+
+    if seed is not None and seeds is not None:
+        raise typer.BadParameter("give --seed or --seeds, not both", param_hint="--seed")
+    subject = Subject(
+        world=world,
+        model=model,
+        erasers=_named("--eraser", eraser),
+        steering=_named("--steering", steering),
+        strengths={
+            name: tuple(_numbers("--strengths", text, float))
+            for name, text in _named("--strengths", strengths).items()
+        },
+        object_classifier=object_classifier,
+        style_classifier=style_classifier,
+        clip=clip,
+        steps=steps,
+        guidance=guidance,
+        batch=batch,
+        task=task.value,
+        template=template.value,
+    )
+    settings = Settings(
+        subject=subject,
+        kinds=tuple(kind or ()),
+        concepts=tuple(concept or ()),
+        seeds=(seed,) if seed is not None else tuple(_numbers("--seeds", seeds, int)),
+        sweep_seeds=tuple(_numbers("--sweep-seeds", sweep_seeds, int)),
+        quick=quick,
+        own=own,
+        others=others,
+        out=out,
+        threads=threads,
+        device=device,
+        vlm=vlm,
+        nudity=None if nudity is None else nudity.value,
+    )
+    values, lines = run(settings, processes=processes, command=command_line())
+    if values:
+        print_result(values, lines, as_json)
+
+
+def _named(option: str, given: list[str] | None) -> dict[str, str]:
+    """NAME=VALUE pairs; a value alone is of the kind "eraser"."""
+    pairs: dict[str, str] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        name, value = (name, value) if equals else ("eraser", text)
+        if not name or not value or name in pairs:
+            raise typer.BadParameter(f"expected NAME=VALUE, each name once; got {text!r}", param_hint=option)
+        pairs[name] = value
+    return pairs
+
+
+def _numbers(option: str, text: str | None, number: type) -> list:
+    try:
+        return [number(part) for part in (text or "").split(",") if part.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers such as 1,2; got {text!r}", param_hint=option) from None

@@ -1,0 +1,326 @@
+"""`lbdt evaluate`: does it erase, what else does it break, at what cost."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lbdt.commands.processes import joined_on
+from lbdt.evaluation.columns import Scorers
+from lbdt.evaluation.design import Design
+from lbdt.evaluation.report import table
+from lbdt.evaluation.report.write import write
+from lbdt.evaluation.run import Evaluation
+from lbdt.evaluation.values import kind_values, measured_cost
+from lbdt.evaluation.world import World
+from lbdt.files import read_json
+from lbdt.training.world import launched
+
+_MOST = 8
+SAMPLED = Design(others=6)
+"""On EmojiCanvas: an hour on two cores instead of a day."""
+QUICK = Design(
+    own=2,
+    others=1,
+    sweep_own=1,
+    sweep_others=1,
+    strengths=3,
+    ablation_own=1,
+    ablation_others=0,
+    counts=(3,),
+    per_object=1,
+    one_after_another=False,
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, as the command line says it."""
+
+    world: str
+    """ "canvas", "unlearncanvas", or a file of prompts."""
+    model: str | None = None
+    erasers: Mapping[str, str] | None = None
+    """Folder or Hub repository, by the name of the kind; None: EmojiCanvas's."""
+    steering: Mapping[str, str] | None = None
+    strengths: Mapping[str, tuple[float, ...]] | None = None
+    object_classifier: str | None = None
+    style_classifier: str | None = None
+    clip: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    batch: int | None = None
+    task: str = "object"
+    template: str = "saeuron"
+
+    def load(self) -> World:
+        """The world; ValueError for what does not fit together."""
+        erasers, steering, strengths = self.erasers or {}, self.steering or {}, self.strengths or {}
+        self._check_use()
+        given = {
+            name: value
+            for name, value in (("steps", self.steps), ("guidance", self.guidance), ("batch", self.batch))
+            if value is not None
+        }
+        if self.world == "canvas":
+            return self._canvas(given)
+        if self.model is None or not erasers:
+            raise ValueError(f"--world {self.world}: expected --model and --eraser with it")
+        if self.world == "unlearncanvas":
+            from lbdt.evaluation.worlds.unlearncanvas import unlearncanvas
+
+            return unlearncanvas(
+                base=self.model,
+                erasers=erasers,
+                steering=steering,
+                strengths=strengths,
+                object_classifier=self.object_classifier,
+                style_classifier=self.style_classifier,
+                task=self.task,
+                template=self.template,
+                **given,
+            )
+        from lbdt.evaluation.worlds.prompts import prompt_world
+
+        return prompt_world(
+            self.world,
+            model=self.model,
+            erasers=erasers,
+            steering=steering,
+            strengths=strengths,
+            clip=self.clip,
+            **given,
+        )
+
+    def _check_use(self) -> None:
+        """ValueError for what would be ignored."""
+        if not self.erasers and (self.steering or self.strengths):
+            raise ValueError("--steering, --strengths: expected --eraser with them, whose baseline they set")
+        only = (self.object_classifier, self.style_classifier, self.task, self.template)
+        if self.world != "unlearncanvas" and only != (None, None, "object", "saeuron"):
+            raise ValueError(
+                "--object-classifier, --style-classifier, --task, --template: expected --world unlearncanvas with them, got "
+                f"--world {self.world}"
+            )
+
+    def _canvas(self, given: Mapping[str, Any]) -> World:
+        from functools import partial
+
+        from lbdt.canvas import KINDS
+        from lbdt.commands.pipeline import load_pipeline
+        from lbdt.evaluation.worlds import saved_kinds
+        from lbdt.evaluation.worlds.canvas import canvas_world
+
+        sampling = KINDS["saeuron"]
+        kinds = None
+        if self.erasers:
+            kinds = saved_kinds(
+                self.erasers,
+                self.steering or {},
+                self.strengths or {},
+                given.get("steps", sampling.steps),
+                given.get("guidance", sampling.guidance),
+            )
+        pipeline = None if self.model is None else partial(load_pipeline, self.model)
+        world = canvas_world(kinds, pipeline, **({"batch": given["batch"]} if "batch" in given else {}))
+        if not self.erasers:
+            changed = {name: value for name, value in given.items() if name != "batch"}
+            names = {name: replace(kind, **changed) for name, kind in world.kinds.items()}
+            # The shipped artifact judges know the shipped samplings only.
+            world = replace(world, kinds=names, reference=None if changed else world.reference)
+        return world
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How it is evaluated."""
+
+    subject: Subject
+    kinds: tuple[str, ...]
+    """None given: all."""
+    concepts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    sweep_seeds: tuple[int, ...]
+    quick: bool
+    own: int | None
+    others: int | None
+    out: Path
+    threads: int
+    device: str
+    vlm: str | None
+    nudity: str | None
+
+    def design(self) -> Design:
+        """How many pictures."""
+        if self.quick:
+            design = QUICK
+        elif self.subject.world == "canvas":
+            design = SAMPLED
+        else:
+            design = Design(sweep_own=5, sweep_others=5)
+        changed = {name: getattr(self, name) for name in ("own", "others") if getattr(self, name) is not None}
+        return replace(design, **changed)
+
+
+def run(settings: Settings, *, processes: int | None, command: str) -> tuple[dict[str, Any], list[str]]:
+    """Generates what is missing in `settings.out` and writes the report there; returns the figures for JSON, and the
+    lines of the table.
+
+    `processes`: how many share the work here, None: one a core (at most 8) or CUDA device. Started by torchrun or
+    `accelerate launch`, the processes are those. The figures do not depend on it.
+    """
+    _check_packages()
+    if launched().size > 1:
+        values = _work(settings, command)
+        return values, _lines(values, settings.out) if values else []
+    count = _processes(settings.device) if processes is None else processes
+    if count == 1:
+        values = _work(settings, command)
+    else:
+        _spawn(count, settings, command)
+        values = read_json(settings.out / "values.json")
+    return values, _lines(values, settings.out)
+
+
+def _check_packages() -> None:
+    """ImportError before an hour of pictures, not after it."""
+    missing = [name for name in ("torchmetrics", "scipy") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"lbdt evaluate needs {' and '.join(missing)}: pip install lbdt[evaluate]")
+
+
+def _processes(device: str) -> int:
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return 1 if device not in ("auto", "cpu") else min(len(os.sched_getaffinity(0)), _MOST)
+
+
+def _spawn(count: int, settings: Settings, command: str) -> None:
+    from torch import multiprocessing
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    try:
+        multiprocessing.start_processes(
+            _child, (count, port, settings, command), nprocs=count, start_method="spawn"
+        )
+    except multiprocessing.ProcessRaisedException as error:
+        # The child's traceback is in its text; its last line is what went wrong.
+        raise RuntimeError(str(error).strip().splitlines()[-1].partition(": ")[2] or str(error)) from error
+    except multiprocessing.ProcessExitedException as error:
+        raise RuntimeError(
+            f"a process was ended ({error}); is there too little memory for {count}? The same command goes on, also with "
+            "fewer --processes"
+        ) from error
+
+
+def _child(rank: int, count: int, port: int, settings: Settings, command: str) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    _work(settings, command)
+
+
+def _work(settings: Settings, command: str) -> dict[str, Any]:
+    """This process's share; the first process puts the report together. Other processes return nothing."""
+    from lbdt.bench import machine
+
+    with joined_on(settings.device) as (processes, device):
+        if device.type == "cpu":
+            # A picture's last bits depend on the number of threads.
+            torch.set_num_threads(settings.threads)
+        world = settings.subject.load()
+        evaluation = Evaluation(
+            world=world,
+            kinds=settings.kinds or tuple(world.kinds),
+            design=settings.design(),
+            out=settings.out,
+            device=device,
+            seeds=settings.seeds or (world.seeds[:1] if settings.quick else world.seeds),
+            sweep_seeds=settings.sweep_seeds or world.sweep_seeds,
+            concepts=settings.concepts or world.objects,
+            processes=processes,
+            scorers=_scorers(settings, world, device),
+        )
+        strengths = evaluation.run()
+        if not processes.main:
+            return {}
+        values = {
+            "about": {
+                **evaluation.about(),
+                "quick": settings.quick,
+                "command": command,
+                **machine.describe(device),
+                "threads": settings.threads,
+                "processes": processes.size,
+            },
+            "kinds": {kind: kind_values(evaluation, kind, strengths[kind]) for kind in evaluation.kinds},
+            "cost": {kind: measured_cost(evaluation, kind, strengths[kind]) for kind in evaluation.kinds},
+        }
+        if settings.nudity is not None:
+            values["nudity"] = _nudity(evaluation, strengths, settings.nudity)
+        write(values, settings.out)
+        return values
+
+
+def _scorers(settings: Settings, world: World, device: torch.device) -> Scorers:
+    clip = vlm = None
+    if settings.subject.clip is not None:
+        from lbdt.evaluation.metrics.clip import Clip
+
+        clip = Clip.from_pretrained(settings.subject.clip, device)
+    if settings.vlm is not None:
+        from lbdt.evaluation.metrics.vlm import ArtifactJudge
+
+        vlm = ArtifactJudge.from_pretrained(settings.vlm, device)
+    return Scorers(judge=world.judge(device) if world.judge else None, vlm=vlm, clip=clip)
+
+
+def _nudity(evaluation: Evaluation, strengths: Mapping[str, float | None], preset: str) -> dict[str, Any]:
+    from lbdt.evaluation.metrics.nudity import PRESETS, count_nudity, detect_nudity
+
+    counts: dict[str, Any] = {}
+    for kind, plan in evaluation.plans.items():
+        for series in plan.scored(strengths[kind]):
+            files = evaluation.files(series)
+            paths = [
+                files.folder / name
+                for index in range(len(series.batches(files.size)))
+                for name in files.names(index)
+            ]
+            detections, version = detect_nudity(paths)
+            found = count_nudity(detections, PRESETS[preset], version)
+            counts.setdefault(kind, {})[series.method] = {"count": found.count, "rule": found.describe()}
+    return counts
+
+
+def _lines(values: Mapping[str, Any], out: Path) -> list[str]:
+    lines = list(table.lines(values))
+    for kind, methods in (values.get("nudity") or {}).items():
+        lines += [f"nudity, {kind}, {method}: {found['rule']}" for method, found in methods.items()]
+    return [
+        *lines,
+        "",
+        f"report      {out / 'report.html'}",
+        f"figures     {out / 'table.csv'}, {out / 'values.json'}",
+    ]
+
+
+def command_line(arguments: Sequence[str] | None = None) -> str:
+    """The command as it was typed."""
+    return shlex.join(["lbdt", *(sys.argv[1:] if arguments is None else arguments)])
