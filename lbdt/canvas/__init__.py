@@ -5,6 +5,7 @@ The weights lie in ``lbdt/canvas/weights``; ``lbdt.canvas.train`` made them (see
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -45,18 +46,36 @@ def load_pipeline(dtype: torch.dtype | None = None):
     Raises:
         FileNotFoundError: the installation lacks the weights.
     """
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging
+    with _quiet_loading():
+        from diffusers import StableDiffusionPipeline
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # diffusers warns that AutoencoderTiny is not AutoencoderKL, though it takes both
-    try:
         pipe = StableDiffusionPipeline.from_pretrained(
             _folder("pipeline"), local_files_only=True, safety_checker=None, requires_safety_checker=False
         )
         return pipe if dtype is None else pipe.to(dtype)
+
+
+@contextlib.contextmanager
+def _quiet_loading():
+    """A second's loading needs no progress bars, nor the warnings that AutoencoderTiny is not AutoencoderKL (diffusers takes
+    both) and that torchvision is absent (nothing here uses it)."""
+    from diffusers.utils import logging as diffusers
+    from transformers.utils import logging as transformers
+
+    before = [
+        (module, module.get_verbosity(), getattr(module, "is_progress_bar_enabled", lambda: True)())
+        for module in (diffusers, transformers)
+    ]
+    for module, _, _ in before:
+        module.set_verbosity_error()
+        module.disable_progress_bar()
+    try:
+        yield
     finally:
-        logging.set_verbosity(verbosity)
+        for module, verbosity, bar in before:
+            module.set_verbosity(verbosity)
+            if bar:
+                module.enable_progress_bar()
 
 
 def load_eraser(kind: str = "saeuron"):

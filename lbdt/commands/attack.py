@@ -18,10 +18,10 @@ from lbdt.activations.fingerprint import fingerprint
 from lbdt.activations.prompts import Prompt
 from lbdt.attack import PUBLISHED, Folder, Outcome, Search, Settings, summarise
 from lbdt.attack.text import PrefixedText
-from lbdt.commands.concepts import load_eraser
+from lbdt.commands.concepts import load_eraser, load_steering
 from lbdt.commands.pipeline import CANVAS, canvas_prompts, load_pipeline
 from lbdt.commands.processes import launched_on
-from lbdt.dictionary.state import digest
+from lbdt.evaluation.parts import digest_of
 
 _POLL_SECONDS = 0.2
 _STEPS = 20
@@ -64,14 +64,7 @@ class Plan:
         """The eraser, or the steering of the same folder."""
         if not self.steer:
             return load_eraser(self.eraser, self.kind)
-        settings = {} if self.strength is None else {"strength": self.strength}
-        if self.eraser is None:
-            from lbdt import canvas
-
-            return canvas.load_steering(self.kind, **settings)
-        from lbdt.steering import Steering
-
-        return Steering.from_pretrained(self.eraser, **settings)
+        return load_steering(self.eraser, self.kind, self.strength)
 
     def settings(self) -> Settings:
         """Of the search."""
@@ -213,10 +206,6 @@ def _settings(
 
     import lbdt
 
-    chosen = [loaded.select(name) for name in loaded.concepts]
-    tensors = [tensor for s in chosen for tensor in (s.latents, s.thresholds)]
-    dictionary = loaded.dictionary
-    more = [dictionary.mean, *([] if dictionary.bank is None else [dictionary.bank])]
     return {
         "versions": {
             "lbdt": lbdt.__version__,
@@ -229,7 +218,7 @@ def _settings(
         "fingerprint": fingerprint(pipe),
         "method": plan.method,
         "eraser": {name: getattr(loaded, name) for name in _SETTINGS[plan.method]},
-        "eraser_sha256": digest([*loaded.concepts, *loaded.sae.state_dict().values(), *tensors, *more]),
+        "eraser_sha256": digest_of(loaded),
         "judge": plan.judge or CANVAS,
         "attack": asdict(settings),
         "seed": seed,

@@ -18,6 +18,22 @@ def load_eraser(path_or_repo: str | None, kind: str = "saeuron"):
     return ConceptEraser.from_pretrained(path_or_repo)
 
 
+def load_steering(path_or_repo: str | None, kind: str = "saeuron", strength: float | None = None):
+    """The steering baseline of the same folder, or EmojiCanvas's of a kind; `strength` None: the one it was saved with.
+
+    Raises:
+        ValueError, OSError: none there, or a bad strength.
+    """
+    settings = {} if strength is None else {"strength": strength}
+    if path_or_repo is None:
+        from lbdt import canvas
+
+        return canvas.load_steering(kind, **settings)
+    from lbdt.steering import Steering
+
+    return Steering.from_pretrained(path_or_repo, **settings)
+
+
 def run(path_or_repo: str | None, kind: str = "saeuron") -> tuple[dict[str, Any], list[str]]:
     """Concepts, latents, and detection rates averaged over timesteps."""
     eraser = load_eraser(path_or_repo, kind)

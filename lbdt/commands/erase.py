@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lbdt import picture
-from lbdt.commands.concepts import load_eraser
+from lbdt.commands.concepts import load_eraser, load_steering
 from lbdt.commands.device import usable_device
 from lbdt.commands.pipeline import CANVAS, load_pipeline
 
@@ -44,7 +44,7 @@ def run(
     """
     picture.check_path(out)
     where = usable_device(device)
-    loaded = _load_steering(eraser, kind, strength) if steer else load_eraser(eraser, kind)
+    loaded = load_steering(eraser, kind, strength) if steer else load_eraser(eraser, kind)
     if padding is not None:
         loaded.padding = padding
     if source is not None:
@@ -92,17 +92,6 @@ def run(
         "out": str(out),
     }
     return values, _table(values, report)
-
-
-def _load_steering(path_or_repo: str | None, kind: str, strength: float | None):
-    settings = {} if strength is None else {"strength": strength}
-    if path_or_repo is None:
-        from lbdt import canvas
-
-        return canvas.load_steering(kind, **settings)
-    from lbdt.steering import Steering
-
-    return Steering.from_pretrained(path_or_repo, **settings)
 
 
 def _settings(loaded, steer: bool) -> dict[str, Any]:

@@ -108,8 +108,8 @@ class Subject:
         only = (self.object_classifier, self.style_classifier, self.task, self.template)
         if self.world != "unlearncanvas" and only != (None, None, "object", "saeuron"):
             raise ValueError(
-                "--object-classifier, --style-classifier, --task, --template: expected --world unlearncanvas with them, got "
-                f"--world {self.world}"
+                "--object-classifier, --style-classifier, --task, --template: expected --world unlearncanvas "
+                f"with them, got --world {self.world}"
             )
 
     def _canvas(self, given: Mapping[str, Any]) -> World:
@@ -172,11 +172,11 @@ class Settings:
 
 
 def run(settings: Settings, *, processes: int | None, command: str) -> tuple[dict[str, Any], list[str]]:
-    """Generates what is missing in `settings.out` and writes the report there; returns the figures for JSON, and the
-    lines of the table.
+    """Generates what is missing in `settings.out` and writes the report there; returns the figures for JSON,
+    and the lines of the table.
 
-    `processes`: how many share the work here, None: one a core (at most 8) or CUDA device. Started by torchrun or
-    `accelerate launch`, the processes are those. The figures do not depend on it.
+    `processes`: how many share the work here, None: one a core (at most 8) or CUDA device. Started by
+    torchrun or `accelerate launch`, the processes are those. The figures do not depend on it.
     """
     _check_packages()
     if launched().size > 1:
@@ -219,8 +219,8 @@ def _spawn(count: int, settings: Settings, command: str) -> None:
         raise RuntimeError(str(error).strip().splitlines()[-1].partition(": ")[2] or str(error)) from error
     except multiprocessing.ProcessExitedException as error:
         raise RuntimeError(
-            f"a process was ended ({error}); is there too little memory for {count}? The same command goes on, also with "
-            "fewer --processes"
+            f"a process was ended ({error}); is there too little memory for {count}? The same command goes "
+            "on, also with fewer --processes"
         ) from error
 
 

@@ -80,7 +80,8 @@ def columns(files: Files, scorers: Scorers) -> Columns:
 
 
 def scored_vlm(files: Files, index: int, vlm: Any) -> Tensor:
-    """A vision language model's answers on batch `index`: 1 artifact, 0 clean, NaN no answer; kept, so asked once."""
+    """A vision language model's answers on batch `index`: 1 artifact, 0 clean, NaN no answer; kept, so asked
+    once."""
 
     def answers() -> dict[str, Tensor]:
         said = [parse_answer(vlm.answer(picture)) for picture in files.pictures(index)]

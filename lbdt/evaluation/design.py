@@ -11,7 +11,8 @@ from lbdt.evaluation.world import World
 
 @dataclass(frozen=True)
 class Job:
-    """One picture: its prompt, and the concepts that are erased while it is made, in the order of the requests."""
+    """One picture: its prompt, and the concepts that are erased while it is made, in the order of the
+    requests."""
 
     prompt: Prompt
     erased: tuple[str, ...] = ()
@@ -60,9 +61,9 @@ class Design:
 def targets(
     world: World, seed: int, place: int, own: int | None, others: int | None, concepts: Sequence[str]
 ) -> list[Job]:
-    """The pictures of one seed, the `place`-th of its list: for every one of `concepts`, `own` of its own prompts
-    and `others` of other objects' (None: all, or fewer where the world has no more). Samples rotate through styles
-    and objects with the concept and the seed."""
+    """The pictures of one seed, the `place`-th of its list: for every one of `concepts`, `own` of its own
+    prompts and `others` of other objects' (None: all, or fewer where the world has no more). Samples rotate
+    through styles and objects with the concept and the seed."""
     grid = _grid(world, seed)
     styles: tuple[str | None, ...] = (*world.styles, None)
     jobs = []
@@ -90,8 +91,8 @@ def _sample(
     turn: int,
     skip: int,
 ) -> list[Prompt]:
-    """`count` prompts of `names`, which take turns, as do each one's styles; styled prompts where there are any, as
-    they tell of objects and styles both."""
+    """`count` prompts of `names`, which take turns, as do each one's styles; styled prompts where there are
+    any, as they tell of objects and styles both."""
     by_name: dict[str, list[Prompt]] = {name: [] for name in names}
     for (name, style), prompt in grid.items():
         if name in by_name and style is not None:
@@ -114,7 +115,8 @@ def _sample(
 
 
 def together(world: World, seed: int, erased: tuple[str, ...], per_object: int) -> list[Job]:
-    """Pictures of every object in `per_object` styles (without one if it has none), with all of `erased` erased."""
+    """Pictures of every object in `per_object` styles (without one if it has none), with all of `erased`
+    erased."""
     grid = _grid(world, seed)
     jobs = []
     for number, name in enumerate(world.objects):
@@ -126,7 +128,8 @@ def together(world: World, seed: int, erased: tuple[str, ...], per_object: int) 
 
 
 def erased_together(concepts: Sequence[str], count: int) -> tuple[str, ...]:
-    """The first `count` requests: every other concept, so that related neighbours of the list are not all erased."""
+    """The first `count` requests: every other concept, so that related neighbours of the list are not all
+    erased."""
     order = [*concepts[1::2], *concepts[::2]]
     return tuple(order[:count])
 

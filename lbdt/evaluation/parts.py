@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from lbdt.activations.fingerprint import digest_of_module
+from lbdt.dictionary.state import digest
+
+_SETTINGS = ("hookpoint", "detect_at", "target", "rule", "error", "where")
+"""Of either; what is set by keyword (padding, source, strength) is told apart by itself."""
 
 
 def digest_of(editor: Any) -> str:
-    """SHA-256 of a `ConceptEraser` or `Steering`: its SAE (`lbdt.activations.fingerprint`), its hookpoints and rule,
-    and every concept's latents and thresholds. What is set by keyword (padding, source, strength) is not part of it,
-    nor is the bank that stands in where no donor is left."""
-    digest = hashlib.sha256(digest_of_module(editor.sae).encode())
-    digest.update(
-        f"{editor.hookpoint} {getattr(editor, 'rule', '')} {getattr(editor, 'detect_at', None)}".encode()
-    )
+    """SHA-256 of a `ConceptEraser` or `Steering`: its SAE (`lbdt.activations.fingerprint`), the settings that it was saved
+    with, every concept's latents and thresholds, the mean activations and the bank."""
+    parts: list[Any] = [digest_of_module(editor.sae)]
+    parts += [f"{name}={getattr(editor, name, None)}" for name in _SETTINGS]
     for concept in editor.concepts:
-        chosen = editor.dictionary.select(concept, **editor.selection)
-        digest.update(concept.encode())
-        digest.update(chosen.latents.contiguous().numpy().tobytes())
-        digest.update(chosen.thresholds.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        chosen = editor.select(concept)
+        parts += [concept, chosen.latents, chosen.thresholds]
+    dictionary = editor.dictionary
+    parts += [dictionary.mean, "no bank" if dictionary.bank is None else dictionary.bank]
+    return digest(parts)

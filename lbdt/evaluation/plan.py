@@ -65,7 +65,8 @@ class Plan:
         return self._targets(self.seeds[:1], self.design.ablation_own, self.design.ablation_others)
 
     def sweep(self) -> list[Series]:
-        """What the strength is chosen on, PER and the base on the same pictures; nothing without sweep seeds."""
+        """What the strength is chosen on, PER and the base on the same pictures; nothing without sweep
+        seeds."""
         if not self.sweep_seeds:
             return []
         jobs = _flat(self.sweep_jobs)
@@ -101,8 +102,8 @@ class Plan:
         ]
 
     def together(self, strength: float | None) -> list[tuple[Series, str]]:
-        """Several concepts erased from every picture, and in which order. One attachment for all works at once; one
-        for each, in the order of the requests, works on what the one before left."""
+        """Several concepts erased from every picture, and in which order. One attachment for all works at
+        once; one for each, in the order of the requests, works on what the one before left."""
         methods = [("per", self.per_settings)]
         if self.kind.steering is not None:
             methods.insert(0, ("steering", self.steering_settings(strength)))

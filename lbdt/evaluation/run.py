@@ -41,19 +41,21 @@ class Evaluation:
         unknown = [name for name in self.kinds if name not in self.world.kinds]
         if unknown or not self.kinds:
             raise ValueError(
-                f"kinds: {', '.join(unknown) or 'none given'}; {self.world.name} has {', '.join(self.world.kinds)}"
+                f"kinds: {', '.join(unknown) or 'none given'}; {self.world.name} has "
+                f"{', '.join(self.world.kinds)}"
             )
         strange = [name for name in self.concepts if name not in self.world.objects]
         if strange or not self.concepts:
             raise ValueError(
-                f"concepts: {', '.join(strange) or 'none given'}; {self.world.name} knows {', '.join(self.world.objects)}"
+                f"concepts: {', '.join(strange) or 'none given'}; {self.world.name} knows "
+                f"{', '.join(self.world.objects)}"
             )
         self.concepts = tuple(dict.fromkeys(self.concepts))
         both = sorted(set(self.seeds) & set(self.sweep_seeds))
         if both or not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(
-                f"seeds: expected some, each once, other than those of the sweep; got {list(self.seeds)}, and "
-                f"{list(self.sweep_seeds)} of the sweep"
+                f"seeds: expected some, each once, other than those of the sweep; got {list(self.seeds)}, "
+                f"and {list(self.sweep_seeds)} of the sweep"
             )
         self.plans = {
             name: Plan(
@@ -75,10 +77,11 @@ class Evaluation:
         }
         self._columns: dict[str, Columns] = {}
         self._digests: dict[tuple[str, str], str] = {}
+        self._judges: dict[Path, FeatureJudge] = {}
 
     def run(self) -> dict[str, float | None]:
-        """Generates and judges every picture that is not there yet, this process's share of them. All processes
-        return when all are done, with the chosen strength of each kind."""
+        """Generates and judges every picture that is not there yet, this process's share of them. All
+        processes return when all are done, with the chosen strength of each kind."""
         self.make("sweep", [series for plan in self.plans.values() for series in plan.sweep()])
         strengths = {name: self.strength(name) for name in self.kinds}
         rest = []
@@ -90,9 +93,9 @@ class Evaluation:
         return strengths
 
     def strength(self, kind: str) -> float | None:
-        """The strength with the largest mean of UA, IRA and CRA on the sweep's pictures (of equal ones the weakest):
-        what the published baselines were tuned for. None: no baseline, no sweep or no judge; then the baseline is
-        taken as it comes."""
+        """The strength with the largest mean of UA, IRA and CRA on the sweep's pictures (of equal ones the
+        weakest): what the published baselines were tuned for. None: no baseline, no sweep or no judge; then
+        the baseline is taken as it comes."""
         plan = self.plans[kind]
         best: tuple[float, float] | None = None
         for series in plan.sweep():
@@ -142,8 +145,12 @@ class Evaluation:
         count = len(files.series.batches(files.size))
         if len(files.series.jobs) < SMALLEST or not all(files.has(index) for index in range(count)):
             return None
-        verdicts = [files.judge(index, self.scorers.judge) for index in range(count)]
-        return FeatureJudge.fit(torch.cat([verdict.features for verdict in verdicts]))
+        if files.folder not in self._judges:
+            verdicts = [files.judge(index, self.scorers.judge) for index in range(count)]
+            self._judges[files.folder] = FeatureJudge.fit(
+                torch.cat([verdict.features for verdict in verdicts])
+            )
+        return self._judges[files.folder]
 
     def _check_concepts(self) -> None:
         for name, plan in self.plans.items():
@@ -218,6 +225,6 @@ class Evaluation:
             else "the unedited pictures of the same prompts"
         )
         return (
-            f"Mahalanobis distance in the features of {self.scorers.judge.features_name} over the 99th percentile of {fitted}; AR is of "
-            "pictures whose prompt names the erased concept, AR others of the rest"
+            f"Mahalanobis distance in the features of {self.scorers.judge.features_name} over the 99th "
+            f"percentile of {fitted}; AR is of pictures whose prompt names the erased concept, AR others of the rest"
         )

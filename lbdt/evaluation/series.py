@@ -43,11 +43,13 @@ class Series:
     """One attachment for each erased concept, in their order, instead of one for all."""
 
     def batches(self, size: int) -> list[tuple[Job, ...]]:
-        """The jobs, `size` at a time: a picture's last bits may depend on its batch, so batches never change."""
+        """The jobs, `size` at a time: a picture's last bits may depend on its batch, so batches never
+        change."""
         return [self.jobs[first : first + size] for first in range(0, len(self.jobs), size)]
 
     def editors(self) -> list[Any]:
-        """The erasers or steerings to attach: none for the base, one, or for stacked ones one for each concept."""
+        """The erasers or steerings to attach: none for the base, one, or for stacked ones one for each
+        concept."""
         if self.method == "base":
             return []
         make = self.kind.per if self.method == "per" else self.kind.steering
@@ -96,8 +98,8 @@ class Files:
                 name for name in self.about if there.get(name) != json.loads(json.dumps(self.about[name]))
             ]
             raise ValueError(
-                f"{self.folder}: holds pictures made otherwise ({', '.join(differ) or 'unknown settings'} differ); give the same "
-                "settings to continue, or another --out"
+                f"{self.folder}: holds pictures made otherwise ({', '.join(differ) or 'unknown settings'} differ); "
+                "give the same settings to continue, or another --out"
             )
         write_files(self.folder, {"series.json": json_bytes(self.about)})
 
@@ -136,8 +138,8 @@ class Files:
                     pictures.append(picture.convert("RGB"))
             except (OSError, SyntaxError, ValueError) as error:
                 raise ValueError(
-                    f"{self.folder / name}: not a readable picture ({error}); remove {self._path(index, '.json')} to make "
-                    "its batch again"
+                    f"{self.folder / name}: not a readable picture ({error}); remove "
+                    f"{self._path(index, '.json')} to make its batch again"
                 ) from error
         return pictures
 
@@ -171,7 +173,8 @@ class Files:
         return Verdicts(got["objects"], styles, got["features"])
 
     def scored(self, index: int, scorer: str, score: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `score()` says of batch `index`, one row a picture; kept under the scorer's name, so asked once."""
+        """What `score()` says of batch `index`, one row a picture; kept under the scorer's name, so asked
+        once."""
         digest = hashlib.sha256(scorer.encode()).hexdigest()[:8]
         path = self._path(index, f".{digest}.safetensors")
         if not path.is_file():
@@ -187,9 +190,10 @@ def generate(
 ) -> tuple:
     """One batch: PIL pictures, tensors and a record.
 
-    Tensors: `seeds` int64 [P]; for PER by one attachment `timesteps` [steps], the places `own` int64 [M] of pictures
-    whose prompt names the one erased concept, and their `cells` uint8 [M, steps, H, W] (bit 0 detected, bit 1
-    replaced, conditional half); for a watched series `watched` [rows, d] of the block `hookpoint`.
+    Tensors: `seeds` int64 [P]; for PER by one attachment `timesteps` [steps], the places `own` int64 [M] of
+    pictures whose prompt names the one erased concept, and their `cells` uint8 [M, steps, H, W] (bit 0
+    detected, bit 1 replaced, conditional half); for a watched series `watched` [rows, d] of the block
+    `hookpoint`.
     """
     seeds = [job.prompt.seed for job in jobs]
     call = {"num_inference_steps": series.kind.steps}

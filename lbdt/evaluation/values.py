@@ -1,10 +1,10 @@
 """The figures of a finished evaluation, as one JSON-like value that the report is written from.
 
-    {"about": ..., "kinds": {NAME: {"sampling", "rows", "sweep", "padding", "sources", "together", "per concept",
-    "ratio", "activations", "grid"}}, "cost": ...}
+    {"about": ..., "kinds": {NAME: {"sampling", "rows", "sweep", "padding", "sources", "together",
+    "per concept", "ratio", "activations", "grid"}}, "cost": ...}
 
-Metrics are per cent, Frechet distances and CLIP scores in their own unit, each `{"mean", "low", "high", "seeds"}` or
-None (not measured).
+Metrics are per cent, Frechet distances and CLIP scores in their own unit, each `{"mean", "low", "high",
+"seeds"}` or None (not measured).
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def _ablation(evaluation: Evaluation, plan: Plan, base: Columns) -> dict[str, An
 
 
 def replaced_by_step(evaluation: Evaluation, series: Series, jobs: set[Job]) -> list[dict[str, float]]:
-    """Shares of the patches detected and replaced at each timestep, over the pictures of `jobs` whose prompt names
-    the erased concept; conditional half."""
+    """Shares of the patches detected and replaced at each timestep, over the pictures of `jobs` whose prompt
+    names the erased concept; conditional half."""
     files = evaluation.files(series)
     counts: Tensor | None = None
     patches, timesteps = 0, []
@@ -115,8 +115,8 @@ def replaced_by_step(evaluation: Evaluation, series: Series, jobs: set[Job]) -> 
 
 
 def together_row(evaluation: Evaluation, series: Series, order: str) -> dict[str, Any]:
-    """UA over the erased objects, RA over the others, CRA over all styled pictures; each first averaged by object
-    or style, of what was generated."""
+    """UA over the erased objects, RA over the others, CRA over all styled pictures; each first averaged by
+    object or style, of what was generated."""
     erased = series.jobs[0].erased
     row = {"method": series.method, "order": order, "erased": list(erased), "pictures": len(series.jobs)}
     got = evaluation.columns(series)
@@ -158,7 +158,8 @@ def _activations(evaluation: Evaluation, plan: Plan) -> list[dict[str, Any]]:
 def _grid(
     evaluation: Evaluation, plan: Plan, scored: Mapping[str, Series], count: int = 6
 ) -> list[dict[str, Any]]:
-    """Pictures to look at: `count` concepts spread over the list, each in another style, of the first seed."""
+    """Pictures to look at: `count` concepts spread over the list, each in another style, of the first
+    seed."""
     own = [job for job in next(iter(plan.scored_jobs.values())) if job.prompt.concept in job.erased]
     names = list(dict.fromkeys(job.erased[0] for job in own))
     count = min(count, len(names))

@@ -30,10 +30,10 @@ def unlearning(
 
     - UA: 100 minus the accuracy of the object classifier on pictures whose prompt names the erased concept.
     - IRA: its accuracy on those of every other object, averaged over the objects.
-    - CRA: the accuracy of the style classifier on all styled pictures, the erased concept's included, averaged over
-      the styles. Of the others a sample may have been generated: they then stand for all `count - 1` others of a
-      style, so that the erased concept weighs 1 / count as in the whole grid. On the whole grid that is the plain
-      mean.
+    - CRA: the accuracy of the style classifier on all styled pictures, the erased concept's included,
+      averaged over the styles. Of the others a sample may have been generated: they then stand for all
+      `count - 1` others of a style, so that the erased concept weighs 1 / count as in the whole grid. On
+      the whole grid that is the plain mean.
 
     Every share is divided by the pictures that are here, not by those that were planned.
 
@@ -81,15 +81,15 @@ def average(scores: list[float | None]) -> float | None:
 def global_average(
     ua: float | None, ira: float | None, cra: float | None, artifact_rate: float | None
 ) -> float | None:
-    """GA: the mean of UA, IRA, CRA and 100 - AR, without CRA where there is none (protocols.md 2.2: that reproduces
-    all eight published rows); None where one of the other three is missing."""
+    """GA: the mean of UA, IRA, CRA and 100 - AR, without CRA where there is none (protocols.md 2.2: that
+    reproduces all eight published rows); None where one of the other three is missing."""
     if ua is None or ira is None or artifact_rate is None:
         return None
     return average([ua, ira, cra, 100 - artifact_rate])
 
 
 def mean_by(values: Tensor, groups: Tensor) -> float | None:
-    """The mean over the groups of each group's mean of float `values` [n], grouped by int64 [n]; None for none."""
+    """The mean over the groups of each group's mean: float `values` [n], int64 `groups` [n]. None for none."""
     if not len(values):
         return None
     return float(torch.stack([values[groups == group].mean() for group in groups.unique()]).mean())

@@ -20,9 +20,9 @@ SHRINKAGE = 0.01
 class FeatureJudge:
     """Calls a picture an artifact if its Mahalanobis distance from unedited generations passes `threshold`.
 
-    The published artifact rate asks a vision language model instead (`lbdt.evaluation.metrics.vlm`); the two are not
-    comparable. Take a feature space that does not know the erased objects: a clean picture without the object would
-    be far from all pictures with one in an object classifier's.
+    The published artifact rate asks a vision language model instead (`lbdt.evaluation.metrics.vlm`); the two
+    are not comparable. Take a feature space that does not know the erased objects: a clean picture without
+    the object would be far from all pictures with one in an object classifier's.
     """
 
     mean: Tensor
@@ -35,16 +35,17 @@ class FeatureJudge:
     def fit(cls, features: Tensor) -> FeatureJudge:
         """From `features` [n, F] of unedited generations.
 
-        Covariance `(1 - s) C + s mean(diag C) I` with s = 0.01. The threshold is the 99th percentile of distances, each
-        to a fit without the picture's quarter (drawn at random, always alike), so that about 1 % of new unedited
-        generations pass it.
+        Covariance `(1 - s) C + s mean(diag C) I` with s = 0.01. The threshold is the 99th percentile of
+        distances, each to a fit without the picture's quarter (drawn at random, always alike), so that about
+        1 % of new unedited generations pass it.
 
         Raises:
             ValueError: fewer than 8 pictures, or features that are not finite.
         """
         if features.dim() != 2 or len(features) < SMALLEST or not torch.isfinite(features).all():
             raise ValueError(
-                f"features: expected finite [n >= {SMALLEST}, F] of unedited generations, got {list(features.shape)}"
+                f"features: expected finite [n >= {SMALLEST}, F] of unedited generations, got "
+                f"{list(features.shape)}"
             )
         features = features.double()
         # Not by position alone: grids list their prompts in a period.
@@ -90,7 +91,8 @@ class FeatureJudge:
         width = len(got["mean"])
         if got["precision"].shape != (width, width):
             raise ValueError(
-                f"{path}: tensor precision: expected shape [{width}, {width}], got {list(got['precision'].shape)}"
+                f"{path}: tensor precision: expected shape [{width}, {width}], got "
+                f"{list(got['precision'].shape)}"
             )
         return cls(got["mean"].double(), got["precision"].double(), float(got["threshold"]))
 

@@ -18,11 +18,11 @@ class _Given(nn.Module):
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """`|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2))` of features [n, F] and [m, F] (Heusel et al., 2017), by
-    torchmetrics in float64; C are divided by n - 1.
+    """`|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2))` of features [n, F] and [m, F] (Heusel et al., 2017),
+    by torchmetrics in float64; C are divided by n - 1.
 
-    It is "FID" only with the original Inception's features; distances of different features, or of very different
-    numbers of pictures, cannot be compared.
+    It is "FID" only with the original Inception's features; distances of different features, or of very
+    different numbers of pictures, cannot be compared.
 
     Raises:
         ValueError: fewer than two pictures on a side, different widths, values that are not finite.
@@ -39,7 +39,9 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ModuleNotFoundError as error:
         raise ImportError("a Frechet distance needs torchmetrics: pip install lbdt[evaluate]") from error
-    metric = FrechetInceptionDistance(feature=_Given(features.shape[1])).set_dtype(torch.float64)
+    # Of several processes each may ask for its own distance: torchmetrics would wait for all, and add theirs.
+    metric = FrechetInceptionDistance(feature=_Given(features.shape[1]), sync_on_compute=False)
+    metric.set_dtype(torch.float64)
     metric.update(reference.double().cpu(), real=True)
     metric.update(features.double().cpu(), real=False)
     return max(float(metric.compute()), 0.0)

@@ -10,10 +10,11 @@ CONFIDENCE = 0.95
 
 
 def estimate(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """The mean of one value a seed (None: not measured), and its 95 % interval by Student's t; no interval for one,
-    None for no value.
+    """The mean of one value a seed (None: not measured), and its 95 % interval by Student's t; no interval
+    for one, None for no value.
 
-    The interval says what other seeds would do to the same concepts and prompts; it may reach beyond 0 or 100.
+    The interval says what other seeds would do to the same concepts and prompts; it may reach beyond 0 or
+    100.
 
     Raises:
         ImportError: scipy is not installed.

@@ -44,10 +44,15 @@ class CanvasJudge:
         self.features_name = f"EmojiCanvas's {features} classifier (192)"
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Verdicts:
-        """`pictures`: RGB, 128 x 128."""
+        """`pictures`: RGB; ValueError for another size than 128 x 128."""
         import torch
 
         images = canvas.as_tensor(pictures)
+        if tuple(images.shape[2:]) != (128, 128):
+            raise ValueError(
+                f"pictures: EmojiCanvas's judge expects 128 x 128, got {images.shape[3]} x {images.shape[2]}; evaluate "
+                "another pipeline on prompts of your own (--world FILE)"
+            )
         with torch.inference_mode():
             features = [classifier.features(images) for classifier in canvas.classifiers()]
             objects, styles = (
