@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lbdt.attack.search import Outcome
+from lbdt.evaluation.published import ATTACK
 
-PUBLISHED: tuple[tuple[str, float, float, float], ...] = (
-    ("SAeUron", 83.70, 34.20, 49.50),
-    ("SAeUron + PER", 84.60, 28.30, 56.30),
-    ("SAEmnesia", 97.60, 57.50, 40.10),
-    ("SAEmnesia + PER", 91.10, 56.20, 34.90),
+_NAMES = {"saeuron": "SAeUron", "saemnesia": "SAEmnesia"}
+PUBLISHED: tuple[tuple[str, float, float, float], ...] = tuple(
+    (_NAMES[row.pipeline] + " + PER" * (row.method == "per"), row.before, row.after, row.printed_drop)
+    for row in ATTACK
 )
 """Method, UA before, UA after, effectiveness, in percent: UnlearnCanvas, 1000 pairs, 5 tokens, 40 iterations (PER's
 project page, table 2; protocols.md 2.3). Another world than EmojiCanvas: not to be compared figure by figure."""

@@ -92,14 +92,14 @@ def main() -> None:
             return unedited_features(world, args.kind, SEEDS, args.work, device, look, processes)
 
         features = features_of(CanvasJudge())
+        rival = features_of(CanvasJudge("object")) if args.check else None
         if processes.main:
             path = judge_path(KINDS[args.kind])
             judge = FeatureJudge.fit(features)
             judge.save(path)
             print(f"{len(features)} pictures -> {path}")
         if args.check and processes.main:
-            rivals = [(CanvasJudge(), judge)]
-            rivals.append((CanvasJudge("object"), FeatureJudge.fit(features_of(CanvasJudge("object")))))
+            rivals = [(CanvasJudge(), judge), (CanvasJudge("object"), FeatureJudge.fit(rival))]
             print("| pictures | style classifier's features | object classifier's |\n|---|---|---|")
             for name, pictures in known_pictures(canvas.load_pipeline()).items():
                 rates = [100 * fit.artifacts(look(pictures).features).double().mean() for look, fit in rivals]

@@ -70,7 +70,10 @@ def command(
     strengths: Annotated[
         list[str] | None,
         typer.Option(
-            "--strengths", metavar="[NAME=]S,S,...", help="Of the sweep of that baseline. May be repeated."
+            "--strengths",
+            metavar="[NAME=]S,S,...",
+            help="Of the sweep of that baseline. Default: the published ones of saeuron, saemnesia and gsae; of other "
+            "names no sweep, and the saved strength. May be repeated.",
         ),
     ] = None,
     object_classifier: Annotated[

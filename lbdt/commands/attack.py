@@ -22,6 +22,7 @@ from lbdt.commands.concepts import load_eraser, load_steering
 from lbdt.commands.pipeline import CANVAS, canvas_prompts, load_pipeline
 from lbdt.commands.processes import launched_on
 from lbdt.evaluation.parts import digest_of
+from lbdt.evaluation.worlds.names import prompt_text
 
 _POLL_SECONDS = 0.2
 _STEPS = 20
@@ -172,9 +173,8 @@ def run(
 
 def _prompt(concept: str, style: str | None, seed: int) -> Prompt:
     """By the published template, with a start seed that does not depend on which other pairs are attacked."""
-    suffix = f" in {style.replace('_', ' ')} style" if style else ""
     number = hashlib.sha256(f"{seed}/{concept}/{style or ''}".encode()).digest()[:6]
-    return Prompt(f"An image of {concept}{suffix}.", concept, style, int.from_bytes(number))
+    return Prompt(prompt_text(concept, style, "saeuron"), concept, style, int.from_bytes(number))
 
 
 def _canvas_judge(pictures: Sequence[Any]) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from lbdt.commands.processes import joined_on
 from lbdt.evaluation.columns import Scorers
 from lbdt.evaluation.design import Design
+from lbdt.evaluation.plan import unedited
 from lbdt.evaluation.report import table
 from lbdt.evaluation.report.write import write
 from lbdt.evaluation.run import Evaluation
@@ -178,11 +179,12 @@ def run(settings: Settings, *, processes: int | None, command: str) -> tuple[dic
     `processes`: how many share the work here, None: one a core (at most 8) or CUDA device. Started by
     torchrun or `accelerate launch`, the processes are those. The figures do not depend on it.
     """
-    _check_packages()
+    _check_packages(settings)
     if launched().size > 1:
         values = _work(settings, command)
         return values, _lines(values, settings.out) if values else []
     count = _processes(settings.device) if processes is None else processes
+    _check_devices(count, settings.device)
     if count == 1:
         values = _work(settings, command)
     else:
@@ -191,11 +193,22 @@ def run(settings: Settings, *, processes: int | None, command: str) -> tuple[dic
     return values, _lines(values, settings.out)
 
 
-def _check_packages() -> None:
+def _check_packages(settings: Settings) -> None:
     """ImportError before an hour of pictures, not after it."""
     missing = [name for name in ("torchmetrics", "scipy") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"lbdt evaluate needs {' and '.join(missing)}: pip install lbdt[evaluate]")
+    if settings.nudity is not None and importlib.util.find_spec("nudenet") is None:
+        raise ImportError("--nudity needs nudenet: pip install lbdt[nudity]")
+
+
+def _check_devices(count: int, device: str) -> None:
+    if count > 1 and device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available():
+        most = 1 if ":" in device else torch.cuda.device_count()
+        if count > most:
+            raise ValueError(
+                f"--processes {count}: expected at most {most} with --device {device}, one a CUDA device"
+            )
 
 
 def _processes(device: str) -> int:
@@ -292,25 +305,41 @@ def _scorers(settings: Settings, world: World, device: torch.device) -> Scorers:
 
 
 def _nudity(evaluation: Evaluation, strengths: Mapping[str, float | None], preset: str) -> dict[str, Any]:
+    """Counts by kind and method, of the pictures of the main rows."""
     from lbdt.evaluation.metrics.nudity import PRESETS, count_nudity, detect_nudity
 
     counts: dict[str, Any] = {}
     for kind, plan in evaluation.plans.items():
         for series in plan.scored(strengths[kind]):
             files = evaluation.files(series)
+            jobs = {job for part in plan.scored_jobs.values() for job in part}
+            if series.method == "base":
+                jobs = set(map(unedited, jobs))
             paths = [
                 files.folder / name
-                for index in range(len(series.batches(files.size)))
-                for name in files.names(index)
+                for index, batch in enumerate(series.batches(files.size))
+                for job, name in zip(batch, files.names(index), strict=True)
+                if job in jobs  # a series may hold pictures of the ablations too
             ]
             detections, version = detect_nudity(paths)
             found = count_nudity(detections, PRESETS[preset], version)
-            counts.setdefault(kind, {})[series.method] = {"count": found.count, "rule": found.describe()}
+            counts.setdefault(kind, {})[series.method] = {
+                "count": found.count,
+                "pictures": found.pictures,
+                "share": found.share,
+                "rule": found.describe(),
+            }
     return counts
 
 
 def _lines(values: Mapping[str, Any], out: Path) -> list[str]:
     lines = list(table.lines(values))
+    for kind, found in values["kinds"].items():
+        lines += [
+            f"artifacts, {kind}, {row['method']}: no answer on {row['unanswered']} of {row['pictures']} pictures"
+            for row in found["rows"]
+            if row.get("unanswered")
+        ]
     for kind, methods in (values.get("nudity") or {}).items():
         lines += [f"nudity, {kind}, {method}: {found['rule']}" for method, found in methods.items()]
     return [

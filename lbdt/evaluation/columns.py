@@ -109,10 +109,16 @@ class Figures:
     concepts: dict[str, dict[str, float | None]]
     """Over all seeds together."""
     pictures: int
+    unanswered: int
+    """Pictures on which the artifact judge gave no answer; they are not in AR."""
 
     def row(self) -> dict[str, Any]:
         """The metrics with their intervals over the seeds."""
         return {name: estimate([seed[name] for seed in self.by_seed]) for name in self.by_seed[0]}
+
+    def counts(self) -> dict[str, int]:
+        """Pictures, and where there are some, those without an answer."""
+        return {"pictures": self.pictures} | ({"unanswered": self.unanswered} if self.unanswered else {})
 
 
 def figures(
@@ -136,8 +142,9 @@ def figures(
             "CRA": score.cra,
             "AR": _artifacts(own, got, edited),
         }
-    looked_up = {_key(job, edited) for job in whole}
-    return Figures(by_seed, concepts, len(looked_up))
+    looked_up = list(dict.fromkeys(_key(job, edited) for job in whole))
+    unanswered = 0 if got.artifacts is None else int(got.artifacts[got.rows(looked_up)].isnan().sum())
+    return Figures(by_seed, concepts, len(looked_up), unanswered)
 
 
 def _one(

@@ -80,7 +80,7 @@ def targets(
                 if (name, style) in grid
             ]
             continue
-        jobs += [Job(prompt, (concept,)) for prompt in _sample(grid, rest, others, index, others * place)]
+        jobs += [Job(prompt, (concept,)) for prompt in _sample(grid, rest, others, index, place)]
     return list(dict.fromkeys(jobs))
 
 
@@ -89,10 +89,10 @@ def _sample(
     names: Sequence[str],
     count: int,
     turn: int,
-    skip: int,
+    place: int,
 ) -> list[Prompt]:
-    """`count` prompts of `names`, which take turns, as do each one's styles; styled prompts where there are
-    any, as they tell of objects and styles both."""
+    """`count` prompts of `names`, which take turns with concepts and seeds, as do each one's styles; styled
+    prompts where there are any, as they tell of objects and styles both."""
     by_name: dict[str, list[Prompt]] = {name: [] for name in names}
     for (name, style), prompt in grid.items():
         if name in by_name and style is not None:
@@ -107,9 +107,10 @@ def _sample(
     chosen: dict[Prompt, None] = {}
     number = 0
     while len(chosen) < count:
-        prompts = able[(turn + number + skip) % len(able)]
-        # The second number moves on where the first has come round.
-        chosen[prompts[(turn + number + number // (len(able) * len(prompts))) % len(prompts)]] = None
+        prompts = able[(turn + number + count * place) % len(able)]
+        # Names count up and styles down, so that pairs do not repeat; the last term moves on where both come round.
+        style = turn + place - number + number // (len(able) * len(prompts))
+        chosen[prompts[style % len(prompts)]] = None
         number += 1
     return list(chosen)
 

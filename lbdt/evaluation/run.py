@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lbdt.evaluation.design import Design
 from lbdt.evaluation.metrics.accuracy import average
 from lbdt.evaluation.metrics.artifacts import SMALLEST, FeatureJudge
 from lbdt.evaluation.plan import Plan
-from lbdt.evaluation.series import Files, Series, generate
+from lbdt.evaluation.series import Files, Series, generate, slug
 from lbdt.evaluation.world import World
 from lbdt.training.world import World as Processes
 
@@ -63,13 +64,16 @@ class Evaluation:
             )
             for name in self.kinds
         }
-        self._check_concepts()
+        self._check_kinds()
         self.pipe = self.world.pipeline(self.device)
+        if getattr(self.pipe, "safety_checker", None) is not None:
+            self.pipe.safety_checker = None  # it would blacken pictures that are to be scored
         if self.world.scheduler is not None:
             self.pipe.scheduler = self.world.scheduler(self.pipe)
         from lbdt.activations.fingerprint import fingerprint
 
         self._about = {
+            "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
             "world": self.world.name,
             "pipeline": fingerprint(self.pipe),
             "device": self.device.type,
@@ -77,6 +81,7 @@ class Evaluation:
         }
         self._columns: dict[str, Columns] = {}
         self._digests: dict[tuple[str, str], str] = {}
+        self._saved_strengths: dict[str, Any] = {}
         self._judges: dict[Path, FeatureJudge] = {}
 
     def run(self) -> dict[str, float | None]:
@@ -94,8 +99,9 @@ class Evaluation:
 
     def strength(self, kind: str) -> float | None:
         """The strength with the largest mean of UA, IRA and CRA on the sweep's pictures (of equal ones the
-        weakest): what the published baselines were tuned for. None: no baseline, no sweep or no judge; then
-        the baseline is taken as it comes."""
+        weakest), one for all concepts. SAeUron's and SAEmnesia's are those of the mean of UA and IRA, one for
+        each concept (protocols.md 3.1). None: no baseline, no sweep or no judge; then the baseline is taken as
+        it comes."""
         plan = self.plans[kind]
         best: tuple[float, float] | None = None
         for series in plan.sweep():
@@ -120,6 +126,8 @@ class Evaluation:
         about = self._about
         if series.method != "base":
             about = {**about, "method parts": self._parts(series)}
+        if series.method == "steering" and "strength" not in series.settings:
+            about = {**about, "strength": self._saved_strength(series.kind.name)}
         return Files(self.out, series, self.world.batch, about)
 
     def _parts(self, series: Series) -> str:
@@ -132,6 +140,11 @@ class Evaluation:
             editor = make(**series.settings)
             self._digests[kind, series.method] = digest_of(editor)
         return self._digests[kind, series.method]
+
+    def _saved_strength(self, kind: str) -> Any:
+        if kind not in self._saved_strengths:
+            self._saved_strengths[kind] = self.world.kinds[kind].steering().strength
+        return self._saved_strengths[kind]
 
     def _scorers(self, kind: str) -> Scorers:
         if self.scorers.artifacts is not None or self.scorers.judge is None:
@@ -152,11 +165,22 @@ class Evaluation:
             )
         return self._judges[files.folder]
 
-    def _check_concepts(self) -> None:
+    def _check_kinds(self) -> None:
+        folders: dict[str, str] = {}
         for name, plan in self.plans.items():
-            unknown = sorted(set(self.concepts) - set(plan.kind.per().concepts))
-            if unknown:
-                raise ValueError(f"kind {name}: its eraser does not know {', '.join(unknown)}")
+            other = folders.setdefault(slug(name), name)
+            if other != name:
+                raise ValueError(f"kinds: {other} and {name} would share the folder {slug(name)}; rename one")
+            editors = [("eraser", plan.kind.per())]
+            if plan.kind.steering is not None:
+                swept = plan.strengths and self.sweep_seeds and self.scorers.judge is not None
+                # Without a sweep that chooses one, it must have been saved with a strength.
+                settings = plan.steering_settings(plan.strengths[0] if swept else None)
+                editors.append(("steering", plan.kind.steering(**settings)))
+            for what, editor in editors:
+                unknown = sorted(set(self.concepts) - set(editor.concepts))
+                if unknown:
+                    raise ValueError(f"kind {name}: its {what} does not know {', '.join(unknown)}")
 
     def make(self, label: str, wanted: Sequence[Series]) -> None:
         """This process's batches of these series, then waits for the others'."""

@@ -84,7 +84,7 @@ class Files:
             "batch": size,
             "watched": series.watched,
             "stacked": series.stacked,
-            "jobs": [[job.prompt.text, job.prompt.seed, *job.erased] for job in series.jobs],
+            "jobs": [[*job.prompt.to_dict().values(), *job.erased] for job in series.jobs],
         }
 
     def prepare(self) -> None:
@@ -122,7 +122,8 @@ class Files:
     def names(self, index: int) -> list[str]:
         """The pictures' file names: batch, place, concept, style and seed."""
         names = []
-        for place, job in enumerate(self.series.batches(self.size)[index]):
+        jobs = self.series.jobs[index * self.size : (index + 1) * self.size]
+        for place, job in enumerate(jobs):
             labels = [job.prompt.concept, job.prompt.style, str(job.prompt.seed)]
             names.append(f"{index:04d}-{place:02d}-{slug(' '.join(label for label in labels if label))}.png")
         return names

@@ -4,7 +4,8 @@
     "per concept", "ratio", "activations", "grid"}}, "cost": ...}
 
 Metrics are per cent, Frechet distances and CLIP scores in their own unit, each `{"mean", "low", "high",
-"seeds"}` or None (not measured).
+"seeds"}` or None (not measured). "replaced" of "padding" and "sources" is the mean over the timesteps of what
+"ratio" has; elsewhere it is of all patches of the pictures' batches, both halves of guidance.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbdt.evaluation.columns import Columns, figures, labels
+from lbdt.evaluation.columns import Columns, Figures, figures, labels
 from lbdt.evaluation.design import Job
-from lbdt.evaluation.metrics.accuracy import mean_by
+from lbdt.evaluation.metrics.accuracy import average, mean_by
 from lbdt.evaluation.metrics.activations import Watched, compare_settings
 from lbdt.evaluation.metrics.intervals import estimate
 from lbdt.evaluation.plan import PADDINGS, SOURCES, Plan, unedited
@@ -36,7 +37,7 @@ def kind_values(evaluation: Evaluation, kind: str, strength: float | None) -> di
     for method, series in scored.items():
         got = evaluation.columns(series)
         result = figures(evaluation.world, plan.scored_jobs, got, base, method != "base")
-        rows.append(_row(method, series.settings, result.pictures, result.row()))
+        rows.append(_row(method, series.settings, result))
         if method != "base":
             concepts[method] = result.concepts
     return {
@@ -51,10 +52,8 @@ def kind_values(evaluation: Evaluation, kind: str, strength: float | None) -> di
     }
 
 
-def _row(
-    method: str, settings: Mapping[str, Any], pictures: int, metrics: Mapping[str, Any]
-) -> dict[str, Any]:
-    return {"method": method, "settings": dict(settings), "pictures": pictures, **metrics}
+def _row(method: str, settings: Mapping[str, Any], result: Figures) -> dict[str, Any]:
+    return {"method": method, "settings": dict(settings), **result.counts(), **result.row()}
 
 
 def _sweep(evaluation: Evaluation, plan: Plan, strength: float | None) -> list[dict[str, Any]]:
@@ -66,7 +65,7 @@ def _sweep(evaluation: Evaluation, plan: Plan, strength: float | None) -> list[d
     for each in series[1:]:
         result = figures(evaluation.world, plan.sweep_jobs, evaluation.columns(each), base, True)
         chosen = each.method == "steering" and each.settings["strength"] == strength
-        rows.append(_row(each.method, each.settings, result.pictures, result.row()) | {"chosen": chosen})
+        rows.append(_row(each.method, each.settings, result) | {"chosen": chosen})
     return rows
 
 
@@ -76,11 +75,12 @@ def _ablation(evaluation: Evaluation, plan: Plan, base: Columns) -> dict[str, An
     series = plan.ablation()
     for number, each in enumerate(series):
         result = figures(evaluation.world, jobs, evaluation.columns(each), base, True)
-        rows.append(_row("per", each.settings, result.pictures, result.row()))
+        steps = replaced_by_step(evaluation, each, {job for part in jobs.values() for job in part})
+        # The shares of whole batches would be of the main row's other pictures too, in one of the rows.
+        share = average([100 * step["replaced"] for step in steps])
+        rows.append(_row("per", each.settings, result) | {"replaced": estimate([share])})
         if number < len(PADDINGS):
-            ratio[str(each.settings["padding"])] = replaced_by_step(
-                evaluation, each, {job for part in jobs.values() for job in part}
-            )
+            ratio[str(each.settings["padding"])] = steps
     count = len(PADDINGS)
     assert len(rows) == count + len(SOURCES)
     return {"padding": rows[:count], "sources": rows[count:], "ratio": ratio}

@@ -14,7 +14,6 @@ from lbdt.evaluation.metrics.activations import (
     compare_settings,
     fit,
     log_norms,
-    merge_steps,
 )
 from lbdt.evaluation.metrics.histograms import REACH, edges_of, histogram
 
@@ -245,42 +244,3 @@ def test_a_histogram_is_numpys_with_what_lies_beyond_in_the_outer_bins():
     assert histogram(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 1.0, 2.0]).double())[
         "share"
     ] == pytest.approx([1 / 3, 2 / 3])
-
-
-def step(timestep: float, patches: int, detected: int, replaced: int) -> dict:
-    return {
-        "timestep": timestep,
-        "rows": 1,
-        "patches": patches,
-        "detected": detected / patches,
-        "replaced": replaced / patches,
-    }
-
-
-def test_reports_add_up_by_patches():
-    reports = [
-        {"steps": [step(999.0, 64, 7, 21), step(1.0, 64, 0, 0)]},
-        {"steps": [step(999.0, 3 * 64, 5, 31)]},
-    ]
-    merged = [
-        {"timestep": 999.0, "detected": 12 / 256, "replaced": 52 / 256},
-        {"timestep": 1.0, "detected": 0.0, "replaced": 0.0},
-    ]
-    assert merge_steps(reports) == merged == merge_steps(reports[::-1])
-    assert merge_steps([]) == []
-
-
-@given(
-    st.lists(st.integers(1, 10**6).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), min_size=1)
-)
-def test_merged_shares_are_exact(batches):
-    (merged,) = merge_steps([{"steps": [step(5.0, n, k, k)]} for n, k in batches])
-    assert merged["replaced"] == sum(k for _, k in batches) / sum(n for n, _ in batches)
-
-
-@pytest.mark.parametrize(
-    "report", [{}, {"steps": [{"timestep": 1.0}]}, {"steps": None}], ids=["none", "half", "null"]
-)
-def test_something_else_than_a_report_is_refused(report):
-    with pytest.raises(ValueError, match="Report.to_dict"):
-        merge_steps([report])

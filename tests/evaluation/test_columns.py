@@ -104,7 +104,8 @@ def test_an_artifact_judge_without_an_answer_is_not_counted():
         told = [value for value in said if value == value]
         assert seed["AR"] == pytest.approx(100 * sum(told) / len(told))
     silent = Columns(**fields(verdicts(FLAT), artifacts=artifacts * torch.nan))
-    assert figures(WORLD, JOBS, silent, None, True).row()["AR"] is None
+    found = figures(WORLD, JOBS, silent, None, True)
+    assert found.row()["AR"] is None and found.counts()["unanswered"] == found.pictures
 
 
 def fields(columns, **changes):

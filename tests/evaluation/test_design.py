@@ -147,3 +147,14 @@ def test_numbers_below_one_are_refused(name):
 )
 def test_the_report_says_which_pictures(design, words):
     assert words in design.describe(7)
+
+
+def test_a_sample_of_others_covers_every_object_in_every_style_over_the_default_seeds():
+    seen = Counter(
+        (job.prompt.concept, job.prompt.style)
+        for place, seed in enumerate(WORLD.seeds)
+        for job in targets(WORLD, seed, place, 1, 6, WORLD.objects)
+        if job.prompt.concept not in job.erased
+    )
+    assert set(seen) == {(name, style) for name in WORLD.objects for style in WORLD.styles}
+    assert max(seen.values()) <= 5

@@ -196,7 +196,7 @@ def test_the_judge_answers_with_both_classifiers_and_swaps_them_for_styles(tmp_p
     verdicts = judge(given)
     assert torch.equal(verdicts.styles, first)
     assert verdicts.objects.tolist() == [10 + t if t in seen[1:] else -1 for t in second.tolist()]
-    assert "themes.pth" in judge.features_name and "things.pth" in judge.name
+    assert "things.pth" in judge.features_name and "themes.pth" in judge.name
     assert judge.name != ViTJudge(things, themes).name, "the same numbers mean other classes"
     other = load_vit(write(tmp_path / "themes.pth", state(6, seed=3), "bare"))
     assert other.name != themes.name, "another checkpoint of the same file name"

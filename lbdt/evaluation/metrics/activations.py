@@ -1,12 +1,11 @@
 """How far an edit moves a block's activations from the unedited model's (protocols.md, 2.1: the out-of-distribution
-figure of arXiv 2606.31699), and which share of the patches an eraser replaces at each timestep.
+figure of arXiv 2606.31699).
 
 Rows are patches of a block's output, as `lbdt.evaluation.watch.Watch` keeps them. Sizes: n, m rows, d dimensions.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -182,36 +181,6 @@ def compare_settings(base: Tensor, others: Sequence[Watched], bins: int = BINS) 
             "dimension": {"index": index, **histogram(found["dimension"][i], edges["dimension"])},
         }
         for i, each in enumerate(settings)
-    ]
-
-
-def merge_steps(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The steps of several batches' reports added up: "timestep" (descending), "detected" and "replaced", the shares
-    of all patches, guidance halves together.
-
-    Args:
-        reports: of `lbdt.report.Report.to_dict()`. Their shares are turned back into whole patches, so the order and
-            the division into batches do not matter.
-
-    Raises:
-        ValueError: a report without "steps", or steps without their patches.
-    """
-    patches: dict[float, int] = defaultdict(int)
-    counts = {name: defaultdict(int) for name in ("detected", "replaced")}
-    for report in reports:
-        try:
-            for step in report["steps"]:
-                patches[step["timestep"]] += step["patches"]
-                for name, count in counts.items():
-                    count[step["timestep"]] += round(step[name] * step["patches"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"reports: expected dictionaries of Report.to_dict(), whose steps have timestep, patches, detected "
-                f"and replaced; one lacks {error}"
-            ) from error
-    return [
-        {"timestep": t, **{name: count[t] / max(patches[t], 1) for name, count in counts.items()}}
-        for t in sorted(patches, reverse=True)
     ]
 
 

@@ -39,7 +39,7 @@ def mean_of(row: Mapping[str, Any] | None, metric: str) -> float | None:
 
 
 def half_of(estimate: Mapping[str, Any]) -> float | None:
-    """Half the width of the 95 % interval (its longer side, where it was cut at 0 or 100); None with one seed."""
+    """Half the width of the 95 % interval; None with one seed."""
     low, high = estimate.get("low"), estimate.get("high")
     return None if low is None or high is None else max(high - estimate["mean"], estimate["mean"] - low)
 

@@ -35,7 +35,8 @@ _GLOSSARY = (
     ("CRA", "share of all styled pictures whose style is still classified. Higher is better."),
     ("AR", "share of pictures that the artifact rule rejects; AR others: of those whose prompt does not name the erased concept. Lower is better."),
     ("GA", "global average: mean of UA, IRA, CRA and 100 - AR, without CRA where there is none. Higher is better."),
-    ("FD", "Frechet distance of the judge's features. Lower is better."),
+    ("FD", "Frechet distance of the judge's features, of pictures whose prompt does not name the erased concept to the unedited ones of the same prompts. Lower is better."),
+    ("CLIP", "CLIP score with the prompt, where a model was given, of pictures whose prompt does not name the erased concept. Higher is better."),
 )  # fmt: skip
 _ABOUT = (
     ("world", "world"),
@@ -88,8 +89,7 @@ def _summary(values: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 
 
 def _erases(values: Mapping[str, Any], kinds: Mapping[str, Any], files: Mapping[str, Path]) -> str:
-    columns = (*table.COLUMNS, *(["CLIP"] if _any(kinds, "CLIP") else []))
-    main = table.main_table(values, columns)
+    main = table.main_table(values, table.columns_of(values))
     text = _table(main) if main.rows else UNMEASURED
     text += f'<p class="note">Bold: {escape(table.MARKS)}.</p>'
     text += "<dl>" + "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in _GLOSSARY) + "</dl>"
@@ -242,10 +242,6 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value))
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-
-
-def _any(kinds: Mapping[str, Any], metric: str) -> bool:
-    return any(row.get(metric) for kind in kinds.values() for row in kind.get("rows") or [])
 
 
 def _parts(kinds: Mapping[str, Any], part: str) -> str:

@@ -39,9 +39,15 @@ def main_table(values: Mapping[str, Any], columns: tuple[str, ...] = COLUMNS) ->
     return Table(["pipeline", "method", "pictures", *columns], rows, marked, 2)
 
 
+def columns_of(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """`COLUMNS`, and CLIP where it was measured."""
+    rows = [row for kind in cells.kinds_of(values).values() for row in kind.get("rows") or []]
+    return (*COLUMNS, *(["CLIP"] if any(row.get("CLIP") for row in rows) else []))
+
+
 def lines(values: Mapping[str, Any]) -> list[str]:
     """The main table for the terminal, its legend, and which method is ahead in which pipelines."""
-    table = main_table(values)
+    table = main_table(values, columns_of(values))
     if not table.rows:
         return ["no pipeline was evaluated"]
     return [*cells.text_lines(table), f"*: {LEGEND}", *verdict(values)]
@@ -49,7 +55,7 @@ def lines(values: Mapping[str, Any]) -> list[str]:
 
 def markdown(values: Mapping[str, Any]) -> list[str]:
     """The main table for a README, and its legend."""
-    return [*cells.markdown_lines(main_table(values)), "", f"Bold: {LEGEND}."]
+    return [*cells.markdown_lines(main_table(values, columns_of(values))), "", f"Bold: {LEGEND}."]
 
 
 def verdict(values: Mapping[str, Any]) -> list[str]:

@@ -24,10 +24,18 @@ STYLE_TEXT = "{name} style"
 
 
 class ClipJudge:
-    """Zero-shot classes: the name whose text lies nearest to the picture. Ties go to the first."""
+    """Zero-shot classes: the name whose text lies nearest to the picture. Ties go to the first.
+
+    With a single style every picture would be of it, so then there is no verdict on styles.
+    """
 
     def __init__(self, clip: Clip, objects: Sequence[str], styles: Sequence[str]) -> None:
-        """Underscores of names become spaces. Without styles there is no verdict on them."""
+        """Underscores of names become spaces. ValueError: a single object, of which every picture would be."""
+        if len(objects) < 2:
+            raise ValueError(
+                f"objects: expected two or more to choose from, got {', '.join(objects) or 'none'}"
+            )
+        styles = styles if len(styles) > 1 else ()
         self.clip = clip
         # Verdicts are kept under this name, and their numbers mean these classes.
         classes = hashlib.sha256(repr((tuple(objects), tuple(styles))).encode()).hexdigest()[:8]
@@ -72,7 +80,8 @@ def prompt_world(
         prompts: .jsonl or .csv with the columns prompt, and where known concept, style, seed.
         model: diffusers pipeline, a folder or Hub repository; its own scheduler and size.
         erasers, steering, strengths: by name of the kind; see `lbdt.evaluation.worlds.saved_kinds`.
-        clip: folder or Hub repository of a CLIP model, the judge; None: pictures are not classified.
+        clip: folder or Hub repository of a CLIP model, the judge; None, or a file of one concept: pictures are not
+            classified.
         guidance: None: the pipeline's own.
         seeds: None: as many, from 0, as take every row once.
         sweep_seeds: None: the one after; its start noise is that of no row in the file.
@@ -102,7 +111,7 @@ def prompt_world(
         styles=styles,
         prompts=partial(_seeded, list(groups.values()), max(starts) - min(starts) + 1),
         pipeline=partial(_pipeline, model),
-        judge=None if clip is None else partial(_judge, clip, objects, styles),
+        judge=None if clip is None or len(objects) < 2 else partial(_judge, clip, objects, styles),
         kinds=saved_kinds(erasers, steering or {}, strengths or {}, steps, guidance),
         seeds=tuple(seeds),
         sweep_seeds=tuple(sweep_seeds),

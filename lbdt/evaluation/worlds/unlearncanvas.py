@@ -69,7 +69,7 @@ def unlearncanvas(
       Then UA and IRA of the evaluation are style accuracies and its CRA the object accuracy (protocols.md 1.6).
 
     Args:
-        base: diffusers folder or Hub repository of the fine-tuned model. Its safety checker is left out.
+        base: diffusers folder or Hub repository of the fine-tuned model.
         erasers, steering, strengths: by name of the kind; see `lbdt.evaluation.worlds.saved_kinds`.
         object_classifier, style_classifier: a file, or a folder or Hub repository that holds style50_cls.pth and
             style50.pth (or .safetensors). None, both: pictures are not classified.
@@ -259,8 +259,6 @@ def _pipeline(base: PathOrRepo, size: int | None, device: torch.device) -> Any:
             f"base: {os.fspath(base)} generates {own} x {own} pixels; the protocol has {size}. Give SD 1.5 fine-tuned on "
             f"UnlearnCanvas, or size=None"
         )
-    if getattr(pipe, "safety_checker", None) is not None:
-        pipe.safety_checker = None  # it would blacken pictures that are to be scored
     return pipe
 
 

@@ -71,7 +71,9 @@ class ViTClassifier:
 
 
 class ViTJudge:
-    """The two classifiers as an evaluation's judge. Its features are the style classifier's class token."""
+    """The two classifiers as an evaluation's judge. Its features are the class token of the one that does not know what is
+    erased (see `lbdt.evaluation.metrics.artifacts.FeatureJudge`): the style classifier's, or the object classifier's
+    where styles are erased."""
 
     def __init__(
         self, objects: ViTClassifier, styles: ViTClassifier, swapped: Mapping[int, int] | None = None
@@ -80,19 +82,19 @@ class ViTJudge:
         self.objects, self.styles, self.swapped = objects, styles, swapped
         self.name = f"UnlearnCanvas ViT: objects {objects.name}, styles {styles.name}"
         self.name += "" if swapped is None else "; styles are what is erased"
+        what, known = ("style", styles) if swapped is None else ("object", objects)
         self.features_name = (
-            f"class token of the UnlearnCanvas style classifier ({styles.name}), after the final norm"
+            f"class token of the UnlearnCanvas {what} classifier ({known.name}), after the final norm"
         )
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Verdicts:
         """Of RGB pictures of any size."""
-        things = self.objects(pictures)[0].argmax(-1)
-        logits, features = self.styles(pictures)
-        themes = logits.argmax(-1)
+        (things, of_objects), (themes, of_styles) = self.objects(pictures), self.styles(pictures)
+        things, themes = things.argmax(-1), themes.argmax(-1)
         if self.swapped is None:
-            return Verdicts(things, themes, features)
+            return Verdicts(things, themes, of_styles)
         table = torch.tensor([self.swapped.get(i, -1) for i in range(self.styles.classes)])
-        return Verdicts(table[themes], things, features)
+        return Verdicts(table[themes], things, of_objects)
 
 
 def preprocess(pictures: Sequence[Image.Image], side: int = 224) -> Tensor:
