@@ -73,6 +73,18 @@ def together_lines(values: Mapping[str, Any]) -> list[str]:
     return rows
 
 
+def style_lines(values: Mapping[str, Any]) -> list[str]:
+    """AR of steering and PER by the style of the prompt."""
+    kinds = cells.kinds_of(values)
+    styles = list(next(iter(kinds.values()))["AR per style"]["per"])
+    rows = [_line(["pipeline", "method", *styles]), _line(["---"] * (len(styles) + 2))]
+    for name, kind in kinds.items():
+        for method, rates in kind["AR per style"].items():
+            figures = ["-" if rate is None else f"{rate:.0f}" for rate in rates.values()]
+            rows.append(_line([name, cells.method(cells.main_row(kind, method)), *figures]))
+    return rows
+
+
 def sweep_lines(values: Mapping[str, Any]) -> list[str]:
     """Every strength on the sweep's pictures, and PER on the same: UA / IRA / CRA / AR / GA."""
     rows = [
@@ -115,7 +127,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     values = read_json(folder / "values.json")
     write_files(RESULTS, {Path(name).name: (folder / name).read_bytes() for name in KEPT})
-    parts = [main_lines(values), sweep_lines(values), inside_lines(values)]
+    parts = [main_lines(values), style_lines(values), sweep_lines(values), inside_lines(values)]
     parts += [settings_lines(values, "padding"), settings_lines(values, "sources"), together_lines(values)]
     print("\n\n".join("\n".join(part) for part in parts))
 

@@ -108,6 +108,8 @@ class Figures:
     by_seed: list[dict[str, float | None]]
     concepts: dict[str, dict[str, float | None]]
     """Over all seeds together."""
+    styles: dict[str, float | None]
+    """AR by the style of the prompt, "none" without one; over all seeds together."""
     pictures: int
     unanswered: int
     """Pictures on which the artifact judge gave no answer; they are not in AR."""
@@ -142,9 +144,17 @@ def figures(
             "CRA": score.cra,
             "AR": _artifacts(own, got, edited),
         }
+    styles = {
+        style or "none": _artifacts(
+            [job for job in whole if job.prompt.concept in job.erased and job.prompt.style == style],
+            got,
+            edited,
+        )
+        for style in (*world.styles, None)
+    }
     looked_up = list(dict.fromkeys(_key(job, edited) for job in whole))
     unanswered = 0 if got.artifacts is None else int(got.artifacts[got.rows(looked_up)].isnan().sum())
-    return Figures(by_seed, concepts, len(looked_up), unanswered)
+    return Figures(by_seed, concepts, styles, len(looked_up), unanswered)
 
 
 def _one(

@@ -1,7 +1,7 @@
 """The figures of a finished evaluation, as one JSON-like value that the report is written from.
 
     {"about": ..., "kinds": {NAME: {"sampling", "rows", "sweep", "padding", "sources", "together",
-    "per concept", "ratio", "activations", "grid"}}, "cost": ...}
+    "per concept", "AR per style", "ratio", "activations", "grid"}}, "cost": ...}
 
 Metrics are per cent, Frechet distances and CLIP scores in their own unit, each `{"mean", "low", "high",
 "seeds"}` or None (not measured). "replaced" of "padding" and "sources" is the mean over the timesteps of what
@@ -33,13 +33,13 @@ def kind_values(evaluation: Evaluation, kind: str, strength: float | None) -> di
     plan = evaluation.plans[kind]
     scored = {series.method: series for series in plan.scored(strength)}
     base = evaluation.columns(scored["base"])
-    rows, concepts = [], {}
+    rows, concepts, styles = [], {}, {}
     for method, series in scored.items():
         got = evaluation.columns(series)
         result = figures(evaluation.world, plan.scored_jobs, got, base, method != "base")
         rows.append(_row(method, series.settings, result))
         if method != "base":
-            concepts[method] = result.concepts
+            concepts[method], styles[method] = result.concepts, result.styles
     return {
         "sampling": {"steps": plan.kind.steps, "guidance": plan.kind.guidance},
         "rows": rows,
@@ -47,6 +47,7 @@ def kind_values(evaluation: Evaluation, kind: str, strength: float | None) -> di
         **_ablation(evaluation, plan, base),
         "together": [together_row(evaluation, series, order) for series, order in plan.together(strength)],
         "per concept": concepts,
+        "AR per style": styles,
         "activations": _activations(evaluation, plan),
         "grid": _grid(evaluation, plan, scored),
     }

@@ -105,7 +105,15 @@ def test_an_artifact_judge_without_an_answer_is_not_counted():
         assert seed["AR"] == pytest.approx(100 * sum(told) / len(told))
     silent = Columns(**fields(verdicts(FLAT), artifacts=artifacts * torch.nan))
     found = figures(WORLD, JOBS, silent, None, True)
+    assert set(found.styles.values()) == {None} and set(found.styles) == {*WORLD.styles, "none"}
     assert found.row()["AR"] is None and found.counts()["unanswered"] == found.pictures
+
+
+def test_artifacts_by_style_are_of_the_erased_objects_pictures():
+    """An artifact in every inked picture, the other objects' too, which do not count."""
+    got = verdicts(FLAT, artifacts=lambda job: job.prompt.style == WORLD.styles[0] or not own(job))
+    styles = figures(WORLD, JOBS, got, base(), True).styles
+    assert styles == {WORLD.styles[0]: 100, **dict.fromkeys((*WORLD.styles[1:], "none"), 0)}
 
 
 def fields(columns, **changes):
