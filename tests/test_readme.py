@@ -6,8 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks import evaluation, pipelines
+from benchmarks import attack, evaluation, pipelines
 from lbdt import canvas
+from lbdt.attack import Outcome, summarise
 from lbdt.bench import table
 from lbdt.evaluation.report import cells
 from lbdt.evaluation.report.table import csv_text
@@ -111,3 +112,12 @@ def test_per_beats_steering_in_the_linked_evaluation():
             steering, per = (cells.mean_of(cells.main_row(kind, m), metric) for m in ("steering", "per"))
             wins += per < steering if metric == "AR" else per > steering
         assert wins >= 3, metric
+
+
+def test_its_figures_of_the_attack_are_those_of_the_linked_result():
+    result = json.loads((README.parent / "benchmarks/results/attack.json").read_text())
+    lines = attack.lines(result["runs"])
+    assert len(lines) == 6 and "\n".join(lines) in README.read_text()
+    for run in result["runs"]:
+        outcomes = [Outcome.from_dict(outcome) for outcome in run["outcomes"]]
+        assert summarise(outcomes).to_dict() == run["summary"]
