@@ -76,6 +76,7 @@ def test_values_have_every_part(whole):
             "sources",
             "together",
             "per concept",
+            "AR per style",
             "ratio",
             "activations",
         ),
@@ -110,6 +111,8 @@ def test_values_have_every_part(whole):
     for method in ("steering", "per"):
         assert set(values["per concept"][method]) == set(toy.CONCEPTS)
         assert {"UA", "IRA", "CRA", "AR"} == set(values["per concept"][method]["Cats"])
+        assert set(values["AR per style"][method]) == {*small.STYLES, "none"}
+        assert f"toy,per style,{method},style=none,,AR," in csv_text({"kinds": {"toy": values}})
     assert [row["method"] for row in values["activations"]] == ["base", "steering", "steering", "per"]
 
 

@@ -111,6 +111,10 @@ def _csv_rows(kind: Mapping[str, Any]) -> Iterator[list[str]]:
                 if value is not None:
                     row = {"method": method}
                     yield _csv_row("per concept", row, {"concept": concept}, metric, {"mean": value})
+    for method, styles in (kind.get("AR per style") or {}).items():
+        for style, value in styles.items():
+            if value is not None:
+                yield _csv_row("per style", {"method": method}, {"style": style}, "AR", {"mean": value})
     for padding, steps in (kind.get("ratio") or {}).items():
         for step in steps:
             given = {"padding": padding, "timestep": step["timestep"]}
