@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lbdt import canvas
 from lbdt.bench import machine
+from lbdt.files import write_file
 
 STYLES = ("Photo", "Sketch", "Neon")
 
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, mean in result["mean_read"].items():
         print(f"| {name} | {mean:.1f} | {mean / result['latents']:.1%} |")
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_file(options.out, (json.dumps(result, indent=1) + "\n").encode())
     return 0
 
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from lbdt.bench import machine
+from lbdt.files import write_file
 from lbdt.sae import SAEConfig
 from lbdt.training.objectives import Ranked
 from lbdt.training.run import Run
@@ -207,7 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
             "threads": torch.get_num_threads(),
             "rows": rows,
         } | machine.describe(device)
-        (auto if options.out == "auto" else Path(options.out)).write_text(json.dumps(result, indent=1) + "\n")
+        path = auto if options.out == "auto" else Path(options.out)
+        write_file(path, (json.dumps(result, indent=1) + "\n").encode())
     return 0 if all(row["speedup"] >= 1 for row in rows) else 1
 
 

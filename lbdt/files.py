@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +19,9 @@ import torch
 from torch import Tensor
 
 _TEMPORARY = ".lbdt-"
+_LONGEST = 50  # characters, of 4 bytes at most
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def read_json(path: Path) -> Any:
@@ -132,45 +137,89 @@ def write_files(directory: Path, contents: Mapping[str, bytes | tuple[bytes | me
     """Writes every file (one piece, or several in a row) under a temporary name, then renames them all (`os.replace`).
 
     What killed processes left half written in `directory` is removed.
+
+    Raises:
+        OSError: the file, why it cannot be written, and what to do; every file is as it was.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(directory)
     with contextlib.ExitStack() as stack:
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(directory)
         written: list[tuple[str, Path]] = []
         for name, data in contents.items():
-            file, temporary = stack.enter_context(_temporary(directory, name))
-            written.append((temporary, directory / name))
-            # mkstemp makes private files; what is shipped must be readable like any other file.
-            os.fchmod(file.fileno(), 0o644)
-            for piece in data if isinstance(data, tuple) else (data,):
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
+            with writing(directory / name):
+                file, temporary = stack.enter_context(_temporary(directory, name))
+                written.append((temporary, directory / name))
+                # mkstemp makes private files; what is shipped must be readable like any other file.
+                os.fchmod(file.fileno(), 0o644)
+                for piece in data if isinstance(data, tuple) else (data,):
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
         for temporary, path in written:
-            os.replace(temporary, path)
+            with writing(path):
+                os.replace(temporary, path)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """One file, as `write_files` writes it; a link is followed, and a device or a pipe is written to as it is."""
+    path = Path(os.path.realpath(path))
+    if not path.exists() or path.is_file():
+        write_files(path.parent, {path.name: data})
+        return
+    with writing(path), path.open("wb") as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError of the block becomes one that names `path`, the reason and what to do, with the same `errno`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            remedy = "make room there, or write to another disk"
+        elif error.errno in _FORBIDDEN:
+            remedy = "give a place in a folder of yours"
+        else:
+            remedy = "give another place"
+        told = OSError(f"{path}: cannot be written ({error.strerror or error}); {remedy}")
+        told.errno = error.errno
+        raise told from error
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Removes the temporary files of killed processes in `directory`; those in use are locked, and stay."""
+    """Removes the temporary files and folders of killed processes in `directory`; those in use are locked, and stay."""
     for path in directory.glob(f"{_TEMPORARY}*"):
         # Also where the file system knows no locks: then nothing tells whose the file is.
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(handle)
+
+
+def temporary_prefix(name: str) -> str:
+    """What the temporary name of a file or folder begins with, short enough for any file system."""
+    return f"{_TEMPORARY}{name[:_LONGEST]}."
 
 
 @contextlib.contextmanager
 def _temporary(directory: Path, name: str) -> Iterator[tuple[BinaryIO, str]]:
     """A new file, locked while it is open, and its path; removed in the end unless it was renamed."""
     while True:
-        handle, temporary = tempfile.mkstemp(dir=directory, prefix=f"{_TEMPORARY}{name}.")
-        with os.fdopen(handle, "wb") as file:
+        handle, temporary = tempfile.mkstemp(dir=directory, prefix=temporary_prefix(name))
+        file = os.fdopen(handle, "wb")
+        try:
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             if not os.fstat(handle).st_nlink:
                 continue  # another process took it for a leftover before it was locked
-            try:
-                yield file, temporary
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+            yield file, temporary
             return
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what could not be written is tried again here
+                file.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lbdt.files import write_file
 from lbdt.out import check_out
 
 if TYPE_CHECKING:
@@ -69,9 +71,16 @@ def check_path(path: Path) -> None:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Writes the picture, making its folder if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    """Writes the picture whole or not at all, making its folder if needed.
+
+    Raises:
+        OSError: the path, why it cannot be written, and what to do.
+    """
+    from PIL import Image
+
+    data = io.BytesIO()
+    picture.save(data, format=Image.registered_extensions()[path.suffix.lower()])
+    write_file(path, data.getvalue())
 
 
 def _masks_panel(image: Image.Image, masks: Sequence[StepMask], size: tuple[int, int]) -> Image.Image:

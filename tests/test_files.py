@@ -1,11 +1,17 @@
 """`lbdt.files`: files are whole or absent, and nothing of a killed process stays."""
 
+import contextlib
+import errno
 import fcntl
 import json
+import os
+import resource
+import signal
+from pathlib import Path
 
 import pytest
 
-from lbdt.files import read_json, write_files
+from lbdt.files import read_json, write_file, write_files, writing
 
 
 def names(folder):
@@ -35,6 +41,79 @@ def test_what_a_killed_process_left_is_removed_but_not_what_is_in_use(tmp_path):
         assert names(tmp_path) == [".lbdt-sae.safetensors.used", ".mine", "lbdt-report.json", "report.json"]
     write_files(tmp_path, {"report.json": b"{}"})
     assert names(tmp_path) == [".mine", "lbdt-report.json", "report.json"]
+
+
+def test_a_killed_process_leaves_no_folder_behind_that_is_not_in_use(tmp_path):
+    for name in (".lbdt-dead", ".lbdt-used"):
+        (tmp_path / name / "part").mkdir(parents=True)
+    handle = os.open(tmp_path / ".lbdt-used", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    write_files(tmp_path, {"a": b""})
+    assert names(tmp_path) == [".lbdt-used", "a"]
+    os.close(handle)
+    write_files(tmp_path, {"a": b""})
+    assert names(tmp_path) == ["a"]
+
+
+@contextlib.contextmanager
+def no_file_beyond(size):
+    """What the kernel answers on a full disk, but for its words; needs no rights and no disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("size", [0, 1 << 20], ids=["no room", "room for one"])
+def test_without_room_the_old_files_stay_and_the_file_is_named(tmp_path, size):
+    write_files(tmp_path, {"a.bin": b"old", "b.bin": b"old"})
+    data = bytes(3 << 20)
+    with no_file_beyond(size), pytest.raises(OSError) as caught:
+        write_files(tmp_path, {"a.bin": b"new", "b.bin": data})
+    name = "b.bin" if size else "a.bin"
+    assert str(caught.value) == (
+        f"{tmp_path / name}: cannot be written (File too large); make room there, or write to another disk"
+    )
+    assert caught.value.errno == errno.EFBIG
+    assert names(tmp_path) == ["a.bin", "b.bin"] and (tmp_path / "a.bin").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOSPC, "make room there"),
+        (errno.EDQUOT, "make room there"),
+        (errno.EROFS, "a folder of yours"),
+        (errno.EACCES, "a folder of yours"),
+        (errno.EIO, "give another place"),
+    ],
+    ids=["full", "quota", "read-only", "forbidden", "broken"],
+)
+def test_each_reason_has_its_own_remedy(tmp_path, code, words):
+    with pytest.raises(OSError) as caught, writing(tmp_path / "x"):
+        raise OSError(code, os.strerror(code), "somewhere")
+    assert str(caught.value).startswith(f"{tmp_path / 'x'}: cannot be written ({os.strerror(code)}); ")
+    assert words in str(caught.value) and caught.value.errno == code
+
+
+def test_a_full_device_and_one_that_takes_all_stay_devices():
+    with pytest.raises(OSError, match="/dev/full: cannot be written .No space left on device.; make room"):
+        write_file(Path("/dev/full"), b"data")
+    write_file(Path("/dev/null"), b"data")
+    assert not os.path.isfile("/dev/null")
+
+
+def test_a_link_is_followed_and_a_long_name_is_a_name(tmp_path):
+    (tmp_path / "link").symlink_to("real")
+    write_file(tmp_path / "link", b"1")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"1"
+    name = "\N{SNOWMAN}" * 85
+    write_file(tmp_path / name, b"2")
+    assert (tmp_path / name).read_bytes() == b"2"
 
 
 @pytest.mark.parametrize("text", ["1" * 400, "[" * 200_000, "{"], ids=["huge integer", "deep", "cut off"])

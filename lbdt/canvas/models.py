@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lbdt.files import write_files
+
 from .scenes import OBJECTS, STYLES, prompt
 
 LATENT_SIDE = 32
@@ -135,9 +137,9 @@ def build_tokenizer(folder: Path):
             pieces = ["".join(pair), *pieces[2:]]
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
     tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    vocabulary = json.dumps({token: i for i, token in enumerate(tokens)})
+    lines = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
+    write_files(folder, {"vocab.json": vocabulary.encode(), "merges.txt": lines.encode()})
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
 
 

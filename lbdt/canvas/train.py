@@ -12,11 +12,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from lbdt.files import write_file
 
 from . import models
 from .scenes import OBJECTS, STYLES, prompt
-from .training import HELD_OUT_SEED, JUDGE_SEED, TRAIN_SEED, Muon, adamw, run, scenes, to_float
+from .training import (
+    HELD_OUT_SEED,
+    JUDGE_SEED,
+    TRAIN_SEED,
+    Muon,
+    adamw,
+    run,
+    save_tensors,
+    scenes,
+    to_float,
+)
 
 STYLE_DROP, PROMPT_DROP = 0.1, 0.1
 TIMESTEP_POWER = 0.6
@@ -78,9 +90,8 @@ def train_classifiers(work: Path, steps: int, count: int) -> None:
         with torch.no_grad():
             right = torch.cat([net(to_float(b)).argmax(-1) for b in held_images.split(100)]) == held
         print(f"{name} classifier: {right.float().mean().item():.4f} right on {len(held)} held-out scenes")
-        save_file(
-            {k: v.half().contiguous() for k, v in net.state_dict().items()},
-            work / f"{name}_classifier.safetensors",
+        save_tensors(
+            {k: v.half() for k, v in net.state_dict().items()}, work / f"{name}_classifier.safetensors"
         )
 
 
@@ -106,9 +117,7 @@ def encode_scenes(work: Path, count: int) -> None:
             * vae.config.scaling_factor
         )
     print(f"latents: mean {z.mean().item():.3f}, std {z.std().item():.3f}")
-    save_file(
-        {"latents": z.half().contiguous(), "objects": objects, "styles": styles}, work / "latents.safetensors"
-    )
+    save_tensors({"latents": z.half(), "objects": objects, "styles": styles}, work / "latents.safetensors")
 
 
 class TextToLatent(torch.nn.Module):
@@ -206,7 +215,6 @@ def release(work: Path, name: str) -> None:
 
     pipe = StableDiffusionPipeline.from_pretrained(work / f"pipeline-{name}", local_files_only=True)
     pipe.to(torch.float16).save_pretrained(WEIGHTS / "pipeline")
-    (WEIGHTS / "judges").mkdir(parents=True, exist_ok=True)
     for path in WEIGHTS.glob("pipeline/**/*.json"):
         settings = json.loads(path.read_text())
         if path.name in ("model_index.json", "config.json"):
@@ -219,9 +227,9 @@ def release(work: Path, name: str) -> None:
                 settings.pop(
                     "block_out_channels", None
                 )  # written by diffusers, and warned of when read again
-            path.write_text(json.dumps(settings, indent=2) + "\n")
+            write_file(path, (json.dumps(settings, indent=2) + "\n").encode())
     for judge in ("object_classifier", "style_classifier"):
-        save_file(load_file(work / f"{judge}.safetensors"), WEIGHTS / "judges" / f"{judge}.safetensors")
+        save_tensors(load_file(work / f"{judge}.safetensors"), WEIGHTS / "judges" / f"{judge}.safetensors")
 
 
 def main() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
+
+from lbdt.files import write_files
 
 from .scenes import render_batch
 
@@ -23,11 +25,10 @@ def scenes(
     """Rendered scenes, cached on disk: images uint8 [count, 3, 128, 128] (channels_last memory), objects, styles [count]."""
     path = cache / f"scenes-{seed}-{count}{'-anywhere' if anywhere else ''}.npz"
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         images, objects, styles = render_batch(count, seed, anywhere=anywhere)
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, images=images, objects=objects, styles=styles)
-        os.replace(partial, path)
+        data = io.BytesIO()
+        np.savez(data, images=images, objects=objects, styles=styles)
+        write_files(cache, {path.name: (data.getbuffer(),)})
     with np.load(path) as data:
         images = torch.from_numpy(data["images"]).permute(0, 3, 1, 2)
         return images, torch.from_numpy(data["objects"]), torch.from_numpy(data["styles"])
@@ -139,9 +140,15 @@ def _save(path: Path, params: dict, average: dict, optimizers: Sequence, step: i
     for k, p in params.items():
         for optimizer in optimizers:
             tensors |= {f"optim.{field}.{k}": value for field, value in optimizer.state.get(p, {}).items()}
-    partial = path.with_suffix(".partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"step": str(step)})
-    os.replace(partial, path)
+    save_tensors(tensors, path, {"step": str(step)})
+
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, about: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file whole or not at all."""
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=about)
+    write_files(path.parent, {path.name: data})
 
 
 def _load(path: Path, params: dict, average: dict, optimizers: Sequence) -> int:

@@ -16,6 +16,7 @@ from lbdt.bench.cases import Spec
 from lbdt.bench.run import Options
 from lbdt.bench.run import run as run_cases
 from lbdt.commands.device import usable_device
+from lbdt.files import write_file
 from lbdt.out import check_out
 
 AUTO = "auto"
@@ -41,7 +42,7 @@ def run(options: Options, *, threads: int | None, out: str | None) -> tuple[dict
         torch.set_num_threads(before)
     lines = table.lines(result)
     if path is not None:
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_file(path, (json.dumps(result, indent=1) + "\n").encode())
         lines.append(f"written: {path}")
     return result, lines
 

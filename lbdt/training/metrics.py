@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
+
+from lbdt.files import writing
 
 METRICS_FILE = "metrics.jsonl"
 SPEED_FILE = "speed.jsonl"
@@ -38,13 +41,14 @@ class MetricsFile:
         Raises:
             ValueError: fewer lines than that, or others.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         self.path, self._speed = folder / METRICS_FILE, folder / SPEED_FILE
         keep = self._length(start) if start else 0
-        if not start:
-            self._speed.unlink(missing_ok=True)
-        self._file = self.path.open("ab")
-        self._file.truncate(keep)
+        with writing(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not start:
+                self._speed.unlink(missing_ok=True)
+            self._file = self.path.open("ab")
+            self._file.truncate(keep)
 
     def _length(self, lines: int) -> int:
         """Bytes of the first `lines` lines."""
@@ -65,17 +69,21 @@ class MetricsFile:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Adds a step's line."""
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n")
+        with writing(self.path):
+            self._file.write(json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n")
 
     def keep(self, step: int, rows_per_second: float) -> None:
         """Puts all lines on the disk, before a checkpoint after `step` steps vouches for them."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        with self._speed.open("a", encoding="utf-8") as file:
+        with writing(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        with writing(self._speed), self._speed.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "rows_per_second": round(rows_per_second, 1)}) + "\n")
 
     def close(self) -> None:
-        self._file.close()
+        # After `keep` nothing is left to write; what `log` could not write fails here again.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 class TensorBoard:
