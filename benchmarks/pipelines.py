@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from lbdt.bench import machine
 from lbdt.canvas import KINDS, WEIGHTS
 from lbdt.files import json_bytes, write_files
+from lbdt.folders import replaced
 
 
 def row(work: Path, kind: str) -> dict[str, Any]:
@@ -62,11 +64,9 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
 def release(work: Path) -> None:
     """Copies the erasers to where `lbdt.canvas.load_eraser` looks."""
     for kind in KINDS:
-        target, partial = WEIGHTS / f"eraser-{kind}", WEIGHTS / f".eraser-{kind}"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(work / kind / "eraser", partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        eraser = work / kind / "eraser"
+        with replaced(WEIGHTS / f"eraser-{kind}", os.listdir(eraser)) as new:
+            shutil.copytree(eraser, new, dirs_exist_ok=True)
 
 
 def main() -> None:

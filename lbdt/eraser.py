@@ -13,6 +13,7 @@ import torch
 from lbdt import attach
 from lbdt.attach import Attachment
 from lbdt.dictionary import ConceptDictionary
+from lbdt.folders import DIGESTS_FILE, PARTS, check_digests, replaced, write_digests
 from lbdt.hooks import lookup
 from lbdt.hooks.plan import ROWS, SOURCES, TARGETS, CallState, EraseOptions, ErasePlan
 from lbdt.hooks.recorder import Recorder
@@ -23,16 +24,12 @@ if TYPE_CHECKING:
     from lbdt.dictionary import Selection
 
 CONFIG_FILE = "eraser.json"
+OWN = (CONFIG_FILE, "sae", "dictionary", DIGESTS_FILE)
+"""What `save_pretrained` writes."""
 _VERSION = 1
 _numbers = itertools.count()
 _KEYS = ("version", "hookpoint", "padding", "source", "selection", "target", "detect_at")
-_FILES = (
-    CONFIG_FILE,
-    "sae/cfg.json",
-    "sae/sae.safetensors",
-    "dictionary/dictionary.json",
-    "dictionary/dictionary.safetensors",
-)
+_FILES = (CONFIG_FILE, DIGESTS_FILE, *PARTS)
 
 
 class ConceptEraser:
@@ -167,12 +164,13 @@ class ConceptEraser:
     def save_pretrained(
         self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None, decoder: bool = False
     ) -> None:
-        """Writes `eraser.json`, `sae/` and `dictionary/`; `dtype` float16 halves the tensors.
+        """Writes `eraser.json`, `sae/`, `dictionary/` and their `digests.json`; `dtype` float16 halves the tensors.
 
-        An eraser needs the encoder only. `decoder` keeps `W_dec` too, for `lbdt.Steering.from_pretrained`.
+        An eraser that is in `directory` is replaced all at one moment. An eraser needs the encoder only. `decoder` keeps `W_dec` too, for `lbdt.Steering.from_pretrained`.
 
         Raises:
             ValueError: `decoder` where this SAE has none, or tensors that overflow `dtype`.
+            OSError: why the folder cannot be written.
         """
         from lbdt.files import json_bytes, write_files
 
@@ -182,18 +180,20 @@ class ConceptEraser:
                 "decoder: this eraser's SAE was loaded without W_dec; make the eraser with the SAE of the full "
                 "checkpoint, or save with decoder=False"
             )
-        folder = Path(directory)
-        self.sae.save_pretrained(folder / "sae", encoder_only=not decoder, dtype=dtype)
-        self.dictionary.save_pretrained(folder / "dictionary", dtype=dtype)
         settings = {key: _VERSION if key == "version" else getattr(self, key) for key in _KEYS}
-        write_files(folder, {CONFIG_FILE: json_bytes(settings)})
+        with replaced(Path(directory), OWN) as folder:
+            self.sae.save_pretrained(folder / "sae", encoder_only=not decoder, dtype=dtype)
+            self.dictionary.save_pretrained(folder / "dictionary", dtype=dtype)
+            write_digests(folder)
+            write_files(folder, {CONFIG_FILE: json_bytes(settings)})
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | os.PathLike[str]) -> ConceptEraser:
         """The eraser in a folder, or in a Hugging Face repository (`owner/name`).
 
         Raises:
-            ValueError: anything absent, unreadable or contradictory; the text names the file.
+            ValueError: anything absent, unreadable or contradictory, or an SAE or dictionary other than those it was
+                saved with (where it says which); the text names the file.
         """
         from lbdt.files import read_json
         from lbdt.hub import resolve_folder
@@ -210,6 +210,7 @@ class ConceptEraser:
             raise ValueError(
                 f"{path}: expected exactly the keys {', '.join(_KEYS)}; missing or unknown: {', '.join(wrong)}"
             )
+        check_digests(folder)
         sae = SparseAutoencoder.from_pretrained(folder / "sae")
         dictionary = ConceptDictionary.from_pretrained(folder / "dictionary")
         try:

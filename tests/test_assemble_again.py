@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 
 from lbdt import ConceptEraser, Steering
 from lbdt.commands.assemble import run
 from lbdt.dictionary import ConceptDictionary
+from lbdt.dictionary.score import sae_settings
 from tests import toy
 
 
@@ -43,13 +45,28 @@ def dies(*_args, **_kwargs):
     [(ConceptDictionary, "save_pretrained"), (Steering, "save_settings")],
     ids=["eraser half written", "steering not written"],
 )
-def test_a_killed_call_is_made_good_by_the_same_call(parts, tmp_path, monkeypatch, moment):
+def test_a_killed_call_leaves_the_old_eraser_and_the_same_call_replaces_it(
+    parts, tmp_path, monkeypatch, moment
+):
     assemble(parts, tmp_path / "whole", "sdxl")
+    assemble(parts, tmp_path / "killed", padding=3)
+    (tmp_path / "killed/README.md").write_text("mine")
+    before = contents(tmp_path / "killed")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(*moment, dies)
         assemble(parts, tmp_path / "killed", "sdxl")
-    assert any((tmp_path / "killed").iterdir())
+    assert contents(tmp_path / "killed") == before
     assemble(parts, tmp_path / "killed", "sdxl")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole") | {"README.md": b"mine"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_what_an_older_version_left_half_written_is_replaced(parts, tmp_path):
+    assemble(parts, tmp_path / "whole")
+    (tmp_path / "killed/sae").mkdir(parents=True)
+    for name in (".assembling", "sae/cfg.json", "steering.json"):
+        (tmp_path / "killed" / name).touch()
+    assemble(parts, tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -62,6 +79,25 @@ def test_no_steering_stays_of_an_eraser_that_had_one(parts, tmp_path):
 
 
 OUTPUT, UPDATE = f"{toy.HOOKPOINT}:output", f"{toy.HOOKPOINT}:update"
+
+
+def test_an_sae_of_another_training_than_the_dictionarys_is_refused(parts, tmp_path):
+    eraser = toy.eraser(k=4)
+    (tmp_path / "dictionary").symlink_to(parts / "dictionary")
+    with torch.no_grad():
+        eraser.sae.encoder.bias[3] += 1
+    eraser.sae.save_pretrained(tmp_path / "sae")
+    source = tmp_path / "scored"
+    eraser.dictionary.save_pretrained(source)
+    (source / "score.json").write_text(json.dumps({"sae": sae_settings(toy.eraser(k=4).sae)}))
+    settings = {"hookpoint": toy.HOOKPOINT, "selection": {"top_k": 1}}
+    common = {"settings": settings, "rule": None, "strength": None, "dtype": "float32"}
+    with pytest.raises(
+        ValueError, match="score.json: the dictionary is of an SAE with SHA-256 .*score again"
+    ):
+        run(str(tmp_path / "sae"), str(source), tmp_path / "out", **common)
+    assert not (tmp_path / "out").exists()
+    run(str(parts / "sae"), str(source), tmp_path / "out", **common)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from lbdt.activations.sites import Site
 from lbdt.activations.source import Shard
 from lbdt.activations.stored import Stored, read_settings
 from lbdt.files import json_bytes, remove_leftovers, write_files
+from lbdt.folders import held
 
 _SPARE = 1 << 20
 
@@ -51,7 +48,7 @@ def collect(
         raise ValueError(f"process: expected one of {processes}, got {process}")
     folder = Path(folder)
     files = Files(source, folder)
-    with files.opened(shared=processes > 1):
+    with held(folder, "lbdt collect", shared=processes > 1):
         files.prepare()
         mine = range(process, files.layout.shards, processes)
         missing = [index for index in mine if files.problem(index, tell=True)]
@@ -101,29 +98,6 @@ class Files:
             return str(error)
         return None
 
-    @contextlib.contextmanager
-    def opened(self, shared: bool) -> Iterator[None]:
-        """Holds the folder, made if needed, against other runs; the processes of one run share it.
-
-        Raises ValueError where another run holds it.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.folder, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"{self.folder}: another `lbdt collect` is writing there; wait for it, or give another folder"
-                ) from error
-            except OSError as error:
-                # Some network file systems know no locks; shards are whole or absent there too.
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                    raise
-            yield
-        finally:
-            os.close(handle)
-
     def prepare(self) -> None:
         """Refuses what cannot go on here, then writes prompts and settings unless they are there.
 
@@ -147,7 +121,6 @@ class Files:
             write_files(self.folder, {"prompts.jsonl": self.prompts})
         if not begun:
             write_files(self.folder, {"settings.json": self._settings})
-        (self.folder / "shards").mkdir(exist_ok=True)
 
     def check_space(self) -> None:
         """ValueError where the shards that are missing do not fit on the disk."""

@@ -9,14 +9,16 @@ import torch
 
 from lbdt.activations import Site
 from lbdt.dictionary import ConceptDictionary
-from lbdt.dictionary.score import DONE_FILE
-from lbdt.eraser import CONFIG_FILE, ConceptEraser
+from lbdt.dictionary.score import DONE_FILE, sae_settings
+from lbdt.eraser import CONFIG_FILE, OWN, ConceptEraser
 from lbdt.files import read_json
+from lbdt.folders import replaced
 from lbdt.sae import SparseAutoencoder
 from lbdt.steering import Steering
 from lbdt.steering.steering import CONFIG_FILE as STEERING_FILE
 
 _BEGUN = ".assembling"
+"""What older versions left in a folder while they wrote it."""
 
 
 def run(
@@ -31,30 +33,26 @@ def run(
 ) -> tuple[dict[str, Any], list[str]]:
     """Writes the eraser to `out`, and with `rule` its steering baseline; `settings`: keywords of `ConceptEraser`.
 
-    An eraser that is there is replaced, and one that a killed run left half written.
+    An eraser that is there is replaced all at one moment.
 
     Raises:
         ValueError: parts that do not fit each other, a concept without any latent, or an `out` that holds other files.
+        OSError: why `out` cannot be written.
     """
-    begun = out / _BEGUN
-    ours = begun.is_file() or (out / CONFIG_FILE).is_file()
+    ours = (out / _BEGUN).is_file() or (out / CONFIG_FILE).is_file()
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not ours)):
         raise ValueError(f"--out {out}: holds something else than an eraser; give a new folder")
     eraser = ConceptEraser(
         SparseAutoencoder.from_pretrained(sae), ConceptDictionary.from_pretrained(dictionary), **settings
     )
-    _check_sites(dictionary, eraser)
+    _check_score(dictionary, eraser)
     latents = {concept: eraser.select(concept).latents.tolist() for concept in eraser.concepts}
     steering = None if rule is None else Steering.from_eraser(eraser, rule=rule, strength=strength)
-    out.mkdir(parents=True, exist_ok=True)
-    begun.touch()
-    eraser.save_pretrained(out, dtype=getattr(torch, dtype), decoder=steering is not None)
-    if steering is None:
-        # Of an earlier eraser here, whose decoder has just been dropped.
-        (out / STEERING_FILE).unlink(missing_ok=True)
-    else:
-        steering.save_settings(out)
-    begun.unlink()
+    # With the steering of an earlier eraser, whose decoder may be dropped.
+    with replaced(out, (*OWN, STEERING_FILE, _BEGUN)) as new:
+        eraser.save_pretrained(new, dtype=getattr(torch, dtype), decoder=steering is not None)
+        if steering is not None:
+            steering.save_settings(new)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     values = {
         "out": str(out),
@@ -74,12 +72,21 @@ def run(
     return values, lines
 
 
-def _check_sites(dictionary: str, eraser: ConceptEraser) -> None:
-    """ValueError where `lbdt score` says that it made the dictionary, or drew its bank, at another site."""
+def _check_score(dictionary: str, eraser: ConceptEraser) -> None:
+    """ValueError where `lbdt score` says that it made the dictionary of another SAE or site, or drew its bank at
+    another."""
     path = Path(dictionary) / DONE_FILE
     if not path.is_file():
         return
     made = read_json(path)
+    scored = made.get("sae") if isinstance(made, dict) else None
+    wanted = scored.get("sha256") if isinstance(scored, dict) else None
+    given = sae_settings(eraser.sae)["sha256"]
+    if wanted not in (None, given):
+        raise ValueError(
+            f"{path}: the dictionary is of an SAE with SHA-256 {str(wanted)[:12]}..., and --sae has {given[:12]}...; "
+            "give the SAE that it was scored with, or score again"
+        )
     looked = Site(eraser.detect_at or eraser.hookpoint, "update" if eraser.sae.config.update else "output")
     sites = {"site": (looked, "--hookpoint and --detect-at")}
     if eraser.dictionary.bank is not None:

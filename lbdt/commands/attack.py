@@ -23,6 +23,7 @@ from lbdt.commands.pipeline import CANVAS, canvas_prompts, load_pipeline
 from lbdt.commands.processes import launched_on
 from lbdt.evaluation.parts import digest_of
 from lbdt.evaluation.worlds.names import prompt_text
+from lbdt.folders import held
 
 _POLL_SECONDS = 0.2
 _STEPS = 20
@@ -130,22 +131,24 @@ def run(
     for prompt in prompts:
         PrefixedText(pipe, prompt.text, settings.tokens)
     loaded.attach(pipe, [prompts[0].concept], seed=seed).remove()
-    folder = None
-    if out is not None:
-        folder = Folder(out, _settings(plan, settings, loaded, pipe, where, threads, seed))
-    found = {} if folder is None else {p: o for p in prompts if (o := folder.load(p)) is not None}
-    resumed = len(found)
-    own = [prompt for prompt in prompts[world.rank :: world.size] if prompt not in found]
+    folder, found = None, {}
     seconds = []
-    with _bar(len(own) * settings.timesteps, world.main) as bar, _threads(threads, where):
-        for prompt in own:
-            began = time.perf_counter()
-            found[prompt] = search.run(prompt, bar.update)
-            seconds.append(time.perf_counter() - began)
-            if folder is not None:
-                folder.save(prompt, found[prompt])
-    if world.main and folder is not None:
-        _wait(folder, prompts, found, world.size)
+    with contextlib.ExitStack() as stack:
+        if out is not None:
+            stack.enter_context(held(out, "lbdt attack", shared=world.size > 1))
+            folder = Folder(out, _settings(plan, settings, loaded, pipe, where, threads, seed))
+            found = {p: o for p in prompts if (o := folder.load(p)) is not None}
+        resumed = len(found)
+        own = [prompt for prompt in prompts[world.rank :: world.size] if prompt not in found]
+        with _bar(len(own) * settings.timesteps, world.main) as bar, _threads(threads, where):
+            for prompt in own:
+                began = time.perf_counter()
+                found[prompt] = search.run(prompt, bar.update)
+                seconds.append(time.perf_counter() - began)
+                if folder is not None:
+                    folder.save(prompt, found[prompt])
+        if world.main and folder is not None:
+            _wait(folder, prompts, found, world.size)
     outcomes = [found[prompt] for prompt in prompts if prompt in found]
     values = {
         "model": plan.model or CANVAS,

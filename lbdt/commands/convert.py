@@ -11,6 +11,7 @@ import torch
 
 from lbdt.dictionary.files import INFO_FILE, TENSORS_FILE
 from lbdt.files import write_files
+from lbdt.folders import replaced
 from lbdt.formats import class_params, unbox
 from lbdt.formats.latents import SPACINGS, read_latents
 from lbdt.hub import check_subfolder, resolve_folder
@@ -109,18 +110,19 @@ def _sae(
     read = checkpoint.read(source, hookpoint, source_format, update)
     sae, notes = read.sae, list(read.assumptions)
     checks = _sae_checks(sae)
-    if target == "sdxl-unbox":
-        unbox.save_unbox(sae, out, dtype)
-        back = unbox.load(out, sae.config.update)
-        if not sae.config.update:
-            notes.append(
-                "sdxl-unbox itself will take the SAE for one of output minus input: its files cannot say no"
-            )
-    else:
-        sae.save_pretrained(out, encoder_only=encoder_only, dtype=dtype)
-        back = SparseAutoencoder.from_pretrained(out)
+    if target == "sdxl-unbox" and not sae.config.update:
+        notes.append(
+            "sdxl-unbox itself will take the SAE for one of output minus input: its files cannot say no"
+        )
     state = sae.state_dict()
-    _same({name: (state[name].to(dtype).float(), tensor) for name, tensor in back.state_dict().items()}, out)
+    with replaced(out, names) as new:
+        if target == "sdxl-unbox":
+            unbox.save_unbox(sae, new, dtype)
+            back = unbox.load(new, sae.config.update)
+        else:
+            sae.save_pretrained(new, encoder_only=encoder_only, dtype=dtype)
+            back = SparseAutoencoder.from_pretrained(new)
+        _same({name: (state[name].to(dtype).float(), got) for name, got in back.state_dict().items()}, out)
     tensors = {name: list(tensor.shape) for name, tensor in state.items()}
     settings = {key: value for key, value in sae.config.to_json().items() if key in _SETTINGS}
     return _result(source, read.format, target, out, names, tensors, settings, notes, checks)
@@ -161,11 +163,12 @@ def _latents(
     chosen = None if concepts is None else [name.strip() for name in concepts.split(",")]
     read = read_latents(path, _timesteps(timesteps), chosen)
     dictionary = read.dictionary
-    dictionary.save_pretrained(out, dtype=dtype)
-    back = type(dictionary).from_pretrained(out)
-    _same({"mean": (dictionary.mean.to(dtype).float(), back.mean)}, out)
-    if params is not None:
-        write_files(out, {class_params.JSON_FILE: class_params.class_params_json(params)})
+    with replaced(out, names) as new:
+        dictionary.save_pretrained(new, dtype=dtype)
+        back = type(dictionary).from_pretrained(new)
+        _same({"mean": (dictionary.mean.to(dtype).float(), back.mean)}, out)
+        if params is not None:
+            write_files(new, {class_params.JSON_FILE: class_params.class_params_json(params)})
     active = (dictionary.mean > 0).flatten(0, 1).any(0)
     checks = {
         "latents_never_active": float((~active).float().mean()),
@@ -249,9 +252,7 @@ def _check_out(out: Path, names: Sequence[str], force: bool) -> None:
 def _same(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], out: Path) -> None:
     for name, (wanted, got) in pairs.items():
         if not torch.equal(wanted, got):
-            raise RuntimeError(
-                f"{out}: {name}: what was written does not read back equal; do not use these files"
-            )
+            raise RuntimeError(f"{out}: {name}: what was written does not read back equal; nothing was kept")
 
 
 def _result(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shlex
@@ -24,6 +25,7 @@ from lbdt.evaluation.run import Evaluation
 from lbdt.evaluation.values import kind_values, measured_cost
 from lbdt.evaluation.world import World
 from lbdt.files import read_json
+from lbdt.folders import held
 from lbdt.training.world import launched
 
 _MOST = 8
@@ -253,7 +255,10 @@ def _work(settings: Settings, command: str) -> dict[str, Any]:
     """This process's share; the first process puts the report together. Other processes return nothing."""
     from lbdt.bench import machine
 
-    with joined_on(settings.device) as (processes, device):
+    with contextlib.ExitStack() as stack:
+        processes, device = stack.enter_context(joined_on(settings.device))
+        if processes.main:
+            stack.enter_context(held(settings.out, "lbdt evaluate"))
         if device.type == "cpu":
             # A picture's last bits depend on the number of threads.
             torch.set_num_threads(settings.threads)

@@ -10,7 +10,8 @@ import torch
 
 from lbdt.dictionary.concepts import ConceptDictionary
 from lbdt.dictionary.histograms import Histograms
-from lbdt.files import json_bytes, read_json, read_tensors, tensor_bytes, write_files
+from lbdt.files import json_bytes, read_json, read_tensors, tensor_bytes
+from lbdt.folders import write_folder
 from lbdt.hub import resolve_folder
 
 INFO_FILE = "dictionary.json"
@@ -58,7 +59,7 @@ def save(
         "fired": dictionary.fired is not None,
         "assigned": dictionary.assigned,
     }
-    write_files(
+    write_folder(
         Path(directory),
         {INFO_FILE: json_bytes(info), TENSORS_FILE: tensor_bytes(tensors, dtype, keep=("edges",))},
     )

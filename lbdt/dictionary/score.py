@@ -23,6 +23,7 @@ from lbdt.dictionary.passes import BankPass, CalibrationPass, Pass, StatisticsPa
 from lbdt.dictionary.selection import check_criteria
 from lbdt.dictionary.state import Finished, State, differing, digest, plain
 from lbdt.files import json_bytes, read_json, write_files
+from lbdt.folders import held
 
 if TYPE_CHECKING:
     from lbdt.activations import Source
@@ -89,7 +90,7 @@ def score(
 
     Raises:
         ValueError, TypeError: the argument, what was expected, what was given; a label without prompts; a state of
-            other settings, or damaged, naming the file.
+            other settings, or damaged, naming the file; a folder that another `lbdt score` is writing to.
     """
     names = labels(source, by)
     check_fit(source, site, sae)
@@ -116,7 +117,14 @@ def score(
     )
     if folder is None:
         return work.run(None, save_every, 0, 1, progress)
-    folder, settings = Path(folder), work.settings()
+    with held(Path(folder), "lbdt score", shared=processes > 1):
+        return _in_folder(work, Path(folder), save_every, process, processes, progress)
+
+
+def _in_folder(
+    work: _Work, folder: Path, save_every: int, process: int, processes: int, progress: bool
+) -> ConceptDictionary:
+    settings = work.settings()
 
     def state() -> State:
         finished = functools.partial(_is_finished, folder, settings)
@@ -165,7 +173,7 @@ class _Work:
         return plain(
             {
                 "version": _VERSION,
-                "sae": _sae_settings(self.sae),
+                "sae": sae_settings(self.sae),
                 "site": str(self.site),
                 "by": self.by,
                 "candidates": self.candidates,
@@ -311,7 +319,7 @@ def _spread(shards: int) -> list[int]:
     return [number * shards // count for number in range(count)]
 
 
-def _sae_settings(sae: SparseAutoencoder) -> dict[str, Any]:
+def sae_settings(sae: SparseAutoencoder) -> dict[str, Any]:
     """Everything that codes depend on."""
     config = sae.config
     weights = [part for name, part in sae.state_dict().items() if name != "W_dec" for part in (name, part)]

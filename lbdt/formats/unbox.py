@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbdt.files import check_tensors, json_bytes, read_json, write_files
+from lbdt.files import check_tensors, json_bytes, read_json
+from lbdt.folders import write_folder
 from lbdt.formats.pth import read_pth
 from lbdt.sae.config import SAEConfig
 from lbdt.sae.model import SparseAutoencoder
@@ -136,4 +137,4 @@ def save_unbox(
         "auxk": None,
         "dead_steps_threshold": _DEAD_STEPS,
     }
-    write_files(Path(directory), {CONFIG_FILE: json_bytes(config), WEIGHTS_FILE: data.getvalue()})
+    write_folder(Path(directory), {CONFIG_FILE: json_bytes(config), WEIGHTS_FILE: data.getvalue()})

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from lbdt.files import json_bytes, read_json, read_tensors, tensor_bytes, write_files
+from lbdt.files import json_bytes, read_json, read_tensors, tensor_bytes
+from lbdt.folders import write_folder
 from lbdt.formats import FORMATS, configs, unbox
 from lbdt.hub import resolve_folder
 from lbdt.sae.model import SparseAutoencoder
@@ -37,9 +38,8 @@ def save(
     """Writes `sae` to `directory` (made if needed), readable by SAeUron's own loader when the activation is
     topk.
 
-    `encoder_only` leaves `W_dec` out; `dtype` (float16, bfloat16, float32) casts the weights. Both files are
-    written beside their final names first and then renamed one by one, so a crash leaves no half file; over an
-    earlier SAE it may leave the new configuration beside the old weights.
+    `encoder_only` leaves `W_dec` out; `dtype` (float16, bfloat16, float32) casts the weights. A crash leaves no half
+    file, and over an earlier SAE no file of one beside a file of the other.
 
     Raises:
         ValueError: NaN or infinite weights, or weights that overflow `dtype`.
@@ -50,7 +50,7 @@ def save(
         for name, tensor in sae.state_dict().items()
         if not (without_decoder and name == "W_dec")
     }
-    write_files(
+    write_folder(
         Path(directory),
         {
             CONFIG_FILE: json_bytes(replace(sae.config, encoder_only=without_decoder).to_json()),

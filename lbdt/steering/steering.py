@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lbdt import attach
 from lbdt.attach import Attachment
 from lbdt.dictionary import ConceptDictionary
+from lbdt.folders import DIGESTS_FILE, PARTS, check_digests, replaced, write_digests
 from lbdt.hooks import lookup
 from lbdt.hooks.plan import ROWS, CallState, Options
 from lbdt.hooks.recorder import Recorder
@@ -35,14 +36,8 @@ WHERE = ("all", "detected")
 _VERSION = 1
 _KEYS = ("version", "hookpoint", "rule", "strength", "error", "selection", "where")
 _ERASER_KEYS = ("hookpoint", "detect_at", "selection")
-_FILES = (
-    CONFIG_FILE,
-    "eraser.json",
-    "sae/cfg.json",
-    "sae/sae.safetensors",
-    "dictionary/dictionary.json",
-    "dictionary/dictionary.safetensors",
-)
+_FILES = (CONFIG_FILE, "eraser.json", DIGESTS_FILE, *PARTS)
+_OWN = (CONFIG_FILE, "sae", "dictionary", DIGESTS_FILE)
 _ROWS = {"saeuron": "all", "gsae": "cond", "sdxl": "all"}
 _GSAE_KINDS = ("topk_sigmoid", "topk")
 _numbers = itertools.count()
@@ -200,15 +195,17 @@ class Steering:
         return summarise_steering(self._recorder.read(), self._ran)
 
     def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Writes `steering.json`, `sae/` with its decoder, and `dictionary/`; `dtype` float16 halves the tensors.
+        """Writes `steering.json`, `sae/` with its decoder, `dictionary/` and their `digests.json`; `dtype` float16
+        halves the tensors. What is there of these is replaced all at one moment.
 
         In an eraser's folder, its `eraser.json` stays as it is.
         """
         self._check_settings()
-        folder = Path(directory)
-        self.sae.save_pretrained(folder / "sae", dtype=dtype)
-        self.dictionary.save_pretrained(folder / "dictionary", dtype=dtype)
-        self.save_settings(folder)
+        with replaced(Path(directory), _OWN) as folder:
+            self.sae.save_pretrained(folder / "sae", dtype=dtype)
+            self.dictionary.save_pretrained(folder / "dictionary", dtype=dtype)
+            write_digests(folder)
+            self.save_settings(folder)
 
     def save_settings(self, directory: str | os.PathLike[str]) -> None:
         """Writes `steering.json` alone: for an eraser's folder with this SAE and dictionary, saved with its decoder."""
@@ -236,6 +233,7 @@ class Steering:
             raise ValueError(
                 f"{path}: an eraser's folder has no strength; call Steering.from_pretrained(folder, strength=-1.0)"
             )
+        check_digests(folder)
         sae = SparseAutoencoder.from_pretrained(folder / "sae")
         dictionary = ConceptDictionary.from_pretrained(folder / "dictionary")
         try:

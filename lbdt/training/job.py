@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ from lbdt.activations.batches import Batches
 from lbdt.activations.source import require_site
 from lbdt.dictionary.score import score
 from lbdt.files import json_bytes, read_json, write_files
+from lbdt.folders import held
 from lbdt.sae import SparseAutoencoder
 from lbdt.training.assignment import Assignment, assign, load_assignment, save_assignment
 from lbdt.training.checkpoint import require_same_settings
@@ -82,7 +84,8 @@ def train_recipe(
         assignment: of a recipe that assigns latents; None: by the scores that `start` has on `source`.
 
     Raises:
-        ValueError: settings that do not fit each other, a folder of another run or with another SAE.
+        ValueError: settings that do not fit each other, a folder of another run or with another SAE, one that another
+            training is writing to.
         ImportError: a log that is not installed.
     """
     options, world = options or Options(), world or World()
@@ -92,75 +95,77 @@ def train_recipe(
     rows = options.rows or recipe.rows
     total = source.prompts * len(source.timesteps) * source.patches(site)
     steps = options.steps or math.ceil(recipe.epochs * total / rows)
-    given = {
-        "rows": rows,
-        "lr": options.lr or recipe.lr,
-        "adam_eps": recipe.adam_eps,
-        "precision": options.precision,
-        "seed": options.seed,
-        "dead_after": options.dead_after,
-        "start": start,
-        "labels": _labels(recipe, source, site, out, start, assignment, world, progress),
-        "data": {
-            "recipe": recipe.name,
-            "site": str(site),
-            "activations": identity(source),
-            "heldout": None if heldout is None else identity(heldout),
-        },
-    }
-    settings = run_settings(config, objective, steps, **given)
-    report_path, checkpoint = out / REPORT_FILE, out / CHECKPOINT_FILE
-    if report_path.exists():
-        report = read_json(report_path)
-        require_same_settings(
-            report_path,
-            report.get("settings") if isinstance(report, dict) else None,
-            settings,
-            what="the finished training",
-            remedy="choose another folder",
+    # Of several processes the first one writes.
+    with held(out, "lbdt train") if world.main else contextlib.nullcontext():
+        given = {
+            "rows": rows,
+            "lr": options.lr or recipe.lr,
+            "adam_eps": recipe.adam_eps,
+            "precision": options.precision,
+            "seed": options.seed,
+            "dead_after": options.dead_after,
+            "start": start,
+            "labels": _labels(recipe, source, site, out, start, assignment, world, progress),
+            "data": {
+                "recipe": recipe.name,
+                "site": str(site),
+                "activations": identity(source),
+                "heldout": None if heldout is None else identity(heldout),
+            },
+        }
+        settings = run_settings(config, objective, steps, **given)
+        report_path, checkpoint = out / REPORT_FILE, out / CHECKPOINT_FILE
+        if report_path.exists():
+            report = read_json(report_path)
+            require_same_settings(
+                report_path,
+                report.get("settings") if isinstance(report, dict) else None,
+                settings,
+                what="the finished training",
+                remedy="choose another folder",
+            )
+            if world.main:
+                checkpoint.unlink(missing_ok=True)
+            return report | {"finished": True}
+        if (out / "cfg.json").exists() and not checkpoint.exists():
+            raise ValueError(f"{out}: holds an SAE that this training did not make; choose another folder")
+        logs = writers(options.logs, out, settings) if world.main else []
+        labels = given["labels"]
+        if labels is not None and world.main and not checkpoint.exists():
+            save_assignment(labels.assignment, out)
+        sae = train(
+            config,
+            batches(source, site, options.seed),
+            steps,
+            objective=objective,
+            device=device,
+            world=world,
+            progress=progress,
+            metrics=out,
+            writers=logs,
+            checkpoint=checkpoint,
+            checkpoint_every=options.checkpoint_every,
+            **given,
         )
+        report = {
+            "recipe": recipe.name,
+            "variant": options.variant or next(iter(recipe.objectives)),
+            "site": str(site),
+            "latents": config.num_latents,
+            "k": config.k,
+            "steps": steps,
+            "rows": rows,
+            "evaluated_on": "training" if heldout is None else "heldout",
+            "prompts": (heldout or source).prompts,
+        }
         if world.main:
-            checkpoint.unlink(missing_ok=True)
-        return report | {"finished": True}
-    if (out / "cfg.json").exists() and not checkpoint.exists():
-        raise ValueError(f"{out}: holds an SAE that this training did not make; choose another folder")
-    logs = writers(options.logs, out, settings) if world.main else []
-    labels = given["labels"]
-    if labels is not None and world.main and not checkpoint.exists():
-        save_assignment(labels.assignment, out)
-    sae = train(
-        config,
-        batches(source, site, options.seed),
-        steps,
-        objective=objective,
-        device=device,
-        world=world,
-        progress=progress,
-        metrics=out,
-        writers=logs,
-        checkpoint=checkpoint,
-        checkpoint_every=options.checkpoint_every,
-        **given,
-    )
-    report = {
-        "recipe": recipe.name,
-        "variant": options.variant or next(iter(recipe.objectives)),
-        "site": str(site),
-        "latents": config.num_latents,
-        "k": config.k,
-        "steps": steps,
-        "rows": rows,
-        "evaluated_on": "training" if heldout is None else "heldout",
-        "prompts": (heldout or source).prompts,
-    }
-    if world.main:
-        report |= explain_variance(sae, heldout or source, site)
-        report["settings"] = settings
-        sae.save_pretrained(out)
-        write_files(out, {REPORT_FILE: json_bytes(report)})
-        checkpoint.unlink()
-    world.wait()
-    return report | {"finished": False}
+            report |= explain_variance(sae, heldout or source, site)
+            report["settings"] = settings
+            sae.save_pretrained(out)
+            write_files(out, {REPORT_FILE: json_bytes(report)})
+            checkpoint.unlink()
+        world.wait()
+        return report | {"finished": False}
 
 
 def identity(source: Source) -> str:

@@ -18,6 +18,7 @@ from lbdt.activations.batches import Batches
 from lbdt.activations.collect import Files, collect
 from lbdt.activations.generated import Generated
 from lbdt.activations.stored import Stored
+from lbdt.folders import held
 from tests import toy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -250,7 +251,7 @@ def test_a_folder_of_other_files_and_one_in_use_are_refused(unbroken, tmp_path):
     with pytest.raises(ValueError, match="holds other files .thesis.tex."):
         collect(source, tmp_path, progress=False)
     assert contents(tmp_path) == {"thesis.tex": b"mine"}
-    with Files(source, tmp_path / "new").opened(shared=False):
+    with held(tmp_path / "new", "lbdt collect"):
         with pytest.raises(ValueError, match="another `lbdt collect` is writing there"):
             collect(source, tmp_path / "new", progress=False)
 
