@@ -19,7 +19,10 @@ from lbdt.activations.source import Shard, require_site
 
 
 class Stored:
-    """A complete folder of activations (`lbdt.activations.layout`). Shards are mapped into memory, not read."""
+    """A complete folder of activations (`lbdt.activations.layout`).
+
+    Shards are mapped into memory, not copied; each is compared with its SHA-256 in the manifest when it is first used.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Checks settings, prompts, and that every shard is there in its size; the headers on first use.
@@ -92,7 +95,7 @@ class Stored:
 
     def verify(self) -> None:
         """Reads every byte. Raises ValueError naming the first shard that differs from the manifest."""
-        for index, expected in enumerate(self._sha256):
+        for index in range(self._layout.shards):
             start = self._start(index)
             digest = hashlib.sha256()
             path = self._layout.path(self.folder, index)
@@ -100,11 +103,14 @@ class Stored:
                 file.seek(start)
                 while block := file.read(1 << 22):
                     digest.update(block)
-            if digest.hexdigest() != expected:
-                raise ValueError(
-                    f"{path}: expected SHA-256 {expected[:12]}..., got {digest.hexdigest()[:12]}...; the file is "
-                    "damaged: delete it, and run the same `lbdt collect` again"
-                )
+            self._compare(index, digest.hexdigest())
+
+    def _compare(self, index: int, got: str) -> None:
+        if got != self._sha256[index]:
+            raise ValueError(
+                f"{self._layout.path(self.folder, index)}: expected SHA-256 {self._sha256[index][:12]}..., got "
+                f"{got[:12]}...; the file is damaged: delete it, and run the same `lbdt collect` again"
+            )
 
     def _entry(self, site: Site) -> dict[str, Any]:
         require_site(self, site)
@@ -128,7 +134,9 @@ class Stored:
             start, path = self._start(index), self._layout.path(self.folder, index)
             # A private mapping: writing to a tensor does not change the file. It keeps no file open.
             size = self._layout.size(index)
-            self._maps[index] = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[start:]
+            data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[start:]
+            self._compare(index, hashlib.sha256(data.numpy()).hexdigest())
+            self._maps[index] = data
         part = self._layout.parts(index)[name]
         return self._maps[index][part.start : part.end].view(part.dtype).view(part.shape)
 

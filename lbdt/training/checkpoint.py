@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lbdt.dictionary.state import digest as digest_of
 from lbdt.files import read_tensors, write_files
 from lbdt.sae import SparseAutoencoder
 
@@ -31,11 +33,9 @@ def write_checkpoint(
         tensors[name] = parameter.detach()
         for moment in _MOMENTS:
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    data = safetensors.torch.save(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-        metadata={"lbdt_training": json.dumps(settings, sort_keys=True)},
-    )
-    write_files(path.parent, {path.name: data})
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    about = {"lbdt_training": json.dumps(settings, sort_keys=True), "sha256": _sha256(tensors)}
+    write_files(path.parent, {path.name: safetensors.torch.save(tensors, metadata=about)})
 
 
 def read_checkpoint(
@@ -47,7 +47,8 @@ def read_checkpoint(
     """What `write_checkpoint` wrote for a run of these settings.
 
     Raises:
-        ValueError: unreadable, of a run of other settings, or with other tensors.
+        ValueError: unreadable, of a run of other settings, with other tensors, or not with the bytes that were written
+            (checkpoints of older versions do not say which).
     """
     expected: dict[str, tuple[int | None, ...]] = dict(shapes)
     for name, parameter in sae.named_parameters():
@@ -55,13 +56,23 @@ def read_checkpoint(
             expected[prefix + name] = tuple(parameter.shape)
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            written = json.loads((file.metadata() or {}).get("lbdt_training", "{}"))
+            about = file.metadata() or {}
+        written = json.loads(about.get("lbdt_training", "{}"))
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{path}: not a readable training checkpoint ({error}); delete it to start again"
         ) from error
     require_same_settings(path, written, settings)
-    return read_tensors(path, expected)
+    tensors = read_tensors(path, expected)
+    if about.get("sha256") not in (None, _sha256(tensors)):
+        raise ValueError(
+            f"{path}: damaged, its tensors are not those that were written; delete it to start again"
+        )
+    return tensors
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    return digest_of(part for name in sorted(tensors) for part in (name, tensors[name]))
 
 
 def require_same_settings(
