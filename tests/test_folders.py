@@ -1,9 +1,9 @@
 """`lbdt.folders`: held by one run at a time, replaced whole or never mixed, and erasers whose parts belong together."""
 
-import contextlib
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -91,41 +91,37 @@ def test_a_failed_block_changes_nothing(tmp_path):
     assert contents(tmp_path) == {name: b"old" for name in NEW}
 
 
-CUTS = """
-import os, signal, sys
-from pathlib import Path
-from lbdt import folders
-from lbdt.files import write_files
-at, exchanges, root = int(sys.argv[1]), sys.argv[2] == "1", Path(sys.argv[3])
-if not exchanges:
-    folders._exchange = lambda *arguments: False
-left = at
-def count(event, arguments):
-    global left
-    if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"):
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-for trial in range(at, at + 1):
-    sys.addaudithook(count)
-    folders.write_folder(root, {"a.json": b"new", "b.bin": b"new"})
-"""
+def write_until(at, folder):
+    """In a process of its own that is killed before its change number `at` to the disk; its status."""
+    left = at
+
+    def count(event, arguments):
+        nonlocal left
+        if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"):
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+
+    pid = os.fork()
+    if not pid:
+        try:
+            sys.addaudithook(count)
+            write_folder(folder, {"a.json": b"new", "b.bin": b"new"})
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1]
 
 
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchanged", "a file system that cannot"])
-def test_killed_before_any_change_it_is_old_or_new_but_never_both(tmp_path, exchanges):
+def test_killed_before_any_change_it_is_old_or_new_but_never_both(tmp_path, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr(folders, "_exchange", lambda *arguments: False)
     found = set()
     for at in range(20):
         folder = tmp_path / str(at) / "x"
         write_files(folder, {"a.json": b"old", "b.bin": b"old"})
-        pid = os.fork()
-        if not pid:
-            with contextlib.suppress(BaseException):
-                sys.argv = ["", str(at), str(int(exchanges)), str(folder)]
-                exec(CUTS, {})
-                os._exit(0)
-            os._exit(1)
-        status = os.waitpid(pid, 0)[1]
+        status = write_until(at, folder)
         got = contents(folder)
         found.add(tuple(sorted(got.items())))
         if not os.WIFSIGNALED(status):

@@ -182,13 +182,32 @@ def test_a_truncated_shard_is_named_with_its_sizes(copied):
         Stored(copied[1])
 
 
-def test_changed_numbers_are_found_by_verify(copied):
-    path = shard_path(copied[1], 1)
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="00001.safetensors: expected SHA-256"):
-        Stored(copied[1]).verify()
+@pytest.mark.parametrize("place", [-1, -1000], ids=["the last byte", "one inside"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        Stored.verify,
+        lambda stored: stored.shard(1, stored.sites[0]),
+        lambda stored: stored.gather(stored.sites[0], torch.tensor([stored.rows(stored.sites[0]) - 1, 0])),
+    ],
+    ids=["verify", "shard", "gather"],
+)
+def test_changed_numbers_are_found_whatever_reads_them(copied, read, place):
+    for path in (shard_path(copied[1], 1), shard_path(copied[1], 3)):
+        data = bytearray(path.read_bytes())
+        data[place] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(ValueError, match="safetensors: expected SHA-256 .*delete it, and run the same"):
+        read(Stored(copied[1]))
+
+
+def test_a_shard_is_compared_once(copied, monkeypatch):
+    stored, asked = Stored(copied[1]), []
+    monkeypatch.setattr(stored, "_compare", lambda index, got: asked.append(index))
+    for _ in range(2):
+        for site in stored.sites:
+            stored.shard(1, site)
+    assert asked == [1]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lbdt.activations.batches import Batches
+from lbdt.folders import held
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training import explain_variance
 from lbdt.training.assignment import Assignment, load_assignment
@@ -156,6 +157,13 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(tmp_path
         job("saeuron", tmp_path, settings={"expansion": 2, "k": 5})
     assert contents(tmp_path) == before
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path):
+    with held(tmp_path, "lbdt train"):
+        with pytest.raises(ValueError, match="another `lbdt train` is writing there; wait for it, or give"):
+            job("saeuron", tmp_path, settings=RANKED)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_with_another_sae_is_refused_and_left_alone(tmp_path):

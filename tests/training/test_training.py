@@ -1,6 +1,7 @@
 """The trainer: gradients against autograd, recovery of known features, resuming, dead latents."""
 
 import pytest
+import safetensors.torch
 import torch
 from torch.nn import functional as F
 
@@ -244,6 +245,27 @@ def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_refused(tmp_path):
     train(config, batches, 2, checkpoint=path, progress=False)
     with pytest.raises(ValueError, match="belongs to a run with another lr, steps"):
         train(config, batches, 3, lr=1e-3, checkpoint=path, progress=False)
-    path.write_bytes(path.read_bytes()[:-1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="not a readable training checkpoint"):
         train(config, batches, 2, checkpoint=path, progress=False)
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in torch.linspace(start, len(whole) - 1, 40).long().tolist():
+        data = bytearray(whole)
+        data[place] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(
+            ValueError, match="training.ckpt: (damaged, its tensors are not|.*expected finite)"
+        ):
+            train(config, batches, 2, checkpoint=path, progress=False)
+
+
+def test_a_checkpoint_of_an_older_version_has_no_digest_and_is_read(tmp_path):
+    config, path = SAEConfig(D, FEATURES, ACTIVE), tmp_path / "training.ckpt"
+    wanted = train(config, batches, 2, checkpoint=path, progress=False).state_dict()
+    with safetensors.safe_open(path, "pt") as file:
+        about = file.metadata()
+    assert about.pop("sha256")
+    path.write_bytes(safetensors.torch.save(safetensors.torch.load_file(path), metadata=about))
+    got = train(config, batches, 2, checkpoint=path, progress=False).state_dict()
+    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
