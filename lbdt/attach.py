@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,7 @@ from lbdt.dictionary import ConceptDictionary
 from lbdt.hooks import lookup
 from lbdt.hooks.plan import CallState, Plan, check_lengths
 from lbdt.hooks.recorder import Call, Recorder
-from lbdt.report import Report, StepMask, step_masks, summarise
+from lbdt.report import Blind, Report, StepMask, step_masks, summarise, warn_not_finite
 from lbdt.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
@@ -48,16 +49,18 @@ class Attachment:
     ) -> None:
         """`hooks`: modules and their ModelHooks, registered as `name`. `watches`: each is given the pipeline and
         returns its undo. Whatever was put on before an error comes off again."""
-        from lbdt.hooks import registry
+        from lbdt.hooks import registry, watch
 
         self._recorder, self._summary = recorder, summary
+        self._told = 0
         self._undo: list[Callable[[], None]] = []
         try:
             for module, hook in hooks:
                 registry.register(module, hook, name)
                 self._undo.append(lambda module=module: registry.unregister(module, name))
-            for watch in watches:
-                self._undo.append(watch(pipe))
+            for put in watches:
+                self._undo.append(put(pipe))
+            self._undo.append(watch.watch_end(pipe, self._warn))
         except BaseException:
             self.remove()
             raise
@@ -99,6 +102,13 @@ class Attachment:
     def report(self) -> Report:
         """What happened under this attachment. Waits for the device."""
         return self._summary(self._recorder.read())
+
+    def _warn(self) -> None:
+        """Of patches that were not looked at in the pipeline's call that ends, and in those before."""
+        patches = self._recorder.not_finite()
+        if patches != self._told:
+            self._told = patches
+            warn_not_finite(patches)
 
     def masks(self) -> list[StepMask]:
         """The masks of every UNet call, oldest first; needs `attach(..., keep_masks=True)`.
@@ -254,3 +264,29 @@ def plan_tensors(
         chosen.enabled,
         torch.tensor(seeds, dtype=torch.int64),
     )
+
+
+def check_latents(plan: Plan, owners: Sequence[str]) -> Blind:
+    """Where the concepts of the plan's columns have no latent that could pass its threshold.
+
+    Warns of those timesteps; ValueError for a concept that has none at any.
+    """
+    deaf = torch.isposinf(plan.thresholds.cpu())
+    blind = {}
+    for name in dict.fromkeys(owners):
+        own = torch.tensor([owner == name for owner in owners])
+        blind[name] = deaf[:, own].all(1)
+        if bool(blind[name].all()):
+            raise ValueError(
+                f"concepts: no latent of {name!r} can be detected at any timestep (all thresholds are infinite), so it "
+                "would never be looked for; lower the percentile, raise false_positive, or score again"
+            )
+    found = Blind(plan.timesteps.cpu(), blind)
+    if found.concepts:
+        warnings.warn(
+            f"lbdt: no latent can be detected, and so the concept is not looked for: {found} (timesteps); lower the "
+            "percentile, raise false_positive, or score at more timesteps",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return found

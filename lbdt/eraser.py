@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,7 @@ class ConceptEraser:
         self.padding, self.source, self.target = padding, source, target
         self.selection = dict(selection or {})
         self._recorder: Recorder | None = None
+        self._summary = summarise
         # Not id(self): an eraser may be gone while its hooks are still on.
         self._name = f"lbdt_eraser_{next(_numbers)}"
         self._check_settings()
@@ -106,7 +108,8 @@ class ConceptEraser:
 
         Raises:
             ValueError, TypeError: before anything is changed: unknown concept or hookpoint, an SAE of another width
-                than the block, a pipeline without a UNet, bad settings, an attachment that is still on. At the
+                than the block, a concept without any latent, a pipeline without a UNet, bad settings, an attachment
+                that is still on. At the
                 pipeline's call, before anything is generated: a list of neither one entry per prompt nor per image.
         """
         self._check_settings()
@@ -138,7 +141,9 @@ class ConceptEraser:
         parameter = next(unet.parameters())
         # Tensors made in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            plan = self._plan(options, sets, seeds)
+            chosen = attach.columns(sets, self.select, len(self.dictionary.timesteps))
+            plan = self._plan(options, chosen, seeds)
+            blind = attach.check_latents(plan, chosen.owners)
             plan.to(parameter.device, parameter.dtype)
             recorder = Recorder(parameter.device, masks=keep_masks)
         from lbdt.hooks import blocks
@@ -147,8 +152,11 @@ class ConceptEraser:
         hooks = [(block, blocks.EraseHook(plan, state, recorder, detects=detector is None))]
         if detector is not None:
             hooks.append((detector, blocks.DetectHook(plan, state)))
-        attachment = Attachment.on_unet(self._name, pipe, self.hookpoint, hooks, plan, state, recorder)
-        self._recorder = recorder
+        summary = partial(summarise, blind=blind)
+        attachment = Attachment.on_unet(
+            self._name, pipe, self.hookpoint, hooks, plan, state, recorder, summary
+        )
+        self._recorder, self._summary = recorder, summary
         return attachment
 
     def report(self) -> Report:
@@ -159,7 +167,7 @@ class ConceptEraser:
         """
         if self._recorder is None:
             raise ValueError("report: the eraser was never attached; call attach(pipe, concepts) first")
-        return summarise(self._recorder.read())
+        return self._summary(self._recorder.read())
 
     def save_pretrained(
         self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None, decoder: bool = False
@@ -237,7 +245,6 @@ class ConceptEraser:
         attach.choice("target", self.target, TARGETS)
         attach.check_selection(self.selection)
 
-    def _plan(self, options: EraseOptions, sets: list[list[str]], seeds: list[int]) -> ErasePlan:
-        chosen = attach.columns(sets, self.select, len(self.dictionary.timesteps))
+    def _plan(self, options: EraseOptions, chosen: attach.Columns, seeds: list[int]) -> ErasePlan:
         tensors = attach.plan_tensors(self.sae, self.dictionary, chosen, seeds)
         return ErasePlan(options, *tensors, bank=self.dictionary.bank)

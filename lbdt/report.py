@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lbdt.hooks.recorder import Call
+
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,40 @@ class StepReport:
     """Rows without any undetected patch: they took embeddings of the bank, or are in `unchanged`."""
     unchanged: int
     """Rows without any undetected patch that were left as they were, as the dictionary has no bank."""
+    not_finite: int = 0
+    """Patches that the SAE looked at and that hold NaN or infinity: no concept can be detected in them."""
+    blind: tuple[str, ...] = ()
+    """Concepts of the attachment without any latent at this timestep: they were not looked for."""
+
+    def unseen(self) -> str:
+        """What was not looked at, as an addition to the step's line; empty where all was."""
+        note = f"; {self.not_finite} patches NaN or infinite" if self.not_finite else ""
+        return note + (f"; no latent of {', '.join(self.blind)}" if self.blind else "")
+
+
+class Blind:
+    """Timesteps of a dictionary at which concepts have no latent that could be detected."""
+
+    def __init__(self, timesteps: Tensor, concepts: Mapping[str, Tensor]) -> None:
+        """`timesteps` [T] of the bins; by name, bool [T]: where the concept has none."""
+        self._timesteps = timesteps.tolist()
+        self.concepts = {name: where.tolist() for name, where in concepts.items() if bool(where.any())}
+
+    def at(self, timestep: float) -> tuple[str, ...]:
+        """The concepts without a latent in the bin of a timestep, which is the nearest one."""
+        if not self.concepts:
+            return ()
+        distances = [abs(timestep - value) for value in self._timesteps]
+        place = distances.index(min(distances))
+        return tuple(name for name, where in self.concepts.items() if where[place])
+
+    def __str__(self) -> str:
+        shown = []
+        for name, where in self.concepts.items():
+            at = [f"{t:g}" for t, is_blind in zip(self._timesteps, where, strict=True) if is_blind]
+            more = f", ... ({len(at)} of {len(where)} bins)" if len(at) > _SHOWN else ""
+            shown.append(f"{name!r} at {', '.join(at[:_SHOWN])}{more}")
+        return "; ".join(shown)
 
 
 @dataclass(frozen=True)
@@ -51,6 +89,11 @@ class Report:
         """Rows (over all steps) that should have changed and were left as they were."""
         return sum(step.unchanged for step in self.steps)
 
+    @property
+    def not_finite(self) -> int:
+        """Patches (over all steps) with NaN or infinity, in which no concept can be detected."""
+        return sum(step.not_finite for step in self.steps)
+
     def _mean(self, name: str) -> float:
         patches = sum(step.patches for step in self.steps)
         return sum(getattr(step, name) * step.patches for step in self.steps) / patches if patches else 0.0
@@ -61,6 +104,7 @@ class Report:
             "detected": self.detected,
             "replaced": self.replaced,
             "unchanged": self.unchanged,
+            "not_finite": self.not_finite,
             "steps": [asdict(step) for step in self.steps],
         }
 
@@ -70,7 +114,7 @@ class Report:
             note = f" ({step.unchanged} left unchanged: no bank)" if step.unchanged else ""
             lines.append(
                 f"{step.timestep:8.1f}  {step.detected:8.1%}  {step.replaced:8.1%}  "
-                f"{step.without_free} of {step.rows}{note}"
+                f"{step.without_free} of {step.rows}{note}{step.unseen()}"
             )
         return "\n".join(lines)
 
@@ -86,8 +130,21 @@ class StepMask:
     """bool [images, H, W], after padding."""
 
 
-def summarise(calls: list[Call]) -> Report:
-    """The calls of equal timestep, added up."""
+def warn_not_finite(patches: int) -> None:
+    """Warns of so many patches in which nothing can be detected, if there are any."""
+    if patches:
+        warnings.warn(
+            f"lbdt: {patches} patches of the hooked activation were NaN or infinite, where no concept can be detected: "
+            "these pictures are not protected. Half precision that overflows does this; run the UNet in bfloat16 or "
+            "float32",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def summarise(calls: list[Call], blind: Blind | None = None) -> Report:
+    """The calls of equal timestep, added up; warns where patches were not finite."""
+    warn_not_finite(sum(call.not_finite for call in calls))
     groups: dict[float, list[Call]] = defaultdict(list)
     for call in calls:
         groups[call.timestep].append(call)
@@ -103,6 +160,8 @@ def summarise(calls: list[Call]) -> Report:
                 replaced=sum(call.replaced for call in group) / max(patches, 1),
                 without_free=sum(call.full for call in group),
                 unchanged=sum(call.unchanged for call in group),
+                not_finite=sum(call.not_finite for call in group),
+                blind=() if blind is None else blind.at(timestep),
             )
         )
     return Report(tuple(steps))

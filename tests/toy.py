@@ -133,7 +133,11 @@ def images(pipe, prompts=("cat", "dog"), steps: int = 3, seed: int = 0, guidance
 def traces(pipe) -> list[str]:
     """Everything that an attachment puts on a pipeline."""
     found = [n for n, m in pipe.unet.named_modules() if {"forward", "_diffusers_hook"} & set(vars(m))]
-    return found + [name for name in ("check_inputs", "encode_prompt", "_lbdt_watch") if name in vars(pipe)]
+    return found + [
+        name
+        for name in ("check_inputs", "encode_prompt", "maybe_free_model_hooks", "_lbdt_watch")
+        if name in vars(pipe)
+    ]
 
 
 class Echo(nn.Module):

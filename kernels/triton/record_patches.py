@@ -19,24 +19,27 @@ def record_patches_kernel(
     replaced,  # [B, N] uint8, contiguous
     timesteps,  # [B] float32
     sizes,
-    rows,  # [R, 4] int64, out
+    rows,  # [R, 4] int64, out; [R, 5] with SUMMED
     cells,  # [C] uint8, out
     written,  # [2] int64, in and out
+    sums,  # [B, N] float32, contiguous, where SUMMED
     batch,
     patches,
     timesteps_stride,
     row_count,
     cell_count,
     KEPT: tl.constexpr,
+    SUMMED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Reads 2 bytes a patch; writes 32 bytes a row and, KEPT, a byte a patch."""
+    """Reads 2 bytes a patch, SUMMED 6; writes 32 bytes a row, SUMMED 40, and, KEPT, a byte a patch."""
     first_row, first_cell = tl.load(written), tl.load(written + 1)
     # cast, not `to`: integers that are 1 arrive as constants.
     cells_now = tl.cast(batch, tl.int64) * patches
     for image in range(batch):
         detected = tl.zeros([BLOCK], tl.int32)
         overwritten = tl.zeros([BLOCK], tl.int32)
+        broken = tl.zeros([BLOCK], tl.int32)
         for start in range(0, patches, BLOCK):
             patch = start + tl.arange(0, BLOCK)
             place = tl.cast(image, tl.int64) * patches + patch
@@ -45,18 +48,24 @@ def record_patches_kernel(
             after = tl.load(replaced + place, mask=inside, other=0).to(tl.int32)
             detected += before
             overwritten += after
+            if SUMMED:
+                total = tl.load(sums + place, mask=inside, other=0.0)
+                # Not larger than the largest float32, which NaN is not either.
+                broken += 1 - (tl.abs(total) <= 3.4028234663852886e38).to(tl.int32)
             if KEPT:
                 cell = (before + 2 * after).to(tl.uint8)
                 # Of more cells than fit the last ones stay: none is written twice.
                 last = cells_now - place <= cell_count
                 tl.store(cells + (first_cell + place) % cell_count, cell, mask=inside & last)
         if batch - image <= row_count:
-            row = rows + (first_row + image) % row_count * 4
+            row = rows + (first_row + image) % row_count * (4 + SUMMED)
             time = tl.load(timesteps + image * timesteps_stride)
             tl.store(row, tl.sum(detected, axis=0).to(tl.int64))
             tl.store(row + 1, tl.sum(overwritten, axis=0).to(tl.int64))
             tl.store(row + 2, time.to(tl.int32, bitcast=True).to(tl.int64))
             tl.store(row + 3, tl.cast(sizes, tl.int64))
+            if SUMMED:
+                tl.store(row + 4, tl.sum(broken, axis=0).to(tl.int64))
     tl.debug_barrier()  # every warp has read `written` by now
     tl.store(written, first_row + batch)
     if KEPT:
@@ -71,6 +80,7 @@ def record_patches(
     rows: Tensor,  # [R, 4]
     cells: Tensor,  # [C]
     written: Tensor,  # [2]
+    sums: Tensor | None = None,  # [B, N]
 ) -> None:
     """`lbdt.reference.record_patches` in one launch."""
     batch, patches = mask.shape
@@ -83,12 +93,14 @@ def record_patches(
             rows,
             cells,
             written,
+            timesteps if sums is None else sums.contiguous(),
             batch,
             patches,
             *timesteps.stride(),
             rows.shape[0],
             cells.shape[0],
             KEPT=cells.shape[0] > 0,
+            SUMMED=sums is not None,
             BLOCK=_BLOCK,
             num_warps=4,
             num_stages=1,

@@ -147,6 +147,12 @@ def _table(values: dict[str, Any], report) -> list[str]:
             else "took the bank's embeddings"
         )
         lines.append(f"{'no undetected patch':22}in {full} of {rows * len(steps)} feature maps: {fate}")
+    if report.not_finite:
+        lines.append(f"{'not looked at':22}{report.not_finite} patches that are NaN or infinite")
+    blind = dict.fromkeys(name for step in steps for name in step.blind)
+    for name in blind:
+        count = sum(name in step.blind for step in steps)
+        lines.append(f"{'not looked for':22}{name} at {count} of {len(steps)} steps: no latent")
     lines.append(f"{'picture':22}{values['out']}")
     return lines
 

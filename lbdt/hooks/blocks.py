@@ -52,7 +52,7 @@ class TimestepHook(_Hook):
             timesteps = args[0] if args else next(iter(kwargs.values()))
             self.plan.check_call(self.state, timesteps.shape[0])
             self.state.timesteps = timesteps
-            self.state.rows = self.state.mask = None
+            self.state.rows = self.state.mask = self.state.sums = None
         return args, kwargs
 
 
@@ -99,7 +99,9 @@ class DetectHook(_InputHook):
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         x = self._feature_map(output)
-        self.state.mask = self.plan.detect(x, self._taken_input(x), self.state)
+        given = self._taken_input(x)
+        self.plan.add_up(x, given, self.state)
+        self.state.mask = self.plan.detect(x, given, self.state)
         return output
 
 
@@ -115,8 +117,8 @@ class _TargetHook(_InputHook):
         if self.recorder.rows.device != mask.device:
             self.recorder.to(mask.device)
         rows = self.plan.rows(self.state)
-        self.recorder.add(rows.timesteps, mask, changed, height, width, rows.halves)
-        self.state.timesteps = self.state.rows = self.state.mask = self.state.grid = None
+        self.recorder.add(rows.timesteps, mask, changed, self.state.sums, height, width, rows.halves)
+        self.state.timesteps = self.state.rows = self.state.mask = self.state.sums = self.state.grid = None
 
 
 class EraseHook(_TargetHook):
@@ -135,7 +137,9 @@ class EraseHook(_TargetHook):
         height, width = layout.grid_of(x, self.state.grid)
         mask = self.state.mask
         if self.detects:
-            mask = self.plan.detect(x, given if self.plan.options.on_update else None, self.state)
+            minus = given if self.plan.options.on_update else None
+            self.plan.add_up(x, minus, self.state)
+            mask = self.plan.detect(x, minus, self.state)
         elif mask is None:
             raise RuntimeError("detect_at: its block did not run before the hookpoint's in this UNet call")
         elif mask.shape[1] != height * width:
@@ -164,7 +168,9 @@ class SteerHook(_TargetHook):
         raw = layout.tensor_of(output)
         x = self._feature_map(output)
         height, width = layout.grid_of(x, self.state.grid)
-        out, detected, changed = self.plan.edit(x, self._taken_input(x), self.state)
+        given = self._taken_input(x)
+        self.plan.add_up(x, given, self.state)
+        out, detected, changed = self.plan.edit(x, given, self.state)
         self._finish(detected, changed, height, width)
         return layout.with_tensor(output, layout.from_patches(out, raw))
 

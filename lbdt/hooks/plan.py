@@ -66,6 +66,7 @@ class CallState:
         self.timesteps: Tensor | None = None  # [B]
         self.rows: Rows | None = None
         self.mask: Tensor | None = None  # [B, N], of detect_at
+        self.sums: Tensor | None = None  # [B, N], of what is looked at
         self.grid: tuple[int, int] | None = None
         self.prompts: int | None = None
         self.images: int | None = None
@@ -134,6 +135,16 @@ class Plan:
             self.options.k,
             minus,
         )
+
+    def add_up(self, x: Tensor, minus: Tensor | None, state: CallState) -> None:
+        """Keeps the sums [B, N] float32 over the channels of what is looked at: in a patch with NaN or infinity they
+        are not finite, where every comparison of the detection just says no."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        sums = x.flatten(2).sum(1, dtype=dtype)
+        if minus is not None:
+            sums = sums - minus.flatten(2).sum(1, dtype=dtype)
+        # Times 0: a large float64 must not become an infinite float32.
+        state.sums = sums if dtype == torch.float32 else (sums * 0).float()
 
     def enabled_in(self, state: CallState) -> Tensor:
         """Which latents count for each row of this call, [B, U] bool: by its set, the window and its half."""

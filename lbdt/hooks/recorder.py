@@ -33,6 +33,8 @@ class Call(NamedTuple):
     """Rows of `full` that were left as they were, as there is no bank."""
     cells: Tensor | None
     """uint8 [rows, H, W]: bit 0 detected, bit 1 replaced; None where not kept."""
+    not_finite: int
+    """Patches that the SAE looked at and that hold NaN or infinity: nothing is detected in them."""
 
 
 class Recorder:
@@ -45,7 +47,7 @@ class Recorder:
     def __init__(self, device: torch.device, masks: bool = False) -> None:
         self.masks = masks
         self.written = torch.zeros(2, dtype=torch.int64, device=device)  # rows and cells
-        self.rows = torch.zeros(_ROWS, FIELDS, dtype=torch.int64, device=device)
+        self.rows = torch.zeros(_ROWS, FIELDS + 1, dtype=torch.int64, device=device)
         self.cells = torch.zeros(_CELLS if masks else 0, dtype=torch.uint8, device=device)
 
     def to(self, device: torch.device) -> None:
@@ -60,13 +62,19 @@ class Recorder:
         timesteps: Tensor,  # [B] float32
         mask: Tensor,  # [B, N]
         replaced: Tensor,  # [B, N]
+        sums: Tensor,  # [B, N] float32
         height: int,
         width: int,
         halves: int,
     ) -> None:
-        """Writes one call. `mask` before padding, `replaced` after it, both bool."""
+        """Writes one call. `mask` before padding, `replaced` after it, both bool; `sums`: of what was looked at, over
+        its channels."""
         sizes = ((height * _SIDE + width) * 8 + halves) * _SIDE + mask.shape[0]
-        ops.record_patches(mask, replaced, timesteps, sizes, self.rows, self.cells, self.written)
+        ops.record_patches(mask, replaced, timesteps, sizes, self.rows, self.cells, self.written, sums)
+
+    def not_finite(self) -> int:
+        """Patches with NaN or infinity among the kept calls. Waits for the device."""
+        return int(self.rows[:, FIELDS].sum())
 
     def read(self) -> list[Call]:
         """The kept calls, oldest first. Waits for the device."""
@@ -106,6 +114,7 @@ class Recorder:
                     sum(full),
                     sum(unchanged),
                     picture,
+                    sum(row[FIELDS] for row in rows[end : end + batch]),
                 )
             )
         return calls[::-1]

@@ -13,7 +13,8 @@ _ATTRIBUTE = "_lbdt_watch"
 def watch(pipe: Any, listener: Callable[[int, int, bool], None]) -> Callable[[], None]:
     """Calls `listener(prompts, images, in_call)` whenever the pipeline encodes its prompts; returns its undo.
 
-    While there is a listener, the instance carries wrappers of `check_inputs` and `encode_prompt`; the last undo
+    While there is a listener, the instance carries wrappers of `check_inputs`, `encode_prompt` and
+    `maybe_free_model_hooks`; the last undo
     removes them. `in_call` is False where a user calls `encode_prompt` directly. Pipelines without these methods
     are left alone.
     """
@@ -33,6 +34,14 @@ def watch_texts(
     return _join(pipe, "scopes", (begin, end))
 
 
+def watch_end(pipe: Any, listener: Callable[[], None]) -> Callable[[], None]:
+    """Calls `listener()` when a call of the pipeline has made its images; returns its undo.
+
+    All diffusers pipelines end by `maybe_free_model_hooks`; those without are left alone.
+    """
+    return _join(pipe, "ends", listener)
+
+
 def _join(pipe: Any, group: str, member: Any) -> Callable[[], None]:
     found = vars(pipe).get(_ATTRIBUTE)
     if found is None:
@@ -43,7 +52,8 @@ def _join(pipe: Any, group: str, member: Any) -> Callable[[], None]:
     def undo() -> None:
         if member in members:
             members.remove(member)
-        if not found.listeners and not found.scopes and vars(pipe).get(_ATTRIBUTE) is found:
+        watched = found.listeners or found.scopes or found.ends
+        if not watched and vars(pipe).get(_ATTRIBUTE) is found:
             found.restore()
             del vars(pipe)[_ATTRIBUTE]
 
@@ -55,10 +65,15 @@ class _Watch:
         self.pipe = pipe
         self.listeners: list[Callable[[int, int, bool], None]] = []
         self.scopes: list[tuple[Callable[[int | None, list[str]], None], Callable[[], None]]] = []
+        self.ends: list[Callable[[], None]] = []
         self.in_call = False
         self._before: dict[str, Any] = {}
         self._wrappers: dict[str, Any] = {}
-        for name, wrap in (("check_inputs", self._checked), ("encode_prompt", self._encoded)):
+        for name, wrap in (
+            ("check_inputs", self._checked),
+            ("encode_prompt", self._encoded),
+            ("maybe_free_model_hooks", self._ended),
+        ):
             original = getattr(pipe, name, None)
             if callable(original):
                 if name in vars(pipe):
@@ -79,6 +94,15 @@ class _Watch:
             return result
 
         return check_inputs
+
+    def _ended(self, original: Callable) -> Callable:
+        def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            for listener in list(self.ends):
+                listener()
+            return result
+
+        return maybe_free_model_hooks
 
     def _encoded(self, original: Callable) -> Callable:
         signature = inspect.signature(original)

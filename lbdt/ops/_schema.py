@@ -35,12 +35,12 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "record_patches(Tensor mask, Tensor replaced, Tensor timesteps, int sizes, Tensor(a!) rows, "
-    "Tensor(b!) cells, Tensor(c!) written, *, str backend='') -> ()",
+    "Tensor(b!) cells, Tensor(c!) written, Tensor? sums=None, *, str backend='') -> ()",
     tags=_COMPLIANT,
 )
 LIBRARY.define(
     "record_patches_cpp(Tensor mask, Tensor replaced, Tensor timesteps, int sizes, Tensor(a!) rows, "
-    "Tensor(b!) cells, Tensor(c!) written) -> ()",
+    "Tensor(b!) cells, Tensor(c!) written, Tensor? sums) -> ()",
     tags=_COMPLIANT,
 )
 # x is [B, d, H, W]; source is an index into lbdt.ops.replace_patches.SOURCES.

@@ -8,7 +8,7 @@ from lbdt.ops import _checks, _cpu, _dispatch, _triton
 from lbdt.ops._schema import LIBRARY
 
 FIELDS = 4
-"""Columns of a row: detected, replaced, the timestep's float32 bits, sizes."""
+"""Columns of a row: detected, replaced, the timestep's float32 bits, sizes; with sums one more."""
 
 
 def record_patches(
@@ -16,9 +16,10 @@ def record_patches(
     replaced: Tensor,  # [B, N]
     timesteps: Tensor,  # [B]
     sizes: int,
-    rows: Tensor,  # [R, 4]
+    rows: Tensor,  # [R, 4], [R, 5] with sums
     cells: Tensor,  # [C]
     written: Tensor,  # [2]
+    sums: Tensor | None = None,  # [B, N]
     *,
     backend: str | None = None,
 ) -> None:
@@ -28,27 +29,30 @@ def record_patches(
         mask, replaced: bool, before and after padding.
         timesteps: float32.
         sizes: a number of the caller's, >= 0.
-        rows: int64, contiguous: detected, replaced, the timestep's float32 bits, sizes.
+        rows: int64, contiguous: detected, replaced, the timestep's float32 bits, sizes, and with `sums` how many of
+            these are NaN or infinite.
         cells: uint8, contiguous: bit 0 detected, bit 1 replaced; C = 0: not kept.
         written: int64, contiguous: rows and cells so far; the next ones go to their remainders by R and C.
+        sums: float32, of the embeddings' channels: one that is not finite tells of a NaN or infinity among them.
         backend: "auto", or one to force (`lbdt.ops.use_backend`).
 
     Raises:
         ValueError, TypeError: the argument, what was expected, what was given.
     """
     torch.ops.lbdt.record_patches(
-        mask, replaced, timesteps, sizes, rows, cells, written, backend=backend or ""
+        mask, replaced, timesteps, sizes, rows, cells, written, sums, backend=backend or ""
     )
 
 
-def _check(mask, replaced, timesteps, sizes, rows, cells, written) -> None:
+def _check(mask, replaced, timesteps, sizes, rows, cells, written, sums) -> None:
     if mask.dim() != 2:
         raise ValueError(f"mask: expected [B, N], got {list(mask.shape)}")
     _checks.shape("replaced", replaced, tuple(mask.shape), "[B, N]")
     _checks.shape("timesteps", timesteps, (mask.shape[0],), "[B]")
     _checks.shape("written", written, (2,), "[2]")
-    if rows.dim() != 2 or rows.shape[0] == 0 or rows.shape[1] != FIELDS:
-        raise ValueError(f"rows: expected [R >= 1, {FIELDS}], got {list(rows.shape)}")
+    fields = FIELDS + (sums is not None)
+    if rows.dim() != 2 or rows.shape[0] == 0 or rows.shape[1] != fields:
+        raise ValueError(f"rows: expected [R >= 1, {fields}], got {list(rows.shape)}")
     if cells.dim() != 1:
         raise ValueError(f"cells: expected [C], got {list(cells.shape)}")
     for name, tensor, dtype in (
@@ -61,6 +65,10 @@ def _check(mask, replaced, timesteps, sizes, rows, cells, written) -> None:
     ):
         _checks.dtype(name, tensor, dtype)
         _checks.device(name, tensor, mask, like="mask")
+    if sums is not None:
+        _checks.shape("sums", sums, tuple(mask.shape), "[B, N]")
+        _checks.dtype("sums", sums, torch.float32)
+        _checks.device("sums", sums, mask, like="mask")
     for name, tensor in (("rows", rows), ("cells", cells), ("written", written)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected contiguous memory, got strides {list(tensor.stride())}")
@@ -68,22 +76,23 @@ def _check(mask, replaced, timesteps, sizes, rows, cells, written) -> None:
         raise ValueError(f"sizes: expected 0 <= sizes < 2**63, got {sizes}")
 
 
-def _run(mask, replaced, timesteps, sizes, rows, cells, written, *, backend="") -> None:
-    _check(mask, replaced, timesteps, sizes, rows, cells, written)
-    _dispatch.call("record_patches", backend, mask, replaced, timesteps, sizes, rows, cells, written)
+def _run(mask, replaced, timesteps, sizes, rows, cells, written, sums=None, *, backend="") -> None:
+    _check(mask, replaced, timesteps, sizes, rows, cells, written, sums)
+    _dispatch.call("record_patches", backend, mask, replaced, timesteps, sizes, rows, cells, written, sums)
 
 
-def _fake(mask, replaced, timesteps, sizes, rows, cells, written, *, backend="") -> None:
-    _check(mask, replaced, timesteps, sizes, rows, cells, written)
+def _fake(mask, replaced, timesteps, sizes, rows, cells, written, sums=None, *, backend="") -> None:
+    _check(mask, replaced, timesteps, sizes, rows, cells, written, sums)
 
 
 def _cpp_supports(mask, *args, **kwargs) -> str | None:
     return _cpu.supports("record_patches_cpp", mask)
 
 
-def _cpp(mask, replaced, timesteps, sizes, rows, cells, written) -> None:
+def _cpp(mask, replaced, timesteps, sizes, rows, cells, written, sums=None) -> None:
+    totals = None if sums is None else sums.contiguous()
     torch.ops.lbdt.record_patches_cpp(
-        mask.contiguous(), replaced.contiguous(), timesteps, sizes, rows, cells, written
+        mask.contiguous(), replaced.contiguous(), timesteps, sizes, rows, cells, written, totals
     )
 
 

@@ -9,11 +9,13 @@ def record_patches(
     replaced: Tensor,  # [B, N]
     timesteps: Tensor,  # [B]
     sizes: int,
-    rows: Tensor,  # [R, 4]
+    rows: Tensor,  # [R, 4], [R, 5] with sums
     cells: Tensor,  # [C]
     written: Tensor,  # [2]
+    sums: Tensor | None = None,  # [B, N]
 ) -> None:
-    """Appends B rows (detected, replaced, bits of the timestep, sizes) and, where C > 0, B * N cells.
+    """Appends B rows (detected, replaced, bits of the timestep, sizes, with `sums` how many of these are NaN or
+    infinite) and, where C > 0, B * N cells.
 
     Eq.: row b goes to `rows[(written[0] + b) % R]`, cell i, bit 0 detected and bit 1 replaced, to
     `cells[(written[1] + i) % C]`; `written` grows by what was added. Ours; no source.
@@ -21,8 +23,10 @@ def record_patches(
     batch, patches = mask.shape
     row = torch.arange(batch, device=mask.device)
     bits = timesteps.view(torch.int32).to(torch.int64)
-    counts = (mask.sum(dim=1), replaced.sum(dim=1))
-    record = torch.stack([*counts, bits, torch.full_like(row, sizes)], dim=1)
+    columns = [mask.sum(dim=1), replaced.sum(dim=1), bits, torch.full_like(row, sizes)]
+    if sums is not None:
+        columns.append(sums.isfinite().logical_not().sum(dim=1))
+    record = torch.stack(columns, dim=1)
     # Of more rows than fit the last ones stay.
     rows.index_copy_(0, ((row + written[0]) % rows.shape[0])[-rows.shape[0] :], record[-rows.shape[0] :])
     if cells.shape[0] > 0:

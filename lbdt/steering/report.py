@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lbdt.hooks.recorder import Call
-from lbdt.report import Report, summarise
+from lbdt.report import Blind, Report, summarise
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class SteeringReport(Report):
 
     def __str__(self) -> str:
         lines = [f"steering: {self.ran}", "timestep  detected   changed"]
-        lines += [f"{s.timestep:8.1f}  {s.detected:8.1%}  {s.replaced:8.1%}" for s in self.steps]
+        lines += [f"{s.timestep:8.1f}  {s.detected:8.1%}  {s.replaced:8.1%}{s.unseen()}" for s in self.steps]
         return "\n".join(lines)
 
 
-def summarise_steering(calls: list[Call], ran: str) -> SteeringReport:
+def summarise_steering(calls: list[Call], ran: str, blind: Blind | None = None) -> SteeringReport:
     """The calls of equal timestep, added up."""
-    steps = tuple(replace(step, without_free=0, unchanged=0) for step in summarise(calls).steps)
+    steps = tuple(replace(step, without_free=0, unchanged=0) for step in summarise(calls, blind).steps)
     return SteeringReport(steps, ran)

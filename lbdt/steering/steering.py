@@ -98,7 +98,7 @@ class Steering:
         self.strength = dict(strength) if isinstance(strength, Mapping) else strength
         self.selection = dict(selection or {})
         self._recorder: Recorder | None = None
-        self._ran = ""
+        self._summary = summarise_steering
         self._name = f"lbdt_steering_{next(_numbers)}"
         self._check_settings()
 
@@ -165,12 +165,15 @@ class Steering:
         parameter = next(unet.parameters())
         # Tensors made in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            plan = self._plan(options, sets, seeds)
+            chosen = attach.columns(sets, self.select, len(self.dictionary.timesteps))
+            plan = self._plan(options, chosen, seeds)
+            blind = attach.check_latents(plan, chosen.owners)
             plan.to(parameter.device, parameter.dtype)
             recorder = Recorder(parameter.device, masks=keep_masks)
         from lbdt.hooks import blocks
 
-        state, ran = CallState(pipe), self._in_words()
+        state = CallState(pipe)
+        summary = partial(summarise_steering, ran=self._in_words(), blind=blind)
         attachment = Attachment.on_unet(
             self._name,
             pipe,
@@ -179,9 +182,9 @@ class Steering:
             plan,
             state,
             recorder,
-            partial(summarise_steering, ran=ran),
+            summary,
         )
-        self._recorder, self._ran = recorder, ran
+        self._recorder, self._summary = recorder, summary
         return attachment
 
     def report(self) -> SteeringReport:
@@ -192,7 +195,7 @@ class Steering:
         """
         if self._recorder is None:
             raise ValueError("report: never attached; call attach(pipe, concepts) first")
-        return summarise_steering(self._recorder.read(), self._ran)
+        return self._summary(self._recorder.read())
 
     def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes `steering.json`, `sae/` with its decoder, `dictionary/` and their `digests.json`; `dtype` float16
@@ -299,9 +302,8 @@ class Steering:
             raise ValueError(f"strength: none for {concept!r}; given for {', '.join(self.strength)}")
         return float(self.strength[concept])
 
-    def _plan(self, options: Options, sets: list[list[str]], seeds: list[int]) -> SteerPlan:
+    def _plan(self, options: Options, chosen: attach.Columns, seeds: list[int]) -> SteerPlan:
         sae, dictionary = self.sae, self.dictionary
-        chosen = attach.columns(sets, self.select, len(dictionary.timesteps))
         tensors = (options, *attach.plan_tensors(sae, dictionary, chosen, seeds))
         device = sae.W_dec.device
         directions = sae.W_dec.detach().float()[chosen.latents.to(device)]

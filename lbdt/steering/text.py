@@ -211,7 +211,7 @@ class _Encoding:
         out = (x + delta).where(moved, x)  # tokens without an active latent keep their bits
         changed = moved.any(2).expand(x.shape[0], -1)
         timesteps = torch.zeros(x.shape[0], device=x.device)
-        self.recorder.add(timesteps, changed, changed, 1, x.shape[1], 1)
+        self.recorder.add(timesteps, changed, changed, x.sum(2, dtype=torch.float32), 1, x.shape[1], 1)
         return out
 
 

@@ -14,7 +14,8 @@ def add(record: Recorder, number: int, batch: int = 2, height: int = 3, width: i
     mask = torch.arange(height * width).expand(batch, -1) < torch.arange(1, batch + 1).unsqueeze(1)
     replaced = mask.clone()
     replaced[-1] = False
-    record.add(torch.full((batch,), float(number)), mask, replaced, height, width, halves=2)
+    sums = torch.zeros(batch, height * width)
+    record.add(torch.full((batch,), float(number)), mask, replaced, sums, height, width, halves=2)
     return mask, replaced
 
 
@@ -31,7 +32,7 @@ def test_full_images_with_and_without_a_bank():
     record = Recorder(CPU)
     mask = torch.ones(3, 4, dtype=torch.bool)
     replaced = torch.tensor([[True] * 4, [False] * 4, [True, True, True, False]])
-    record.add(torch.zeros(3), mask, replaced, 2, 2, halves=1)
+    record.add(torch.zeros(3), mask, replaced, torch.zeros(3, 4), 2, 2, halves=1)
     (call,) = record.read()
     assert (call.detected, call.replaced, call.full, call.unchanged) == (12, 7, 2, 1)
     assert call.cells is None

@@ -167,9 +167,10 @@ CASES = {
         "replaced": torch.empty(2, 256, dtype=torch.bool),
         "timesteps": torch.empty(2),
         "sizes": 2**45,
-        "rows": torch.empty(1 << 16, 4, dtype=torch.int64),
+        "rows": torch.empty(1 << 16, 5, dtype=torch.int64),
         "cells": torch.empty(1 << 22, dtype=torch.uint8),
         "written": torch.empty(2, dtype=torch.int64),
+        "sums": torch.empty(2, 256),
     },
     # Integers that are 1 become constants, which are typed otherwise.
     "detect_patches ones": lambda: detection(

@@ -1,5 +1,6 @@
 """record_patches against a Python loop: counts, rings that wrap, cells kept or not."""
 
+import math
 import struct
 
 import pytest
@@ -12,10 +13,10 @@ from tests.backends import DEVICE, on_device
 every_backend = backends.every_backend("cpp", "triton")
 
 
-def inputs(seed=0, B=2, N=35, R=8, C=0, rows_before=0, cells_before=0):
+def inputs(seed=0, B=2, N=35, R=8, C=0, rows_before=0, cells_before=0, sums=False):
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(B, N, generator=g) < 0.3
-    return {
+    given = {
         "mask": mask,
         "replaced": mask | (torch.rand(B, N, generator=g) < 0.2),
         "timesteps": torch.rand(B, generator=g) * 1000,
@@ -24,14 +25,21 @@ def inputs(seed=0, B=2, N=35, R=8, C=0, rows_before=0, cells_before=0):
         "cells": torch.full((C,), 99, dtype=torch.uint8),
         "written": torch.tensor([rows_before, cells_before]),
     }
+    if sums:
+        odd = torch.tensor([0.0, -1.5, 3e38, torch.nan, torch.inf, -torch.inf])
+        given["sums"] = odd[torch.randint(6, (B, N), generator=g)]
+        given["rows"] = torch.full((R, 5), -1)
+    return given
 
 
-def literal(mask, replaced, timesteps, sizes, rows, cells, written):
+def literal(mask, replaced, timesteps, sizes, rows, cells, written, sums=None):
     """Row by row and cell by cell, into copies."""
     rows, cells, written = rows.clone(), cells.clone(), written.clone()
     for b in range(mask.shape[0]):
         (bits,) = struct.unpack("i", struct.pack("f", float(timesteps[b])))
         values = [int(mask[b].sum()), int(replaced[b].sum()), bits, sizes]
+        if sums is not None:
+            values.append(sum(not math.isfinite(value) for value in sums[b].tolist()))
         rows[(int(written[0]) + b) % len(rows)] = torch.tensor(values)
     if len(cells):
         for i, (m, r) in enumerate(zip(mask.flatten().tolist(), replaced.flatten().tolist(), strict=True)):
@@ -51,6 +59,8 @@ ROWS = [
     pytest.param({"B": 1, "N": 1, "R": 1, "C": 1}, id="one-of-everything"),
     pytest.param({"B": 2, "N": 2500, "C": 6000}, id="several-blocks-a-row"),
     pytest.param({"B": 0, "C": 10}, id="no-image"),
+    pytest.param({"sums": True, "R": 3, "B": 5}, id="sums"),
+    pytest.param({"sums": True, "N": 2500, "C": 6000}, id="sums-several-blocks"),
 ]
 
 
@@ -70,8 +80,8 @@ def test_equals_the_loop(sizes, backend):
 def test_strided_masks_and_expanded_timesteps(backend):
     if backend == "cpp" and DEVICE.type != "cpu":
         pytest.skip("the C++ version takes CPU tensors")
-    arguments = inputs(C=100)
-    for name in ("mask", "replaced"):
+    arguments = inputs(C=100, sums=True)
+    for name in ("mask", "replaced", "sums"):
         arguments[name] = arguments[name].t().contiguous().t()
     arguments["timesteps"] = torch.tensor([501.5]).expand(2)
     expected = literal(**arguments)
@@ -95,6 +105,13 @@ BAD = [
     pytest.param({"cells": torch.zeros(4, 4).byte()}, ValueError, r"cells: expected \[C\]", id="cells-2d"),
     pytest.param({"written": torch.zeros(2)}, TypeError, "written: expected dtype int64", id="written-dtype"),
     pytest.param({"rows": torch.zeros(8, 4)}, TypeError, "rows: expected dtype int64", id="rows-dtype"),
+    pytest.param({"sums": torch.zeros(2, 35)}, ValueError, r"rows: expected \[R >= 1, 5", id="sums-rows"),
+    pytest.param(
+        {"sums": torch.zeros(2, 34), "rows": torch.zeros(8, 5).long()},
+        ValueError,
+        "sums: expected",
+        id="sums",
+    ),
     pytest.param({"sizes": -1}, ValueError, r"sizes: expected 0 <= sizes < 2\*\*63, got -1", id="sizes"),
     pytest.param(
         {"cells": torch.zeros(0, device="meta").byte()},
@@ -118,7 +135,7 @@ def test_bad_arguments(change, error, message):
 def test_opcheck_and_fullgraph(backend):
     if backend == "cpp" and DEVICE.type != "cpu":
         pytest.skip("the C++ version takes CPU tensors")
-    given = tuple(on_device(inputs(C=100)).values())
+    given = tuple(on_device(inputs(C=100, sums=True)).values())
     torch.library.opcheck(torch.ops.lbdt.record_patches.default, given, {"backend": backend})
     mask, replaced, times, sizes, *buffers = on_device(inputs(C=100)).values()
     expected = literal(
