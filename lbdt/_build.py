@@ -29,6 +29,24 @@ _SOURCES = _PACKAGE.parent / "csrc"
 _JOBS = 2  # compilers at once; one of a .cu takes about 1 GB
 
 
+_VARIABLES = {
+    "LBDT_BACKEND": ("auto", "triton", "cpp", "reference"),
+    "LBDT_BUILD": ("auto", "0", "1"),
+    "LBDT_BUILD_CUDA": ("auto", "0", "1"),
+    "LBDT_JIT": ("0", "1"),
+}
+
+
+def check_variables() -> None:
+    """ValueError for an environment variable of lbdt's with a value that it does not have; empty is as if absent."""
+    for name, known in _VARIABLES.items():
+        value = os.environ.get(name)
+        if value and value not in known:
+            raise ValueError(
+                f"{name}: expected {', '.join(known)}, got {value!r}; correct or unset this environment variable"
+            )
+
+
 def sources() -> list[Path]:
     """The C++ and CUDA files of the checkout with their headers, empty in an installed wheel."""
     return sorted(path for path in _SOURCES.rglob("*") if path.suffix in (".cpp", ".cu", ".h", ".cuh"))
@@ -178,10 +196,12 @@ def _run(command: list[str]) -> None:
 def load() -> str | None:
     """Load the C++ ops once; None when they are there, else the reason why not.
 
-    Raises ImportError if a prebuilt library is present and does not load: broken is not absent.
+    Raises ImportError if a prebuilt library is present and does not load: broken is not absent; ValueError as
+    `check_variables` does.
     """
     import torch
 
+    check_variables()
     prebuilt = _PACKAGE / LIBRARY
     if prebuilt.exists() and not _older_than_sources(prebuilt):
         try:

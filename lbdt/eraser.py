@@ -16,7 +16,7 @@ from lbdt.attach import Attachment
 from lbdt.dictionary import ConceptDictionary
 from lbdt.folders import DIGESTS_FILE, PARTS, check_digests, replaced, write_digests
 from lbdt.hooks import lookup
-from lbdt.hooks.plan import ROWS, SOURCES, TARGETS, CallState, EraseOptions, ErasePlan
+from lbdt.hooks.plan import MOST_PADDING, ROWS, SOURCES, TARGETS, CallState, EraseOptions, ErasePlan
 from lbdt.hooks.recorder import Recorder
 from lbdt.report import Report, summarise
 from lbdt.sae import SparseAutoencoder
@@ -241,6 +241,8 @@ class ConceptEraser:
             raise TypeError(f"padding: expected an integer >= 0, got {self.padding!r}")
         if self.padding < 0:
             raise ValueError(f"padding: expected an integer >= 0, got {self.padding}")
+        if self.padding > MOST_PADDING:
+            raise ValueError(f"padding: expected an integer <= {MOST_PADDING}, got {self.padding}")
         attach.choice("source", self.source, SOURCES)
         attach.choice("target", self.target, TARGETS)
         attach.check_selection(self.selection)

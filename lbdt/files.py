@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -18,10 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lbdt.reasons import unwritable
+
 _TEMPORARY = ".lbdt-"
 _LONGEST = 50  # characters, of 4 bytes at most
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def read_json(path: Path) -> Any:
@@ -177,13 +176,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            remedy = "make room there, or write to another disk"
-        elif error.errno in _FORBIDDEN:
-            remedy = "give a place in a folder of yours"
-        else:
-            remedy = "give another place"
-        told = OSError(f"{path}: cannot be written ({error.strerror or error}); {remedy}")
+        told = OSError(f"{path}: cannot be written: {unwritable(error)}")
         told.errno = error.errno
         raise told from error
 

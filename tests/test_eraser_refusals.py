@@ -34,6 +34,10 @@ REFUSED = {
     ),
     "SAE of another width": (lambda p: toy.eraser(width=8).attach(p, ["Cats"]), "32 channels.*trained on 8"),
     "negative padding": (lambda p: toy.eraser(padding=-1), "padding: expected an integer >= 0, got -1"),
+    "huge padding": (
+        lambda p: toy.eraser(padding=2**63),
+        "padding: expected an integer <= 65535, got 9223372036854775808",
+    ),
     "padding set later": (lambda p: changed("padding", -1).attach(p, ["Cats"]), "padding"),
     "fractional padding": (lambda p: toy.eraser(padding=0.5), "padding"),
     "source": (lambda p: toy.eraser(source="noise"), "random, nearest, mean; got 'noise'"),

@@ -76,7 +76,7 @@ def test_without_room_the_old_files_stay_and_the_file_is_named(tmp_path, size):
         write_files(tmp_path, {"a.bin": b"new", "b.bin": data})
     name = "b.bin" if size else "a.bin"
     assert str(caught.value) == (
-        f"{tmp_path / name}: cannot be written (File too large); make room there, or write to another disk"
+        f"{tmp_path / name}: cannot be written: the file would be larger than is allowed there; make room there, or write to another disk"
     )
     assert caught.value.errno == errno.EFBIG
     assert names(tmp_path) == ["a.bin", "b.bin"] and (tmp_path / "a.bin").read_bytes() == b"old"
@@ -96,12 +96,13 @@ def test_without_room_the_old_files_stay_and_the_file_is_named(tmp_path, size):
 def test_each_reason_has_its_own_remedy(tmp_path, code, words):
     with pytest.raises(OSError) as caught, writing(tmp_path / "x"):
         raise OSError(code, os.strerror(code), "somewhere")
-    assert str(caught.value).startswith(f"{tmp_path / 'x'}: cannot be written ({os.strerror(code)}); ")
+    assert str(caught.value).startswith(f"{tmp_path / 'x'}: cannot be written: ")
+    assert os.strerror(code) not in str(caught.value) and "Errno" not in str(caught.value)
     assert words in str(caught.value) and caught.value.errno == code
 
 
 def test_a_full_device_and_one_that_takes_all_stay_devices():
-    with pytest.raises(OSError, match="/dev/full: cannot be written .No space left on device.; make room"):
+    with pytest.raises(OSError, match="/dev/full: cannot be written: the disk is full; make room"):
         write_file(Path("/dev/full"), b"data")
     write_file(Path("/dev/null"), b"data")
     assert not os.path.isfile("/dev/null")

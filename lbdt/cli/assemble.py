@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from lbdt.cli.erase import Source
-from lbdt.cli.options import AsJson, Dtype, UnusedDevice, UnusedSeed, print_result, reported
+from lbdt.cli.options import (
+    MOST_PADDING,
+    AsJson,
+    Dtype,
+    UnusedDevice,
+    UnusedSeed,
+    counted,
+    inside,
+    number,
+    print_result,
+    reported,
+)
 
 
 class Target(enum.StrEnum):
@@ -46,7 +57,7 @@ def command(
         str, typer.Option("--hookpoint", metavar="NAME", help="The block whose patches are replaced.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the eraser.")],
-    padding: Annotated[int, typer.Option(min=0, help="Patches around the mask.")] = 1,
+    padding: Annotated[int, counted(min=0, most=MOST_PADDING, help="Patches around the mask.")] = 1,
     source: Annotated[Source, typer.Option(help="Donor patches.")] = Source.random,
     target: Annotated[
         Target, typer.Option(help="Replace the block's output, or what it adds to its input.")
@@ -54,9 +65,10 @@ def command(
     detect_at: Annotated[
         str | None, typer.Option(metavar="NAME", help="An earlier block that the SAE looks at.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Latents of a concept per timestep.")] = None,
+    top_k: Annotated[int | None, counted(help="Latents of a concept per timestep.")] = None,
     percentile: Annotated[
-        float | None, typer.Option(help="Or all above this percentile of the scores, e.g. 99.99.")
+        float | None,
+        typer.Option(callback=inside(0, 100), help="Or all above this percentile of the scores, e.g. 99.99."),
     ] = None,
     assigned: Annotated[
         bool, typer.Option("--assigned", help="The latent that supervised training assigned.")
@@ -65,12 +77,16 @@ def command(
         Thresholds | None, typer.Option(help="Default: calibrated where the dictionary is.")
     ] = None,
     false_positive: Annotated[
-        float | None, typer.Option(help="Share of other concepts' patches above a calibrated threshold.")
+        float | None,
+        typer.Option(
+            callback=inside(0, 1, open_low=True),
+            help="Share of other concepts' patches above a calibrated threshold.",
+        ),
     ] = None,
     steering: Annotated[
         Rule | None, typer.Option(help="Also keep the decoder and this steering baseline.")
     ] = None,
-    strength: Annotated[float | None, typer.Option(help="Of --steering; negative to erase.")] = None,
+    strength: Annotated[float | None, number(help="Of --steering; negative to erase.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Number format of the files.")] = Dtype.float32,
     seed: UnusedSeed = 0,
     device: UnusedDevice = "cpu",

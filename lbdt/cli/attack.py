@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from lbdt.cli.erase import Method
-from lbdt.cli.options import AsJson, Device, Eraser, Kind, KindOption, print_result, reported
+from lbdt.cli.options import (
+    MOST_STEPS,
+    MOST_THREADS,
+    SEEDS,
+    AsJson,
+    Device,
+    Eraser,
+    Kind,
+    KindOption,
+    counted,
+    number,
+    print_result,
+    reported,
+)
 from lbdt.cli.sampling import Model
 
 _PANEL = "The search"
@@ -32,7 +45,7 @@ def command(
         typer.Option(help="What is attacked: replaced patches, or the steering baseline of the same folder."),
     ] = Method.per,
     strength: Annotated[
-        float | None, typer.Option(help="Of steering, negative to erase. Default: the folder's.")
+        float | None, number(help="Of steering, negative to erase. Default: the folder's.")
     ] = None,
     concept: Annotated[
         list[str] | None,
@@ -55,23 +68,24 @@ def command(
         ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Learned tokens in front of the prompt.", rich_help_panel=_PANEL)
+        int, counted(help="Learned tokens in front of the prompt.", rich_help_panel=_PANEL)
     ] = 5,
     iterations: Annotated[
         int | None,
-        typer.Option(min=1, help="At each timestep. Default: 40, quick: 20.", rich_help_panel=_PANEL),
+        counted(help="At each timestep. Default: 40, quick: 20.", rich_help_panel=_PANEL),
     ] = None,
     timesteps: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Spread over the noise schedule. Default: 50, quick: 10.", rich_help_panel=_PANEL
+        counted(
+            most=MOST_STEPS,
+            help="Spread over the noise schedule. Default: 50, quick: 10.",
+            rich_help_panel=_PANEL,
         ),
     ] = None,
     check_every: Annotated[
         int,
-        typer.Option(
+        counted(
             "--check-every",
-            min=1,
             metavar="N",
             help="Timesteps from one judged picture to the next.",
             rich_help_panel=_PANEL,
@@ -90,12 +104,13 @@ def command(
         ),
     ] = False,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps. Default: 20, for kind sdxl 4.")
+        int | None, counted(most=MOST_STEPS, help="Denoising steps. Default: 20, for kind sdxl 4.")
     ] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(
-            help="Guidance scale. Default: on EmojiCanvas 3, for kind sdxl none; else the pipeline's own."
+        number(
+            min=0,
+            help="Guidance scale. Default: on EmojiCanvas 3, for kind sdxl none; else the pipeline's own.",
         ),
     ] = None,
     out: Annotated[
@@ -103,9 +118,9 @@ def command(
         typer.Option("--out", metavar="DIR", help="One file a pair; continued if begun. Default: not kept."),
     ] = None,
     threads: Annotated[
-        int, typer.Option(min=1, help="CPU threads of a process, on which the outcome may depend.")
+        int, counted(most=MOST_THREADS, help="CPU threads of a process, on which the outcome may depend.")
     ] = 1,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the pictures, and so of the attack.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", **SEEDS, help="Of the pictures, and so of the attack.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:

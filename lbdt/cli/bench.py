@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lbdt.cli.options import AsJson, Device, print_result, reported
+from lbdt.cli.options import MOST_THREADS, SEEDS, AsJson, Device, counted, number, print_result, reported
 
 
 @reported
@@ -30,7 +30,7 @@ def command(
     ] = None,
     share: Annotated[
         list[float] | None,
-        typer.Option(
+        number(
             "--share",
             min=0,
             max=100,
@@ -49,9 +49,12 @@ def command(
         bool, typer.Option("--quick", help="Small sizes: shows that it works, not how fast.")
     ] = False,
     rounds: Annotated[
-        int | None, typer.Option(min=2, help="Timed rounds per case, at most. Default: 15, on a GPU 50.")
+        int | None,
+        counted(min=2, most=1_000_000, help="Timed rounds per case, at most. Default: 15, on a GPU 50."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")] = None,
+    threads: Annotated[
+        int | None, counted(most=MOST_THREADS, help="CPU threads. Default: torch's choice.")
+    ] = None,
     unet: Annotated[
         bool, typer.Option("--unet", help="Also the hook's share of a UNet step at SD 1.5's size (GPU).")
     ] = False,
@@ -63,7 +66,7 @@ def command(
             help="Write the result too; auto: benchmarks/results/DEVICE.json of the checkout.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the inputs.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", **SEEDS, help="Of the inputs.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:

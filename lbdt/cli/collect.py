@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lbdt.cli.options import AsJson, Device, Dtype, print_result, reported
+from lbdt.cli.options import SEEDS, AsJson, Device, Dtype, print_result, reported
 from lbdt.cli.sampling import (
     CanvasSeeds,
     Guidance,
@@ -47,7 +47,7 @@ def command(
     prompts_per_shard: PromptsPerShard = 16,
     threads: Threads = 1,
     seed: Annotated[
-        int, typer.Option("--seed", help="Of the draw of patches; prompts have seeds of their own.")
+        int, typer.Option("--seed", **SEEDS, help="Of the draw of patches; prompts have seeds of their own.")
     ] = 0,
     device: Device = "auto",
     as_json: AsJson = False,

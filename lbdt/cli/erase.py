@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from lbdt.cli.options import AsJson, Device, Eraser, Kind, KindOption, Seed, print_result, reported
+from lbdt.cli.options import (
+    MOST_PADDING,
+    MOST_STEPS,
+    AsJson,
+    Device,
+    Eraser,
+    Kind,
+    KindOption,
+    Seed,
+    counted,
+    number,
+    print_result,
+    reported,
+)
 
 
 class Source(enum.StrEnum):
@@ -44,19 +57,20 @@ def command(
         Method, typer.Option(help="Replace patches, or the steering baseline of the same folder.")
     ] = Method.per,
     strength: Annotated[
-        float | None, typer.Option(help="Of steering, negative to erase. Default: the folder's.")
+        float | None, number(help="Of steering, negative to erase. Default: the folder's.")
     ] = None,
     padding: Annotated[
-        int | None, typer.Option(min=0, help="Patches around the mask. Default: the eraser's.")
+        int | None, counted(min=0, most=MOST_PADDING, help="Patches around the mask. Default: the eraser's.")
     ] = None,
     source: Annotated[Source | None, typer.Option(help="Donor patches. Default: the eraser's.")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps. Default: 20, for kind sdxl 4.")
+        int | None, counted(most=MOST_STEPS, help="Denoising steps. Default: 20, for kind sdxl 4.")
     ] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(
-            help="Guidance scale. Default: on EmojiCanvas 3, for kind sdxl none; else the pipeline's own."
+        number(
+            min=0,
+            help="Guidance scale. Default: on EmojiCanvas 3, for kind sdxl none; else the pipeline's own.",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="The picture to write.")] = Path("erased.png"),

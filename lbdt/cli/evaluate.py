@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from lbdt.cli.options import AsJson, Device, Kind, print_result, reported
+from lbdt.cli.options import (
+    MOST_STEPS,
+    MOST_THREADS,
+    SEEDS,
+    AsJson,
+    Device,
+    Kind,
+    counted,
+    number,
+    print_result,
+    reported,
+)
 
 
 class Task(enum.StrEnum):
@@ -111,33 +122,40 @@ def command(
     sweep_seeds: Annotated[
         str | None, typer.Option(metavar="S,S,...", help="That steering's strength is chosen on.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Short for --seeds with one.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", **SEEDS, help="Short for --seeds with one.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Few pictures: on EmojiCanvas under 10 minutes on two cores.")
     ] = False,
     own: Annotated[
         int | None,
-        typer.Option(min=1, help="Prompts of the erased concept, per concept and seed. Default: all."),
+        counted(help="Prompts of the erased concept, per concept and seed. Default: all."),
     ] = None,
     others: Annotated[
-        int | None, typer.Option(min=1, help="Prompts of others. Default: on EmojiCanvas 6, else all.")
+        int | None, counted(help="Prompts of others. Default: on EmojiCanvas 6, else all.")
     ] = None,
     task: Annotated[Task, typer.Option(help="UnlearnCanvas: what is erased.")] = Task.object,
     template: Annotated[Template, typer.Option(help="UnlearnCanvas: whose prompts.")] = Template.saeuron,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the world's.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the world's.")] = None,
+    steps: Annotated[
+        int | None, counted(most=MOST_STEPS, help="Denoising steps. Default: the world's.")
+    ] = None,
+    guidance: Annotated[float | None, number(min=0, help="Guidance scale. Default: the world's.")] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Pictures generated together. Default: the world's.")
+        int | None, counted(most=65_535, help="Pictures generated together. Default: the world's.")
     ] = None,
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Pictures and report; continued if begun.")
     ] = Path("evaluation"),
     processes: Annotated[
         int | None,
-        typer.Option(min=1, help="That share the work. Default: one a core (at most 8), or one a GPU."),
+        counted(
+            most=MOST_THREADS, help="That share the work. Default: one a core (at most 8), or one a GPU."
+        ),
     ] = None,
     threads: Annotated[
-        int, typer.Option(min=1, help="Of each process on a CPU; pictures depend on it in their last bits.")
+        int,
+        counted(
+            most=MOST_THREADS, help="Of each process on a CPU; pictures depend on it in their last bits."
+        ),
     ] = 1,
     device: Device = "auto",
     as_json: AsJson = False,

@@ -1,15 +1,21 @@
-"""What the commands of the command line share: options, printing, and failures as one line."""
+"""What the commands of the command line share: options with their ranges, printing, and failures as one line."""
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import json
+import math
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
+
+from lbdt.reasons import unwritable, worded
 
 
 class Kind(enum.StrEnum):
@@ -29,8 +35,48 @@ class Dtype(enum.StrEnum):
     float32 = "float32"
 
 
+MOST = 2**31 - 1
+"""Of what is counted."""
+MOST_STEPS = 10_000
+MOST_THREADS = 1024
+MOST_PADDING = 65_535
+LARGEST = 1e6
+"""Of strengths, scales and weights."""
+SEEDS = {"min": 0, "max": 2**63 - 1}
+
+
+def finite(value: float | None) -> float | None:
+    """The callback of options that are numbers: bad usage where one is NaN or infinite."""
+    for number in value if isinstance(value, list | tuple) else (value,):
+        if number is not None and not math.isfinite(number):
+            raise typer.BadParameter(f"expected a finite number, got {number}")
+    return value
+
+
+def inside(low: float, high: float, open_low: bool = False) -> Callable[[float | None], float | None]:
+    """The callback of options that are numbers in [low, high), or in (low, high)."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not (low < value < high or (value == low and not open_low)):
+            left = "(" if open_low else "["
+            raise typer.BadParameter(f"expected a number in {left}{low:g}, {high:g}), got {value}")
+        return value
+
+    return check
+
+
+def counted(*names: str, most: int = MOST, **about: Any) -> Any:
+    """An option that is a whole number in [min, most], `min` 1 unless given."""
+    return typer.Option(*names, **{"min": 1, "max": most, **about})
+
+
+def number(*names: str, **about: Any) -> Any:
+    """An option that is a finite number in [min, max], by default +-`LARGEST`."""
+    return typer.Option(*names, callback=finite, **{"min": -LARGEST, "max": LARGEST, **about})
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the start noise and the donor draws.")]
+Seed = Annotated[int, typer.Option("--seed", **SEEDS, help="Of the start noise and the donor draws.")]
 Device = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: CUDA where there is one.")
 ]
@@ -41,28 +87,97 @@ Eraser = Annotated[
     ),
 ]
 KindOption = Annotated[Kind, typer.Option("--kind", help="Without --eraser: which of EmojiCanvas's.")]
-UnusedSeed = Annotated[int, typer.Option("--seed", help="Accepted by every command; nothing is drawn here.")]
+UnusedSeed = Annotated[
+    int, typer.Option("--seed", **SEEDS, help="Accepted by every command; nothing is drawn here.")
+]
 UnusedDevice = Annotated[
     str, typer.Option("--device", help="Accepted by every command; nothing is run here.")
 ]
+_FAILURES = (
+    ValueError,
+    TypeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    ImportError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    MemoryError,
+)
 
 
 def reported(command: Callable) -> Callable:
-    """Failures become one line on stderr and exit code 1."""
+    """Failures become one line on stderr and exit code 1; an interruption one line and 130."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        from lbdt import _build
+
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed by the caller, who wants nothing of it
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         try:
+            _check_folder()
+            _build.check_variables()
             command(*args, **kwargs)
-        except (ValueError, TypeError, KeyError, OSError, RuntimeError, ImportError) as error:
-            # str(KeyError) would quote its text.
-            text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            sys.stderr.write(f"lbdt: {' '.join(str(text).split()) or type(error).__name__}\n")
+        except KeyboardInterrupt as error:
+            say("lbdt: interrupted")
+            raise typer.Exit(128 + signal.SIGINT) from error
+        except _FAILURES as error:
+            say(f"lbdt: {_in_words(error)}")
             raise typer.Exit(1) from error
 
     return run
 
 
-def print_result(values: dict[str, Any], lines: list[str], as_json: bool) -> None:
-    """`values` as JSON, or `lines` as text, on stdout."""
-    sys.stdout.write(json.dumps(values, indent=2) + "\n" if as_json else "\n".join(lines) + "\n")
+def _check_folder() -> None:
+    """ValueError in a folder that has been deleted: MKL, for one, ends a process there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ValueError("the current folder has been deleted; cd to one that is there") from error
+
+
+def _in_words(error: BaseException) -> str:
+    """The error in one line."""
+    text = str(error)
+    if isinstance(error, OSError):
+        text = worded(error)
+    elif isinstance(error, KeyError) and error.args:
+        text = str(error.args[0])  # str(KeyError) would quote it
+    return " ".join(text.split()) or type(error).__name__
+
+
+def say(line: str) -> None:
+    """A line on stderr, if it still takes one; characters that it cannot show are escaped."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(_shown(line, sys.stderr) + "\n")
+
+
+def print_result(values: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
+    """`values` as JSON, or `lines` as text, on stdout; numbers that are not finite are null in JSON."""
+    text = json.dumps(_strict(values), indent=2, allow_nan=False) if as_json else "\n".join(lines)
+    try:
+        sys.stdout.write(_shown(text, sys.stdout) + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        # Or the interpreter would write what is left once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # `| head -1` has what it wanted
+            raise OSError(error.errno, f"stdout cannot be written: {unwritable(error)}") from error
+
+
+def _shown(text: str, stream: Any) -> str:
+    """`text` with what the stream's encoding cannot say escaped."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _strict(value: Any) -> Any:
+    """JSON-like values without NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    return [_strict(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lbdt.cli.options import Dtype
+from lbdt.cli.options import MOST_STEPS, MOST_THREADS, Dtype, counted, number
 
 if TYPE_CHECKING:
     from lbdt.commands.pipeline import Sampling
@@ -40,11 +40,12 @@ CanvasSeeds = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
-Steps = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.", rich_help_panel=_PANEL)]
+Steps = Annotated[int, counted("--steps", most=MOST_STEPS, help="Denoising steps.", rich_help_panel=_PANEL)]
 Guidance = Annotated[
     float | None,
-    typer.Option(
+    number(
         "--guidance",
+        min=0,
         help="Guidance scale. Default: 3 on EmojiCanvas, else the pipeline's own.",
         rich_help_panel=_PANEL,
     ),
@@ -60,25 +61,25 @@ Timesteps = Annotated[
 ]
 Patches = Annotated[
     int | None,
-    typer.Option("--patches", min=1, help="Patches drawn of each map. Default: all.", rich_help_panel=_PANEL),
+    counted("--patches", help="Patches drawn of each map. Default: all.", rich_help_panel=_PANEL),
 ]
 Numbers = Annotated[
     Dtype, typer.Option("--dtype", help="Number format of the activations.", rich_help_panel=_PANEL)
 ]
 PromptsPerShard = Annotated[
     int,
-    typer.Option(
+    counted(
         "--prompts-per-shard",
-        min=1,
+        most=65_535,
         help="Images of a pipeline call and of a shard.",
         rich_help_panel=_PANEL,
     ),
 ]
 Threads = Annotated[
     int,
-    typer.Option(
+    counted(
         "--threads",
-        min=1,
+        most=MOST_THREADS,
         help="CPU threads of a process, recorded with the activations, which may depend on them.",
         rich_help_panel=_PANEL,
     ),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lbdt.cli.options import AsJson, Device, Dtype, print_result, reported
+from lbdt.cli.options import SEEDS, AsJson, Device, Dtype, counted, inside, print_result, reported
 from lbdt.cli.sampling import (
     CanvasSeeds,
     Guidance,
@@ -53,14 +53,12 @@ def command(
         str | None, typer.Option("--hookpoint", metavar="NAME", help="Subfolder of the SAE's repository.")
     ] = None,
     by: Annotated[By, typer.Option(help="Labels that the dictionary is over.")] = By.concepts,
-    candidates: Annotated[
-        int, typer.Option(min=1, help="Latents per label and timestep whose histograms are kept.")
-    ] = 4,
+    candidates: Annotated[int, counted(help="Latents per label and timestep whose histograms are kept.")] = 4,
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Keep histograms for calibrated thresholds.")
     ] = True,
     bank: Annotated[
-        int, typer.Option(min=0, help="Undetected patches kept per timestep, for maps without any.")
+        int, counted(min=0, help="Undetected patches kept per timestep, for maps without any.")
     ] = 32,
     bank_site: Annotated[
         str | None,
@@ -80,13 +78,18 @@ def command(
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(min=1, help="Latents selected per timestep. Default: the assigned one, else 2."),
+        counted(help="Latents selected per timestep. Default: the assigned one, else 2."),
     ] = None,
     percentile: Annotated[
-        float | None, typer.Option(help="Or all above this percentile of the scores, e.g. 99.99.")
+        float | None,
+        typer.Option(callback=inside(0, 100), help="Or all above this percentile of the scores, e.g. 99.99."),
     ] = None,
     false_positive: Annotated[
-        float, typer.Option(help="Share of other labels' patches above a calibrated threshold.")
+        float,
+        typer.Option(
+            callback=inside(0, 1, open_low=True),
+            help="Share of other labels' patches above a calibrated threshold.",
+        ),
     ] = 0.02,
     heldout: Annotated[
         Path | None,
@@ -102,10 +105,10 @@ def command(
     dtype: Numbers = Dtype.float16,
     prompts_per_shard: PromptsPerShard = 16,
     threads: Threads = 1,
-    save_every: Annotated[
-        int, typer.Option("--save-every", min=1, help="Shards after which the state is saved.")
-    ] = 8,
-    seed: Annotated[int, typer.Option("--seed", help="Of the draws of patches and of the bank.")] = 0,
+    save_every: Annotated[int, counted("--save-every", help="Shards after which the state is saved.")] = 8,
+    seed: Annotated[
+        int, typer.Option("--seed", **SEEDS, help="Of the draws of patches and of the bank.")
+    ] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:

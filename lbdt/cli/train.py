@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from lbdt.cli.options import AsJson, Device, print_result, reported
+from lbdt.cli.options import (
+    LARGEST,
+    MOST_STEPS,
+    SEEDS,
+    AsJson,
+    Device,
+    counted,
+    inside,
+    number,
+    print_result,
+    reported,
+)
 from lbdt.cli.sampling import (
     CanvasSeeds,
     Guidance,
@@ -48,7 +59,7 @@ class Log(enum.StrEnum):
 
 
 SamplingSteps = Annotated[
-    int, typer.Option("--sampling-steps", min=1, help="Denoising steps.", rich_help_panel="The pipeline")
+    int, counted("--sampling-steps", most=MOST_STEPS, help="Denoising steps.", rich_help_panel="The pipeline")
 ]
 _OURS = "Default: the recipe's."
 
@@ -87,8 +98,8 @@ def command(
             help="Of the supervised loss: image, paper or released (saemnesia); image or released (gsae).",
         ),
     ] = None,
-    expansion: Annotated[int | None, typer.Option(min=1, help=f"Latents over width. {_OURS}")] = None,
-    k: Annotated[int | None, typer.Option("--k", min=1, help=f"Active latents a patch. {_OURS}")] = None,
+    expansion: Annotated[int | None, counted(help=f"Latents over width. {_OURS}")] = None,
+    k: Annotated[int | None, counted("--k", help=f"Active latents a patch. {_OURS}")] = None,
     batch_topk: Annotated[
         bool | None,
         typer.Option(
@@ -96,33 +107,33 @@ def command(
             help=f"Train with the k largest of a batch on average, not of each patch. {_OURS}",
         ),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps. Default: the recipe's epochs.")
+    steps: Annotated[int | None, counted(help="Training steps. Default: the recipe's epochs.")] = None,
+    rows: Annotated[int | None, counted(min=2, help=f"Patches of a batch. {_OURS}")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            "--lr", callback=inside(0, LARGEST, open_low=True), help=f"Learning rate, falling to 0. {_OURS}"
+        ),
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=2, help=f"Patches of a batch. {_OURS}")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help=f"Learning rate, falling to 0. {_OURS}")] = None,
-    weight: Annotated[float | None, typer.Option(min=0, help=f"Of the supervised loss. {_OURS}")] = None,
-    decorrelation: Annotated[
-        float | None, typer.Option(min=0, help=f"Of its correlation term. {_OURS}")
-    ] = None,
-    l1: Annotated[float | None, typer.Option("--l1", min=0, help=f"Of its L1 term. {_OURS}")] = None,
+    weight: Annotated[float | None, number(min=0, help=f"Of the supervised loss. {_OURS}")] = None,
+    decorrelation: Annotated[float | None, number(min=0, help=f"Of its correlation term. {_OURS}")] = None,
+    l1: Annotated[float | None, number("--l1", min=0, help=f"Of its L1 term. {_OURS}")] = None,
     pool: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help=f"Share of an image's patches that carries a concept. {_OURS}"),
+        number(min=0, max=1, help=f"Share of an image's patches that carries a concept. {_OURS}"),
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help=f"Activation of a present concept, of image. {_OURS}")
+        float | None, number(help=f"Activation of a present concept, of image. {_OURS}")
     ] = None,
     sparsity: Annotated[
-        float | None, typer.Option(min=0, help=f"Of the penalty of relu and jumprelu. {_OURS}")
+        float | None, number(min=0, help=f"Of the penalty of relu and jumprelu. {_OURS}")
     ] = None,
     auxk_alpha: Annotated[
-        float | None, typer.Option("--auxk-alpha", min=0, help=f"Of AuxK, for dead latents. {_OURS}")
+        float | None, number("--auxk-alpha", min=0, help=f"Of AuxK, for dead latents. {_OURS}")
     ] = None,
     dead_after: Annotated[
         int | None,
-        typer.Option(
-            min=1,
+        counted(
             help="Patches without firing that make a latent dead. Default: 10 million or a tenth of all.",
         ),
     ] = None,
@@ -133,9 +144,9 @@ def command(
     ] = None,
     heldout_share: Annotated[
         float,
-        typer.Option(min=0, max=0.9, help="Of the prompts, kept out of training for the report; 0: none."),
+        number(min=0, max=0.9, help="Of the prompts, kept out of training for the report; 0: none."),
     ] = 0.0625,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    checkpoint_every: Annotated[int, counted(help="Steps between checkpoints.")] = 100,
     log: Annotated[list[Log] | None, typer.Option("--log", help="Also log there; may be repeated.")] = None,
     stream: Annotated[
         bool,
@@ -150,11 +161,11 @@ def command(
     patches: Patches = None,
     prompts_per_shard: PromptsPerShard = 16,
     threads: Threads = 1,
-    window: Annotated[int, typer.Option(min=1, help="Of --stream: pipeline calls that a batch mixes.")] = 4,
-    steps_per_shard: Annotated[
-        int, typer.Option(min=1, help="Of --stream: training steps for each pipeline call.")
-    ] = 8,
-    seed: Annotated[int, typer.Option("--seed", help="Of the first weights and the order of batches.")] = 0,
+    window: Annotated[int, counted(help="Of --stream: pipeline calls that a batch mixes.")] = 4,
+    steps_per_shard: Annotated[int, counted(help="Of --stream: training steps for each pipeline call.")] = 8,
+    seed: Annotated[
+        int, typer.Option("--seed", **SEEDS, help="Of the first weights and the order of batches.")
+    ] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -165,8 +176,6 @@ def command(
     """
     if (activations is None) != stream:
         raise typer.BadParameter("give either --activations DIR or --stream", param_hint="--activations")
-    if lr is not None and not lr > 0:
-        raise typer.BadParameter("expected a number > 0", param_hint="--lr")
     from lbdt.commands.train import Live, run
     from lbdt.training.job import Options
 

@@ -13,6 +13,7 @@ from lbdt.dictionary.score import DONE_FILE, sae_settings
 from lbdt.eraser import CONFIG_FILE, OWN, ConceptEraser
 from lbdt.files import read_json
 from lbdt.folders import replaced
+from lbdt.out import check_out_folder
 from lbdt.sae import SparseAutoencoder
 from lbdt.steering import Steering
 from lbdt.steering.steering import CONFIG_FILE as STEERING_FILE
@@ -39,8 +40,9 @@ def run(
         ValueError: parts that do not fit each other, a concept without any latent, or an `out` that holds other files.
         OSError: why `out` cannot be written.
     """
+    check_out_folder(out)
     ours = (out / _BEGUN).is_file() or (out / CONFIG_FILE).is_file()
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not ours)):
+    if out.exists() and any(out.iterdir()) and not ours:
         raise ValueError(f"--out {out}: holds something else than an eraser; give a new folder")
     eraser = ConceptEraser(
         SparseAutoencoder.from_pretrained(sae), ConceptDictionary.from_pretrained(dictionary), **settings

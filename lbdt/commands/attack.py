@@ -24,6 +24,7 @@ from lbdt.commands.processes import launched_on
 from lbdt.evaluation.parts import digest_of
 from lbdt.evaluation.worlds.names import prompt_text
 from lbdt.folders import held
+from lbdt.out import check_out_folder
 
 _POLL_SECONDS = 0.2
 _STEPS = 20
@@ -120,6 +121,8 @@ def run(
     world, where = launched_on(device)
     if world.size > 1 and out is None:
         raise ValueError("--out: several processes meet by files; give a folder")
+    if out is not None:
+        check_out_folder(out)
     settings = plan.settings()
     loaded = plan.load()
     for name in plan.concepts:

@@ -13,6 +13,7 @@ from lbdt.activations.sites import Site
 from lbdt.activations.stored import Stored
 from lbdt.commands.pipeline import CANVAS, Sampling, load_pipeline
 from lbdt.commands.processes import joined_on
+from lbdt.out import check_out_folder
 
 
 def run(
@@ -24,6 +25,7 @@ def run(
     """
     start = time.perf_counter()
     wanted = [Site.parse(site) for site in sites]
+    check_out_folder(out)
     labelled = sampling.labelled()
     with joined_on(device) as (world, where):
         source = sampling.source(load_pipeline(sampling.model, where), labelled, wanted, where, seed)

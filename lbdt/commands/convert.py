@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from lbdt.folders import replaced
 from lbdt.formats import class_params, unbox
 from lbdt.formats.latents import SPACINGS, read_latents
 from lbdt.hub import check_subfolder, resolve_folder
+from lbdt.out import check_out_folder
 from lbdt.sae import SparseAutoencoder, checkpoint
 
 _PICKLES = "cls_latents_dict_*.pkl"
@@ -232,8 +232,7 @@ def _class_params(source: str, out: Path, force: bool) -> Result:
 
 def _check_out(out: Path, names: Sequence[str], force: bool) -> None:
     """ValueError unless the folder can be written there and holds nothing but an earlier conversion to replace."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file; give a folder")
+    check_out_folder(out)
     present = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     others = [name for name in present if name not in names]
     if others:
@@ -244,9 +243,6 @@ def _check_out(out: Path, names: Sequence[str], force: bool) -> None:
         raise ValueError(
             f"--out {out}: holds {', '.join(present)} already; give a new folder, or --force to replace"
         )
-    folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--out {out}: cannot write in {folder}; give a place in a folder of yours")
 
 
 def _same(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], out: Path) -> None:

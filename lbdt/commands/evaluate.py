@@ -26,6 +26,7 @@ from lbdt.evaluation.values import kind_values, measured_cost
 from lbdt.evaluation.world import World
 from lbdt.files import read_json
 from lbdt.folders import held
+from lbdt.out import check_out_folder
 from lbdt.training.world import launched
 
 _MOST = 8
@@ -182,6 +183,7 @@ def run(settings: Settings, *, processes: int | None, command: str) -> tuple[dic
     torchrun or `accelerate launch`, the processes are those. The figures do not depend on it.
     """
     _check_packages(settings)
+    check_out_folder(settings.out)
     if launched().size > 1:
         values = _work(settings, command)
         return values, _lines(values, settings.out) if values else []

@@ -13,6 +13,7 @@ from lbdt.activations.prompts import Prompt, read_prompts
 from lbdt.activations.sites import Site
 
 CANVAS = "EmojiCanvas"
+_MOST = 100_000
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,13 @@ def parse_timesteps(text: str | None) -> int | list[int] | None:
     if text is None:
         return None
     try:
-        return [int(part) for part in text.split(",") if part.strip()] if "," in text else int(text)
+        given = [int(part) for part in text.removesuffix(",").split(",")]
     except ValueError:
-        raise ValueError(f"--timesteps: expected a number such as 10, or 999,749; got {text!r}") from None
+        given = []
+    listed = "," in text
+    if not given or min(given) < (0 if listed else 1) or max(given) > _MOST:
+        raise ValueError(f"--timesteps: expected a number such as 10, or 999,749; got {text!r}")
+    return given if listed else given[0]
 
 
 def parse_seeds(text: str) -> range:
@@ -130,6 +135,8 @@ def parse_seeds(text: str) -> range:
         seeds = range(int(first), int(end))
     except ValueError:
         seeds = range(0)
-    if not colon or not seeds or seeds[0] < 0:
-        raise ValueError(f"--canvas-seeds: expected FIRST:END such as 100:104, got {text!r}")
+    if not colon or seeds.start < 0 or seeds.stop >= 2**63 or not 0 < seeds.stop - seeds.start <= _MOST:
+        raise ValueError(
+            f"--canvas-seeds: expected FIRST:END such as 100:104, at most {_MOST} of them; got {text!r}"
+        )
     return seeds

@@ -15,6 +15,7 @@ from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.encoding import check_fit
 from lbdt.dictionary.score import score
 from lbdt.dictionary.selectivity import selectivity
+from lbdt.out import check_out_folder
 from lbdt.sae.checkpoint import read
 
 
@@ -45,6 +46,7 @@ def run(
     start = time.perf_counter()
     world, where = launched_on(device)
     place = Site.parse(site)
+    check_out_folder(out)
     replaced = _bank_site(place, bank_site) if bank else None
     checkpoint = read(sae, hookpoint)
     model = checkpoint.sae.to(where)

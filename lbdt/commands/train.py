@@ -13,6 +13,7 @@ from lbdt.activations.batches import Batches, Stream
 from lbdt.activations.stored import Stored
 from lbdt.commands.pipeline import Sampling, load_pipeline
 from lbdt.commands.processes import joined_on
+from lbdt.out import check_out_folder
 from lbdt.sae import SparseAutoencoder
 from lbdt.training.assignment import Assignment, assign, load_assignment
 from lbdt.training.heldout import split, split_prompts
@@ -53,8 +54,7 @@ def run(
     chosen = recipe_named(recipe)
     if (activations is None) == (live is None):
         raise ValueError("expected either --activations DIR or --stream")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file; give a folder")
+    check_out_folder(out)
     with joined_on(device) as (world, where):
         if live is None:
             source: Source = Stored(activations)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lbdt import ops
 
+MOST_PADDING = 65_535
+"""Patches; no map that a recorder takes has a longer side."""
 ROWS = ("all", "cond")
 TARGETS = ("output", "update")
 SOURCES = ("random", "nearest", "mean")

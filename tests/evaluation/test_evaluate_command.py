@@ -177,7 +177,7 @@ def test_steps_of_ones_own_have_no_shipped_artifact_judge():
     assert world.reference is None and Subject("canvas", batch=7).load().reference is not None
 
 
-def test_a_killed_process_is_told_in_one_line(monkeypatch):
+def test_a_killed_process_is_told_in_one_line(tmp_path, monkeypatch):
     from torch import multiprocessing
 
     def killed(*arguments, **settings):
@@ -187,4 +187,4 @@ def test_a_killed_process_is_told_in_one_line(monkeypatch):
 
     monkeypatch.setattr(multiprocessing, "start_processes", killed)
     with pytest.raises(RuntimeError, match="SIGKILL.*too little memory for 2"):
-        evaluate.run(settings(), processes=2, command="")
+        evaluate.run(settings(out=tmp_path), processes=2, command="")
