@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lbdt.evaluation.report import cells, table
-from lbdt.files import read_json, write_files
+from lbdt.evaluation.report.write import read_values
+from lbdt.files import write_files
 
 RESULTS = Path(__file__).resolve().parent / "results/evaluation"
-KEPT = ("values.json", "table.csv", "plots/tradeoff.svg", "plots/grid-saeuron.png")
+KEPT = ("values.json", "times.json", "table.csv", "plots/tradeoff.svg", "plots/grid-saeuron.png")
 
 
 def main_lines(values: Mapping[str, Any]) -> list[str]:
@@ -125,7 +126,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    values = read_json(folder / "values.json")
+    values = read_values(folder)
     write_files(RESULTS, {Path(name).name: (folder / name).read_bytes() for name in KEPT})
     parts = [main_lines(values), style_lines(values), sweep_lines(values), inside_lines(values)]
     parts += [settings_lines(values, "padding"), settings_lines(values, "sources"), together_lines(values)]

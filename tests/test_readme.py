@@ -12,6 +12,7 @@ from lbdt.attack import Outcome, summarise
 from lbdt.bench import table
 from lbdt.evaluation.report import cells
 from lbdt.evaluation.report.table import csv_text
+from lbdt.evaluation.report.write import read_values
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
@@ -85,7 +86,7 @@ def test_its_benchmark_figures_are_those_of_the_linked_result():
 
 def test_its_erasure_figures_are_those_of_the_linked_evaluation():
     text = README.read_text()
-    values = json.loads((evaluation.RESULTS / "values.json").read_text())
+    values = read_values(evaluation.RESULTS)
     about = values["about"]
     assert list(values["kinds"]) == list(canvas.KINDS) and not about["dirty"] and not about["quick"]
     assert f"commit `{about['commit'][:7]}`, seeds {', '.join(map(str, about['seeds']))}" in text

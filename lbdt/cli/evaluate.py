@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -175,7 +176,7 @@ def command(
         erasers=_named("--eraser", eraser),
         steering=_named("--steering", steering),
         strengths={
-            name: tuple(_numbers("--strengths", text, float))
+            name: _numbers("--strengths", text, float)
             for name, text in _named("--strengths", strengths).items()
         },
         object_classifier=object_classifier,
@@ -191,8 +192,8 @@ def command(
         subject=subject,
         kinds=tuple(kind or ()),
         concepts=tuple(concept or ()),
-        seeds=(seed,) if seed is not None else tuple(_numbers("--seeds", seeds, int)),
-        sweep_seeds=tuple(_numbers("--sweep-seeds", sweep_seeds, int)),
+        seeds=(seed,) if seed is not None else _numbers("--seeds", seeds, int),
+        sweep_seeds=_numbers("--sweep-seeds", sweep_seeds, int),
         quick=quick,
         own=own,
         others=others,
@@ -219,8 +220,17 @@ def _named(option: str, given: list[str] | None) -> dict[str, str]:
     return pairs
 
 
-def _numbers(option: str, text: str | None, number: type) -> list:
+def _numbers(option: str, text: str | None, number: type) -> tuple:
+    """Of an option that was given, one or more: whole ones in [0, 2^63), others finite."""
+    if text is None:
+        return ()
     try:
-        return [number(part) for part in (text or "").split(",") if part.strip()]
+        found = tuple(number(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise typer.BadParameter(f"expected numbers such as 1,2; got {text!r}", param_hint=option) from None
+        found = ()
+    if not found or not all(math.isfinite(each) if number is float else 0 <= each < 2**63 for each in found):
+        wanted = (
+            "finite numbers such as -1,-2.5" if number is float else "numbers such as 1,2, from 0 to 2^63 - 1"
+        )
+        raise typer.BadParameter(f"expected {wanted}; got {text!r}", param_hint=option)
+    return found

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from lbdt.reasons import unwritable, worded
+from lbdt.text import printable
 
 
 class Kind(enum.StrEnum):
@@ -146,7 +147,7 @@ def _in_words(error: BaseException) -> str:
         text = worded(error)
     elif isinstance(error, KeyError) and error.args:
         text = str(error.args[0])  # str(KeyError) would quote it
-    return " ".join(text.split()) or type(error).__name__
+    return printable(" ".join(text.split())) or type(error).__name__
 
 
 def say(line: str) -> None:
@@ -157,7 +158,7 @@ def say(line: str) -> None:
 
 def print_result(values: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
     """`values` as JSON, or `lines` as text, on stdout; numbers that are not finite are null in JSON."""
-    text = json.dumps(_strict(values), indent=2, allow_nan=False) if as_json else "\n".join(lines)
+    text = json.dumps(_strict(values), indent=2, allow_nan=False) if as_json else _visible(lines)
     try:
         sys.stdout.write(_shown(text, sys.stdout) + "\n")
         sys.stdout.flush()
@@ -166,6 +167,11 @@ def print_result(values: dict[str, Any], lines: Sequence[str], as_json: bool) ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # `| head -1` has what it wanted
             raise OSError(error.errno, f"stdout cannot be written: {unwritable(error)}") from error
+
+
+def _visible(lines: Sequence[str]) -> str:
+    """Text in which no name steers the terminal."""
+    return "\n".join(printable(line) for text in lines for line in text.split("\n"))
 
 
 def _shown(text: str, stream: Any) -> str:

@@ -25,6 +25,7 @@ from lbdt.evaluation.parts import digest_of
 from lbdt.evaluation.worlds.names import prompt_text
 from lbdt.folders import held
 from lbdt.out import check_out_folder
+from lbdt.text import printable, require_unicode
 
 _POLL_SECONDS = 0.2
 _STEPS = 20
@@ -127,6 +128,8 @@ def run(
     loaded = plan.load()
     for name in plan.concepts:
         loaded.select(name)
+    for style in plan.styles:
+        require_unicode("--style", style)
     prompts = plan.prompts(loaded.concepts, seed)
     judge = _canvas_judge if plan.judge is None else _judge(plan.judge)
     pipe = load_pipeline(plan.model, where)
@@ -272,7 +275,7 @@ def _by_concept(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 def _table(values: dict[str, Any], outcomes: Sequence[Outcome]) -> list[str]:
     if not outcomes:
         return []
-    attack, width = values["attack"], max(8, *(len(name) for name in values["concepts"]))
+    attack, width = values["attack"], max(8, *(len(printable(name)) for name in values["concepts"]))
     how = f"{attack['iterations']} iterations at each of {attack['timesteps']} timesteps"
     if attack["search"] == "random":
         how = f"as a control up to {-(-attack['timesteps'] // attack['check_every'])} random prefixes"
@@ -284,7 +287,7 @@ def _table(values: dict[str, Any], outcomes: Sequence[Outcome]) -> list[str]:
     ]
     for name, row in [*values["concepts"].items(), ("all", values["summary"])]:
         lines.append(
-            f"{name:{width}}  {row['pairs']:5d}  {row['before']:9.2f}  {row['after']:8.2f}  {row['effectiveness']:13.2f}"
+            f"{printable(name):{width}}  {row['pairs']:5d}  {row['before']:9.2f}  {row['after']:8.2f}  {row['effectiveness']:13.2f}"
         )
     lines += [
         "",
@@ -300,7 +303,9 @@ def _table(values: dict[str, Any], outcomes: Sequence[Outcome]) -> list[str]:
             "prompts that bring the concept back (* run by token ids, which this text does not give back)",
         ]
     for outcome in broken:
-        lines.append(f"{outcome.concept:{width}}  {outcome.attacked}{'' if outcome.typable else ' *'}")
+        lines.append(
+            f"{printable(outcome.concept):{width}}  {outcome.attacked}{'' if outcome.typable else ' *'}"
+        )
     lines += [
         "",
         "published on UnlearnCanvas (another world: 1000 pairs, 512 px): UA before, after, effectiveness",

@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from lbdt.commands.processes import joined_on
+from lbdt.commands.processes import end_with, joined_on
 from lbdt.evaluation.columns import Scorers
 from lbdt.evaluation.design import Design
 from lbdt.evaluation.plan import unedited
 from lbdt.evaluation.report import table
-from lbdt.evaluation.report.write import write
+from lbdt.evaluation.report.write import read_values, write
 from lbdt.evaluation.run import Evaluation
 from lbdt.evaluation.values import kind_values, measured_cost
 from lbdt.evaluation.world import World
-from lbdt.files import read_json
 from lbdt.folders import held
 from lbdt.out import check_out_folder
+from lbdt.text import printable
 from lbdt.training.world import launched
 
 _MOST = 8
@@ -193,7 +193,7 @@ def run(settings: Settings, *, processes: int | None, command: str) -> tuple[dic
         values = _work(settings, command)
     else:
         _spawn(count, settings, command)
-        values = read_json(settings.out / "values.json")
+        values = read_values(settings.out)
     return values, _lines(values, settings.out)
 
 
@@ -229,7 +229,12 @@ def _spawn(count: int, settings: Settings, command: str) -> None:
         port = free.getsockname()[1]
     try:
         multiprocessing.start_processes(
-            _child, (count, port, settings, command), nprocs=count, start_method="spawn"
+            _child,
+            (os.getpid(), count, port, settings, command),
+            nprocs=count,
+            # Or an interrupted parent would wait for the others at its end.
+            daemon=True,
+            start_method="spawn",
         )
     except multiprocessing.ProcessRaisedException as error:
         # The child's traceback is in its text; its last line is what went wrong.
@@ -241,7 +246,8 @@ def _spawn(count: int, settings: Settings, command: str) -> None:
         ) from error
 
 
-def _child(rank: int, count: int, port: int, settings: Settings, command: str) -> None:
+def _child(rank: int, parent: int, count: int, port: int, settings: Settings, command: str) -> None:
+    end_with(parent)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -275,8 +281,8 @@ def _work(settings: Settings, command: str) -> dict[str, Any]:
             sweep_seeds=settings.sweep_seeds or world.sweep_seeds,
             concepts=settings.concepts or world.objects,
             processes=processes,
-            scorers=_scorers(settings, world, device),
         )
+        evaluation.scorers = _scorers(settings, world, device)
         strengths = evaluation.run()
         if not processes.main:
             return {}
@@ -358,5 +364,5 @@ def _lines(values: Mapping[str, Any], out: Path) -> list[str]:
 
 
 def command_line(arguments: Sequence[str] | None = None) -> str:
-    """The command as it was typed."""
-    return shlex.join(["lbdt", *(sys.argv[1:] if arguments is None else arguments)])
+    """The command as it was typed; what cannot be printed of it is escaped."""
+    return printable(shlex.join(["lbdt", *(sys.argv[1:] if arguments is None else arguments)]))

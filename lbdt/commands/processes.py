@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 
 import torch
 
@@ -11,6 +13,15 @@ from lbdt.commands.device import usable_device
 from lbdt.training.world import World, joined, launched
 
 _ANY = ("auto", "cuda")
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with(parent: int) -> None:
+    """Ends this process as soon as `parent`, the id of the one that started it, has ended in whatever way (Linux)."""
+    # Not SIGINT, which what a shell runs in the background ignores, and with it what that starts.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
 
 
 def joined_on(device: str) -> contextlib.AbstractContextManager[tuple[World, torch.device]]:

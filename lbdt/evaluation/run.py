@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,22 @@ from lbdt.evaluation.design import Design
 from lbdt.evaluation.metrics.accuracy import average
 from lbdt.evaluation.metrics.artifacts import SMALLEST, FeatureJudge
 from lbdt.evaluation.plan import Plan
-from lbdt.evaluation.series import Files, Series, generate, slug
+from lbdt.evaluation.series import Files, Series, generate
 from lbdt.evaluation.world import World
+from lbdt.text import require_unicode, short, slug
 from lbdt.training.world import World as Processes
+
+_LONGEST = 100
+
+
+def check_kind_name(name: str) -> None:
+    """ValueError unless `name` can head a column of figures and a line of a spreadsheet, in which `=`, `+`, `-` and `@`
+    begin formulas."""
+    if not name.isprintable() or not (name[:1].isalnum() or name[:1] == "_") or len(name) > _LONGEST:
+        raise ValueError(
+            f"kind {short(name, _LONGEST)!r}: expected a name of at most {_LONGEST} visible characters that begins with a "
+            "letter or digit; give another NAME in NAME=DIR"
+        )
 
 
 @dataclass
@@ -39,6 +54,8 @@ class Evaluation:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        for name in self.kinds:
+            check_kind_name(name)
         unknown = [name for name in self.kinds if name not in self.world.kinds]
         if unknown or not self.kinds:
             raise ValueError(
@@ -58,6 +75,9 @@ class Evaluation:
                 f"seeds: expected some, each once, other than those of the sweep; got {list(self.seeds)}, "
                 f"and {list(self.sweep_seeds)} of the sweep"
             )
+        if len(set(self.sweep_seeds)) != len(self.sweep_seeds):
+            raise ValueError(f"sweep seeds: expected each once, got {list(self.sweep_seeds)}")
+        self._check_prompts()
         self.plans = {
             name: Plan(
                 self.world, self.world.kinds[name], self.design, self.seeds, self.sweep_seeds, self.concepts
@@ -65,28 +85,41 @@ class Evaluation:
             for name in self.kinds
         }
         self._check_kinds()
-        self.pipe = self.world.pipeline(self.device)
-        if getattr(self.pipe, "safety_checker", None) is not None:
-            self.pipe.safety_checker = None  # it would blacken pictures that are to be scored
+        self._columns: dict[str, Columns] = {}
+        self._digests: dict[tuple[str, str], str] = {}
+        self._saved_strengths: dict[str, Any] = {}
+        self._judges: dict[Path, FeatureJudge] = {}
+
+    @cached_property
+    def pipe(self) -> Any:
+        """The world's pipeline, loaded when it is first asked for."""
+        pipe = self.world.pipeline(self.device)
+        if getattr(pipe, "safety_checker", None) is not None:
+            pipe.safety_checker = None  # it would blacken pictures that are to be scored
         if self.world.scheduler is not None:
-            self.pipe.scheduler = self.world.scheduler(self.pipe)
+            pipe.scheduler = self.world.scheduler(pipe)
+        return pipe
+
+    @cached_property
+    def _about(self) -> dict[str, Any]:
         from lbdt.activations.fingerprint import fingerprint
 
-        self._about = {
+        return {
             "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
             "world": self.world.name,
             "pipeline": fingerprint(self.pipe),
             "device": self.device.type,
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
         }
-        self._columns: dict[str, Columns] = {}
-        self._digests: dict[tuple[str, str], str] = {}
-        self._saved_strengths: dict[str, Any] = {}
-        self._judges: dict[Path, FeatureJudge] = {}
 
     def run(self) -> dict[str, float | None]:
         """Generates and judges every picture that is not there yet, this process's share of them. All
-        processes return when all are done, with the chosen strength of each kind."""
+        processes return when all are done, with the chosen strength of each kind.
+
+        Raises ValueError before the first picture where an eraser or its baseline does not fit the pipeline."""
+        for plan in self.plans.values():
+            for editor in self._editors(plan):
+                editor.attach(self.pipe, concepts=list(self.concepts[:1]), seed=0).remove()
         self.make("sweep", [series for plan in self.plans.values() for series in plan.sweep()])
         strengths = {name: self.strength(name) for name in self.kinds}
         rest = []
@@ -165,22 +198,43 @@ class Evaluation:
             )
         return self._judges[files.folder]
 
+    def _check_prompts(self) -> None:
+        # What cannot be written would be noticed when the first files of its series are.
+        for name in (*self.world.objects, *self.world.styles):
+            require_unicode("a concept or style", name)
+        for seed in (*self.seeds, *self.sweep_seeds):
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"seeds: expected integers in [0, 2^63), got {seed}")
+            for prompt in self.world.prompts(seed):
+                require_unicode("a prompt", prompt.text)
+
     def _check_kinds(self) -> None:
         folders: dict[str, str] = {}
         for name, plan in self.plans.items():
-            other = folders.setdefault(slug(name), name)
+            # Some file systems do not tell large letters from small ones.
+            other = folders.setdefault(slug(name).lower(), name)
             if other != name:
                 raise ValueError(f"kinds: {other} and {name} would share the folder {slug(name)}; rename one")
-            editors = [("eraser", plan.kind.per())]
-            if plan.kind.steering is not None:
-                swept = plan.strengths and self.sweep_seeds and self.scorers.judge is not None
-                # Without a sweep that chooses one, it must have been saved with a strength.
-                settings = plan.steering_settings(plan.strengths[0] if swept else None)
-                editors.append(("steering", plan.kind.steering(**settings)))
-            for what, editor in editors:
+            strengths = plan.kind.strengths if plan.kind.steering is not None else ()
+            if len(set(strengths)) != len(strengths) or not all(map(math.isfinite, strengths)):
+                raise ValueError(
+                    f"kind {name}: expected finite strengths, each once, got {', '.join(map(str, strengths))}"
+                )
+            for editor in self._editors(plan):
                 unknown = sorted(set(self.concepts) - set(editor.concepts))
                 if unknown:
+                    what = "eraser" if hasattr(editor, "padding") else "steering"
                     raise ValueError(f"kind {name}: its {what} does not know {', '.join(unknown)}")
+
+    def _editors(self, plan: Plan) -> list[Any]:
+        """The eraser of a kind, and its baseline where it has one."""
+        editors = [plan.kind.per()]
+        if plan.kind.steering is not None:
+            swept = plan.strengths and self.sweep_seeds and self.world.judge is not None
+            # Without a sweep that chooses one, it must have been saved with a strength.
+            settings = plan.steering_settings(plan.strengths[0] if swept else None)
+            editors.append(plan.kind.steering(**settings))
+        return editors
 
     def make(self, label: str, wanted: Sequence[Series]) -> None:
         """This process's batches of these series, then waits for the others'."""

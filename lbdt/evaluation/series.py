@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import io
 import json
-import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 from lbdt.evaluation.design import Job
 from lbdt.evaluation.world import Judge, Kind, Verdicts
 from lbdt.files import json_bytes, read_json, tensor_bytes, write_files
+from lbdt.text import slug
 
 WATCHED_PATCHES, WATCHED_TIMESTEPS = 4, 10
 _NO_STYLE = -2
@@ -55,11 +54,6 @@ class Series:
         make = self.kind.per if self.method == "per" else self.kind.steering
         count = max((len(job.erased) for job in self.jobs), default=0) if self.stacked else 1
         return [make(**self.settings) for _ in range(count)]
-
-
-def slug(text: str) -> str:
-    """Text as a file name."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-") or "none"
 
 
 class Files:
@@ -201,7 +195,6 @@ def generate(
     if series.kind.guidance is not None:
         call["guidance_scale"] = series.kind.guidance
     watch, masks = None, None
-    start = time.perf_counter()
     with contextlib.ExitStack() as stack:
         attachments = [
             stack.enter_context(
@@ -241,7 +234,6 @@ def generate(
         tensors["watched"] = watch.rows()
     record = {
         "pictures": len(pictures),
-        "seconds": time.perf_counter() - start,
         # The changed share of all patches; several attachments may change a patch more than once.
         "replaced": [report.replaced for report in reports],
     }

@@ -11,6 +11,8 @@ Metrics are per cent, Frechet distances and CLIP scores in their own unit, each 
 from __future__ import annotations
 
 import io
+import statistics
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +26,7 @@ from lbdt.evaluation.metrics.activations import Watched, compare_settings
 from lbdt.evaluation.metrics.intervals import estimate
 from lbdt.evaluation.plan import PADDINGS, SOURCES, Plan, unedited
 from lbdt.evaluation.run import Evaluation
-from lbdt.evaluation.series import Series
+from lbdt.evaluation.series import Series, generate
 from lbdt.files import write_files
 
 
@@ -205,10 +207,6 @@ def measured_cost(
     evaluation: Evaluation, kind: str, strength: float | None, rounds: int = 3, pictures: int = 4
 ) -> dict[str, Any]:
     """Seconds a picture without and with each method, which take turns; medians over the rounds."""
-    import statistics
-
-    from lbdt.evaluation.series import generate
-
     plan = evaluation.plans[kind]
     jobs = [job for part in plan.scored_jobs.values() for job in part if job.prompt.concept in job.erased][
         :pictures
@@ -218,7 +216,8 @@ def measured_cost(
     for number in range(rounds + 1):
         for series, editors in prepared:
             mine = jobs if editors else [unedited(job) for job in jobs]
-            _, _, record = generate(evaluation.pipe, series, editors, mine, None)
+            start = time.perf_counter()
+            generate(evaluation.pipe, series, editors, mine, None)
             if number:  # the first round warms up
-                times.setdefault(series.method, []).append(record["seconds"] / len(jobs))
+                times.setdefault(series.method, []).append((time.perf_counter() - start) / len(jobs))
     return {name: statistics.median(values) for name, values in times.items()} | {"unit": "seconds a picture"}

@@ -145,6 +145,12 @@ def test_two_processes_write_the_same_files(inputs, tmp_path):
         (("--judge", "tests.attack.judges:NOT_CALLABLE"), 1, "expected a function, got int"),
         (("--eraser", "/nowhere"), 1, "/nowhere: no such folder"),
         (("--strength", "-1"), 2, "PER has no strength"),
+        (("--strength", "nan", "--method", "steering"), 2, "Invalid value for '--strength'"),
+        (("--guidance", "nan"), 2, "Invalid value for '--guidance'"),
+        (("--seed", "-1"), 2, "Invalid value for '--seed'"),
+        (("--seed", str(2**64)), 2, "Invalid value for '--seed'"),
+        (("--style", "\udcff"), 1, "lone surrogate"),
+        (("--out", "/dev/null"), 1, "--out /dev/null: is a file; give a folder"),
     ],
     ids=lambda value: value[0] + value[1][-12:] if isinstance(value, tuple) else "",
 )

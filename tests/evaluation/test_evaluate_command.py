@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from lbdt import cli
 from lbdt.commands import evaluate
 from lbdt.commands.evaluate import QUICK, SAMPLED, Settings, Subject
+from lbdt.evaluation.report.write import read_values
 from tests import toy
 
 
@@ -84,14 +86,27 @@ def test_a_refusal_is_one_line_exit_code_1_and_leaves_nothing(tmp_path, argument
     [
         (("--seed", "1", "--seeds", "1,2"), "give --seed or --seeds, not both"),
         (("--seeds", "1,two"), "expected numbers such as 1,2"),
-        (("--strengths", "a=x"), "expected numbers such as 1,2"),
+        (("--seeds", "-5"), "from 0 to 2^63 - 1; got '-5'"),
+        (("--seeds", str(2**63)), "from 0 to 2^63 - 1; got"),
+        (("--seeds", ","), "expected numbers such as 1,2"),
+        (("--seed", "-5"), "Invalid value for '--seed'"),
+        (("--sweep-seeds", "1,-1"), "from 0 to 2^63 - 1; got '1,-1'"),
+        (("--strengths", "a=x"), "expected finite numbers such as -1,-2.5"),
+        (("--strengths", "a=-1,nan"), "expected finite numbers such as -1,-2.5"),
+        (("--strengths", "a=-1e999"), "expected finite numbers such as -1,-2.5"),
+        (("--strengths", "a="), "expected NAME=VALUE"),
+        (("--guidance", "nan"), "Invalid value for '--guidance'"),
         (("--eraser", "a=1", "--eraser", "a=2"), "each name once"),
         (("--eraser", "=folder"), "expected NAME=VALUE"),
         (("--nudity", "mine"), "'saemnesia', 'mu-attack'"),
         (("--processes", "0"), "Invalid value for '--processes'"),
         (("--own", "0"), "Invalid value for '--own'"),
     ],
-    ids=["seed-and-seeds", "seeds", "strengths", "name-twice", "no-name", "nudity", "processes", "own"],
+    ids=[
+        *("seed-and-seeds", "seeds", "negative-seeds", "large-seeds", "no-seeds", "negative-seed"),
+        *("negative-sweep-seed", "strengths", "nan-strength", "infinite-strength", "no-strength"),
+        *("nan-guidance", "name-twice", "no-name", "nudity", "processes", "own"),
+    ],
 )
 def test_wrong_usage_is_exit_code_2(arguments, message):
     failed = lbdt(*arguments)
@@ -99,7 +114,13 @@ def test_wrong_usage_is_exit_code_2(arguments, message):
     assert message in " ".join(failed.stderr.replace("│", " ").split())
 
 
-def test_a_users_prompts_eraser_and_steering_and_only_json_on_stdout(folder, tmp_path):
+def contents(folder):
+    """All files but those that show when and how quickly they were made."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files if path.name not in ("times.json", "report.html")}
+
+
+def test_a_users_prompts_eraser_and_steering_and_only_json_on_stdout(folder, tmp_path, monkeypatch):
     """Its grid has gaps, its eraser knows more concepts, and its pipeline nothing judges."""
     command = [
         *("--world", str(folder / "my rows.jsonl"), "--model", str(folder / "model")),
@@ -137,16 +158,22 @@ def test_a_users_prompts_eraser_and_steering_and_only_json_on_stdout(folder, tmp
     assert rows[1]["pictures"] >= 2 and rows[1]["replaced"]["mean"] > 0
     assert values["about"]["seeds"] == [0] and values["about"]["quick"] is True
     assert "'" + str(folder / "my rows.jsonl") + "'" in values["about"]["command"], "as one types it"
+    assert read_values(tmp_path / "other") == values
     stored = json.loads((tmp_path / "other" / "values.json").read_text())
-    assert stored == values
+    assert "cost" not in stored and "date" not in stored["about"] and stored["kinds"] == values["kinds"]
+    written = contents(tmp_path / "other")
+    for name in ("values.json", "table.csv", "plots/ratio.svg"):
+        (tmp_path / "other" / name).unlink()
+    monkeypatch.setattr(sys, "argv", ["lbdt", "evaluate", *without])
     again = lbdt(*[word for word in without if word != "--json"])
+    assert contents(tmp_path / "other") == written
     assert again.exit_code == 0 and again.stdout.splitlines()[-2].startswith("report ")
     assert str(tmp_path / "other" / "report.html") in again.stdout
 
 
 def settings(world="canvas", **changes):
     given = dict.fromkeys(("own", "others", "vlm", "nudity"))
-    given |= {"kinds": (), "concepts": (), "seeds": (), "sweep_seeds": (), "quick": False, "out": None}
+    given |= {"kinds": (), "concepts": (), "seeds": (), "sweep_seeds": (), "quick": False, "out": Path("out")}
     return Settings(**given | {"subject": Subject(world), "threads": 1, "device": "cpu"} | changes)
 
 

@@ -196,7 +196,7 @@ def test_without_matplotlib_drawing_names_the_extra_and_the_report_says_so(tmp_p
         plots.draw(small, tmp_path / "plots")
     assert not (tmp_path / "plots").exists()
     files = write(small, tmp_path)
-    assert sorted(files) == ["report", "table", "values"]
+    assert sorted(files) == ["report", "table", "times", "values"]
     assert files["report"].read_text().count("not drawn: needs matplotlib, pip install lbdt[plot]") == 1
 
 

@@ -6,13 +6,14 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from lbdt.evaluation import published
 from lbdt.evaluation.report import grid, table
-from lbdt.evaluation.report.write import write
+from lbdt.evaluation.report.write import read_values, write
 from tests.evaluation import sample_values as sample
 
 
@@ -170,10 +171,39 @@ def test_the_folder_holds_what_is_returned(tmp_path, values):
     files = write(small, tmp_path)
     assert {"values", "table", "report", "sweep", "tradeoff", "ratio", "grid gsae"} <= files.keys()
     assert files["grid gsae"] == tmp_path / "plots/grid-gsae.png" and files["sweep"].suffix == ".svg"
-    assert json.loads(files["values"].read_text()) == small
+    assert read_values(tmp_path) == small
+    lasting, times = (json.loads(files[name].read_text()) for name in ("values", "times"))
+    assert times == {"date": small["about"]["date"], "cost": small["cost"]}
+    assert lasting["kinds"] == small["kinds"] and set(lasting) == {"about", "kinds"}
     assert files["table"].read_text() == table.csv_text(small)
     before = {name: path.read_bytes() for name, path in files.items()}
     assert {name: path.read_bytes() for name, path in write(small, tmp_path).items()} == before
+
+
+def test_what_differs_from_run_to_run_is_in_a_file_of_its_own_and_in_the_report(tmp_path, values):
+    """Of the same figures, measured at two times."""
+    sample.pictures(tmp_path)
+    first = {"about": values["about"], "kinds": {"gsae": values["kinds"]["gsae"]}, "cost": values["cost"]}
+    again = copy.deepcopy(first)
+    again["about"] |= {"date": "2030-01-01T00:00:00Z", "load_average_before": 9.5}
+    again["cost"]["gsae"]["per"] = 7.75
+    found = [{n: p.read_bytes() for n, p in write(each, tmp_path).items()} for each in (first, again)]
+    assert {name for name in found[0] if found[0][name] != found[1][name]} == {"times", "report"}
+    assert b"7.75" in found[1]["report"] and b"2030-01-01" in found[1]["report"]
+    assert read_values(tmp_path) == again
+
+
+def test_figures_of_a_folder_without_times_are_read_as_they_were_written(tmp_path, values):
+    (tmp_path / "values.json").write_text(json.dumps(values))
+    assert read_values(tmp_path) == values
+
+
+def test_a_relative_folder_is_written_like_any_other(tmp_path, values, monkeypatch):
+    sample.pictures(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    small = {"about": values["about"], "kinds": {"gsae": values["kinds"]["gsae"]}}
+    pages = [write(small, folder)["report"].read_bytes() for folder in (Path("out"), tmp_path / "out")]
+    assert pages[0] == pages[1] and b"not drawn" not in pages[0]
 
 
 def test_a_figure_that_is_not_a_number_is_refused(tmp_path):

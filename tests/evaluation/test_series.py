@@ -1,5 +1,6 @@
 """Pictures in folders: what is made again, what is not, what is refused, and that judges are asked once."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_a_folder_of_another_setting_is_refused_and_stays(pipe, tmp_path, change
 def test_another_pipeline_batch_or_number_of_threads_is_refused(pipe, tmp_path):
     of(pipe, tmp_path).make("pictures", [series()])
     other = of(pipe, tmp_path)
-    other.world = small.world(batch=4)
+    other.world = small.world(pipeline=lambda device: pipe, batch=4)
     with pytest.raises(ValueError, match="batch differ"):
         other.make("pictures", [series()])
     with pytest.raises(ValueError, match="pipeline, threads differ"):
@@ -104,7 +105,7 @@ def test_pictures_do_not_depend_on_the_batch_but_in_their_last_bits(pipe, tmp_pa
     """A picture's noise and donors follow its own seed."""
     of(pipe, tmp_path / "two").make("pictures", [series()])
     other = of(pipe, tmp_path / "four")
-    other.world = small.world(judge=small.Judge(), batch=4)
+    other.world = small.world(judge=small.Judge(), pipeline=lambda device: pipe, batch=4)
     other.make("pictures", [series()])
     pixels = []
     for folder in ("two", "four"):
@@ -249,13 +250,21 @@ def test_two_processes_make_each_batch_once(pipe, tmp_path):
     [
         ("unet.up_blocks.0.attentions.1", "unet.up-blocks.0.attentions.1"),
         ("a/b: c", "a-b-c"),
-        ("../..", ".." + "-.."),
+        ("../..", "none-0cfd1c96"),
+        (".hidden", "hidden-" + hashlib.sha256(b".hidden").hexdigest()[:8]),
+        ("a\n\0\ud800b", "a-b"),
+        ("x" * 60, "x" * 60),
+        ("x" * 300, "x" * 51 + "-" + hashlib.sha256(b"x" * 300).hexdigest()[:8]),
     ]
     + [("猫", "none")],
-    ids=["hookpoint", "signs", "dots", "no-letter"],
+    ids=["hookpoint", "signs", "dots", "hidden", "control", "longest", "too-long", "no-letter"],
 )
 def test_text_as_a_file_name(text, name):
     assert slug(text) == name and "/" not in slug(text)
+
+
+def test_long_names_that_begin_alike_are_different_files():
+    assert len({slug("a long name " * 9 + end) for end in ("", "a", "A")}) == 3
 
 
 def test_a_watched_series_keeps_rows_of_the_block(pipe, tmp_path):

@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lbdt.text import legible
+
 PERCENT = ("UA", "IRA", "CRA", "RA", "AR", "AR others", "GA", "replaced")
 OTHER = ("FD", "CLIP")
 LOWER_IS_BETTER = ("AR", "AR others", "FD")
@@ -88,8 +90,8 @@ def method(row: Mapping[str, Any]) -> str:
 
 
 def kinds_of(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Name -> what was measured of it."""
-    return dict(values.get("kinds") or {})
+    """Name -> what was measured of it; names, here and inside, as they can be printed."""
+    return legible(values.get("kinds") or {})
 
 
 def main_row(kind: Mapping[str, Any], method_name: str) -> Mapping[str, Any] | None:

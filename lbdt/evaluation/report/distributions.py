@@ -107,7 +107,7 @@ def concepts(kinds: Mapping[str, Any], metric: str) -> Figure:
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
     first = next(iter(grid.values()))
-    first.set_yticks(range(len(names)), names, color=theme.light("ink"))
+    first.set_yticks(range(len(names)), [theme.label(name) for name in names], color=theme.light("ink"))
     first.set_ylim(len(names) - 0.4, -0.6)
     theme.legend(figure, list(grid.values()))
     return figure

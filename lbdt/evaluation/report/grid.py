@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbdt.evaluation.report import cells
+from lbdt.text import short, slug
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -37,7 +37,7 @@ def draw(values: Mapping[str, Any], folder: Path) -> dict[str, bytes]:
 
 def file_name(kind: str) -> str:
     """`grid-KIND.png`, the kind's name without what a file's name may not hold."""
-    return f"grid-{re.sub(r'[^A-Za-z0-9._-]+', '-', kind)}.png"
+    return f"grid-{slug(kind)}.png"
 
 
 def size(rows: int) -> tuple[int, int]:
@@ -96,7 +96,7 @@ def _tile(whole: Image.Image, pen: ImageDraw.ImageDraw, place: tuple[int, int], 
 
 
 def _fitted(pen: ImageDraw.ImageDraw, text: str, height: int, width: int) -> str:
-    font = _font(height)
+    font, text = _font(height), short(text, 100)
     if pen.textlength(text, font=font) <= width:
         return text
     while text and pen.textlength(text + "…", font=font) > width:

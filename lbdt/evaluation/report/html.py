@@ -14,6 +14,7 @@ from lbdt.evaluation.report import cells, table, theme
 from lbdt.evaluation.report.cells import Table
 from lbdt.evaluation.report.page import SECTIONS, page
 from lbdt.evaluation.report.plots import drawable
+from lbdt.text import legible
 
 UNMEASURED = '<p class="none">not measured</p>'
 NOT_DRAWN = f"not drawn: {theme.NEEDS.replace(': ', ', ')}"
@@ -61,6 +62,7 @@ def html(values: Mapping[str, Any], plots: Mapping[str, Path], folder: Path) -> 
     A figure that was measured and is not in `plots` is said to be not drawn.
     """
     files = {name: folder / path for name, path in plots.items()}
+    values = legible(values)
     kinds = cells.kinds_of(values)
     bodies = (
         _erases(values, kinds, files),

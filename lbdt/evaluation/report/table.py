@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -86,7 +87,8 @@ def verdict(values: Mapping[str, Any]) -> list[str]:
 def csv_text(values: Mapping[str, Any]) -> str:
     """Every figure of every part, one a line; what was not measured has no line. Histograms are in values.json.
 
-    `mean`, `low` and `high` have six significant digits; `settings` is `name=value` pairs joined by `;`.
+    `mean`, `low` and `high` have six significant digits; `settings` is `name=value` pairs joined by `;`, several names in
+    one joined by `+`, a backslash before these in a name.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -130,7 +132,7 @@ def _csv_rows(kind: Mapping[str, Any]) -> Iterator[list[str]]:
 def _csv_row(
     part: str, row: Mapping[str, Any], given: Mapping[str, Any], metric: str, estimate: Mapping[str, Any]
 ) -> list[str]:
-    texts = (f"{name}={'+'.join(v) if isinstance(v, list) else cells.plain(v)}" for name, v in given.items())
+    texts = (f"{name}={_setting(value)}" for name, value in given.items())
     figures = (estimate.get(key) for key in ("mean", "low", "high"))
     return [
         part,
@@ -141,6 +143,12 @@ def _csv_row(
         *("" if value is None else f"{value:.6g}" for value in figures),
         str(estimate.get("seeds", "")),
     ]
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list):
+        return "+".join(map(_setting, value))
+    return re.sub(r"([\\;+])", r"\\\1", value) if isinstance(value, str) else cells.plain(value)
 
 
 def published_table() -> Table:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from lbdt.text import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +63,9 @@ def style() -> Iterator[None]:
     """Matplotlib's defaults with ours over them, whatever the user's matplotlibrc says; restored afterwards."""
     import matplotlib
 
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # A name in letters that the font lacks is drawn as boxes; there is nothing that one could do.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
             {
@@ -117,10 +122,15 @@ def panels(
         for number, column in enumerate(columns):
             axes = found[row, column] = grid[line][number]
             if line == 0:
-                axes.set_title(column, loc="left")
+                axes.set_title(label(column), loc="left")
             if number == 0:
                 axes.set_ylabel(row)
     return figure, found
+
+
+def label(name: str) -> str:
+    """A name as there is room for beside an axis or over a panel."""
+    return short(name, 32)
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:

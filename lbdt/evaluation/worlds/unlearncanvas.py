@@ -79,8 +79,8 @@ def unlearncanvas(
         batch: pictures that are generated together.
 
     Raises:
-        ValueError: an unknown task or template, one classifier without the other, what `saved_kinds` refuses, a seed
-            in both lists. When it is used: a base model of another size, what `load_vit` refuses.
+        ValueError: an unknown task or template, one classifier without the other, or one that is not there, what
+            `saved_kinds` refuses, a seed in both lists. When it is used: a base model of another size, what `load_vit` refuses.
     """
     _check("task", task, TASKS)
     _check("template", template, tuple(TEMPLATES))
@@ -95,7 +95,8 @@ def unlearncanvas(
         )
     judge = None
     if object_classifier is not None:
-        judge = partial(_judge, object_classifier, style_classifier, task)
+        files = find_classifier(object_classifier, OBJECT_FILE), find_classifier(style_classifier, STYLE_FILE)
+        judge = partial(_judge, *files, task)
     return World(
         name=f"UnlearnCanvas ({task} unlearning, {template} prompts)",
         objects=OBJECTS if task == "object" else STYLES,
@@ -262,10 +263,10 @@ def _pipeline(base: PathOrRepo, size: int | None, device: torch.device) -> Any:
     return pipe
 
 
-def _judge(object_classifier: PathOrRepo, style_classifier: PathOrRepo, task: str, device: Any) -> ViTJudge:
+def _judge(object_classifier: Path, style_classifier: Path, task: str, device: Any) -> ViTJudge:
     from lbdt.evaluation.worlds.vit import ViTJudge, load_vit
 
-    things = load_vit(find_classifier(object_classifier, OBJECT_FILE), len(OBJECTS)).to(device)
-    themes = load_vit(find_classifier(style_classifier, STYLE_FILE), len(THEMES)).to(device)
+    things = load_vit(object_classifier, len(OBJECTS)).to(device)
+    themes = load_vit(style_classifier, len(THEMES)).to(device)
     swapped = None if task == "object" else {THEMES.index(style): i for i, style in enumerate(STYLES)}
     return ViTJudge(things, themes, swapped)
