@@ -1,0 +1,325 @@
+"""Every command line that a README or a `--help` text shows is run, in small, from a folder with nothing but its inputs.
+
+`SMALL` has a row for each: what is appended to it, or put in place of its `...`. Words such as DIR_OR_HUB stand for what
+`PUT` says. A line without a row, and a row without a line, fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from lbdt import cli
+from lbdt.evaluation.worlds.names import OBJECTS, THEMES
+from lbdt.steering import Steering
+from tests import toy
+from tests.evaluation.test_clip import tiny_clip
+from tests.evaluation.test_nudity import RED, install
+from tests.evaluation.test_unlearncanvas import LOOKS, THINGS, planted
+from tests.evaluation.test_vlm import tiny_qwen
+from tests.formats import fixtures
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [path for path in sorted(ROOT.glob("**/*.md")) if not {".venv", "shared", "build"} & set(path.parts)]
+PROGRAMS = r"lbdt [a-z]+|torchrun|python -m|accelerate launch [^`]*-m|pip install|pytest|benchmarks/\w+\.sh|\.ci/\w+(?![\w.])"
+
+PUT = {
+    "DIR_OR_HUB": "pipe",
+    "unet.up_blocks.1.attentions.1": toy.HOOKPOINT,
+    "style50": "pipe512",
+    "saeuron=DIR": "saeuron=known",
+    "DIR": "known",
+    "openai/clip-vit-large-patch14": "clip",
+    "Qwen/Qwen2-VL-7B-Instruct": "qwen",
+    "N": "2",
+    "$W/evaluation": "evaluation",
+}
+ONE = "--processes 1 --device cpu --concept Cats --own 1 --others 1 --quick"
+CANVAS = f"{ONE} --kind sdxl --seed 500 --steps 1"
+ERASE = "'An image of Cats in Sketch style.' --concept Cats --steps 2"
+ATTACK = "--quick --concept Cats --style Sketch --steps 2 --iterations 1 --timesteps 1 --device cpu"
+TRAIN = "--steps 2 --rows 32 --expansion 2 --k 4 --device cpu"
+BENCH = "--quick --rounds 2 --op patch_uniform"
+HELP = "--help"
+"""Of a command that is only named there; another row runs it."""
+
+SMALL = {
+    "lbdt collect --model DIR_OR_HUB --prompts prompts.jsonl --site unet.up_blocks.1.attentions.1 --patches 64 "
+    "--out activations": "--steps 2 --device cpu",
+    "lbdt train --recipe saeuron --activations activations --out sae": TRAIN,
+    "lbdt score --sae sae --site unet.up_blocks.1.attentions.1 --activations activations --out dictionary": "--device cpu",
+    "lbdt assemble --sae sae --dictionary dictionary --hookpoint unet.up_blocks.1.attentions.1 --top-k 2 --out eraser": "",
+    "lbdt erase 'a cat on a sofa' --concept Cats --model DIR_OR_HUB --eraser eraser": "--steps 2 --device cpu",
+    "lbdt evaluate": CANVAS,
+    "lbdt evaluate --quick": CANVAS,
+    "lbdt evaluate --out '$W/evaluation'": CANVAS,
+    "lbdt evaluate --world unlearncanvas --model style50 --eraser saeuron=DIR --steering saeuron=DIR --object-classifier "
+    "style50_cls.pth --style-classifier style50.pth": f"{ONE} --seed 188 --steps 2 --out unlearncanvas",
+    "lbdt evaluate --world prompts.jsonl --model DIR_OR_HUB --eraser DIR --clip openai/clip-vit-large-patch14 --vlm "
+    "Qwen/Qwen2-VL-7B-Instruct --nudity saemnesia": f"{ONE} --seed 0 --steps 2 --out mine",
+    "lbdt convert cls_latents_dict_unet.up_blocks.1.attentions.1.pkl --out dictionary": "--timesteps 999,700,400,100,0",
+    "lbdt train --stream": f"--recipe saeuron --model pipe --prompts prompts.jsonl --site {toy.HOOKPOINT} --out streamed "
+    f"--sampling-steps 2 {TRAIN}",
+    "lbdt erase ... --method steering": ERASE,
+    "lbdt attack": ATTACK,
+    "lbdt attack --quick": ATTACK,
+    "lbdt bench": BENCH,
+    "lbdt bench --threads 2": BENCH,
+    "torchrun --nproc_per_node N -m lbdt collect ...": f"--model pipe --prompts prompts.jsonl --site {toy.HOOKPOINT} "
+    "--out shared --steps 2 --device cpu",
+    "torchrun --nproc_per_node N -m lbdt evaluate": CANVAS,
+    "torchrun --nproc_per_node N -m lbdt evaluate ...": CANVAS,
+    "torchrun --nproc_per_node N -m lbdt attack ...": ATTACK,
+    **dict.fromkeys(("lbdt collect", "lbdt convert", "lbdt erase", "lbdt score"), HELP),
+}
+
+PARSED = (
+    "python -m benchmarks.train_vs_sparsify --sparsify DIR",
+    "python -m benchmarks.faults",
+    "python -m lbdt.canvas.train vae --work '$W'",
+    "python -m lbdt.canvas.train latents --work '$W' --count 9000",
+    "python -m lbdt.canvas.train unet --work '$W'",
+    "python -m lbdt.canvas.train classifiers --work '$W'",
+    "python -m lbdt.canvas.train release --work '$W'",
+    "python -m lbdt.canvas.design --pipeline '$W/pipeline-unet' --judges '$W'",
+    "python -m benchmarks.pipelines '$W/pipelines' --release",
+    "python -m lbdt.canvas.artifacts --work '$W/artifacts'",
+    "python -m lbdt.canvas.artifacts --work '$W/artifacts' --kind sdxl",
+    "python -m lbdt.canvas.artifacts --work DIR --check",
+)
+"""They take from minutes to hours, or another project's checkout: they are run until their arguments are read."""
+
+SCRIPTS = ("benchmarks/pipelines.sh", "benchmarks/pipelines.sh '$W/pipelines'", "benchmarks/attack.sh WORK")
+"""Minutes: run with an interpreter that does nothing, whose arguments are read by the commands then."""
+
+ELSEWHERE = {
+    "pip install .": "tests/test_packaging.py",
+    "pip install --no-build-isolation .": "tests/test_packaging.py",
+    "python -m benchmarks.early_stop": "tests/test_benchmarks.py",
+    "pytest tests/kernels -s": "tests/kernels",
+    "benchmarks/gpu.sh": "tests/test_benchmarks.py",  # its syntax: there is no GPU
+}
+
+INSTALLS = (".ci/demo", ".ci/test")
+NO_COMMAND = ("'W=~/emojicanvas'",)
+
+
+def normal(line: str) -> str:
+    return shlex.join(shlex.split(line, comments=True)).replace("'...'", "...")
+
+
+def blocks(page: Path) -> list[list[str]]:
+    """The command lines of each bash block."""
+    found = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    return [[line for each in block.splitlines() if (line := normal(each))] for block in found]
+
+
+def spans(text: str) -> list[str]:
+    return [normal(" ".join(found.split())) for found in re.findall(rf"`((?:{PROGRAMS})[^`]*)`", text)]
+
+
+def helps() -> list[str]:
+    """What the commands' `--help` is made of."""
+    texts = []
+    for command in typer.main.get_command(cli.app).commands.values():
+        texts += [command.help or "", *(getattr(option, "help", None) or "" for option in command.params)]
+    return texts
+
+
+README = blocks(ROOT / "README.md")
+INLINE = [
+    span for page in PAGES for span in spans(re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+]
+SHOWN = dict.fromkeys(
+    [line for page in PAGES for block in blocks(page) for line in block]
+    + INLINE
+    + [span for text in helps() for span in spans(text)]
+)
+IN_A_BLOCK = {line for block in README for line in block}
+
+
+def test_every_command_line_that_is_shown_is_in_the_table():
+    rows = [*SMALL, *PARSED, *SCRIPTS, *ELSEWHERE, *INSTALLS, *NO_COMMAND]
+    assert len(rows) == len(set(rows))
+    assert sorted(set(SHOWN) - set(rows)) == [], "shown, but not run"
+    assert sorted(set(rows) - set(SHOWN)) == [], "run, but not shown"
+    assert all((ROOT / place).exists() for place in ELSEWHERE.values()) and len(README) == 5
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """What the words of `PUT` stand for: small models, and the files that a user has."""
+    from diffusers import AutoencoderTiny
+
+    root = tmp_path_factory.mktemp("models")
+    pipe = toy.pipeline(root / "tokenizer")
+    pipe.save_pretrained(root / "pipe")
+    channels = (8,) * 7  # each but the last doubles the side: 8 x 8 latents are 512 x 512 pixels
+    counts = {"num_encoder_blocks": (1,) * 7, "num_decoder_blocks": (1,) * 7}
+    pipe.register_modules(
+        vae=AutoencoderTiny(
+            encoder_block_out_channels=channels, decoder_block_out_channels=channels, **counts
+        )
+    )
+    pipe.save_pretrained(root / "pipe512")
+    eraser = toy.eraser(padding=1)
+    eraser.save_pretrained(root / "known", decoder=True)
+    Steering.from_eraser(eraser, strength=-1.0).save_settings(root / "known")
+    planted(root / "style50_cls.pth", OBJECTS, THINGS)
+    planted(root / "style50.pth", THEMES, LOOKS)
+    Path(tiny_clip(root / "c")).rename(root / "clip")
+    Path(tiny_qwen(root / "q")).rename(root / "qwen")
+    fixtures.latents_pickle(root / "cls_latents_dict_unet.up_blocks.1.attentions.1.pkl")
+    rows = [
+        {"prompt": f"a {name} {place}", "concept": concept, "style": None, "seed": seed}
+        for seed, (name, concept) in enumerate((("cat", "Cats"), ("dog", "Dogs")))
+        for place in ("on a sofa", "in a box")
+    ]
+    for number, row in enumerate(rows):
+        row["seed"] = number
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture
+def home(models, tmp_path, monkeypatch) -> Path:
+    """The working folder: links to the inputs, nothing else."""
+    for path in models.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def words(line: str) -> list[str]:
+    """As it is run: the row of `SMALL` in place of `...`, or at the end; `PUT`'s words."""
+    shown = [PUT.get(word, word) for word in shlex.split(line)]
+    more = shlex.split(SMALL[line])
+    place = shown.index("...") if "..." in shown else len(shown)
+    return [*shown[:place], *more, *shown[place + 1 :]]
+
+
+def run(line: str) -> str:
+    """Its output; a command of several processes is run by one, but where the launcher itself is tried."""
+    given = words(line)
+    return invoked(tuple(given[given.index("lbdt") + 1 :]))
+
+
+@functools.cache
+def invoked(given: tuple[str, ...]) -> str:
+    """The same words are run once."""
+    done = CliRunner().invoke(cli.app, list(given))
+    assert done.exit_code == 0, f"lbdt {shlex.join(given)}: {done.output}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_the_blocks_of_the_readme(home, monkeypatch, number):
+    """Each from its first line to its last, in one folder."""
+    (home / "nudenet").mkdir()
+    install(home / "nudenet", monkeypatch, RED)
+    monkeypatch.syspath_prepend(home / "nudenet")
+    invoked.cache_clear()
+    for line in README[number]:
+        run(line)
+    if number == 1:
+        assert (home / "erased.png").is_file()
+    elif number in (2, 3):
+        for name in ("evaluation",) if number == 2 else ("unlearncanvas", "mine"):
+            assert (home / name / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("line", [line for line in SMALL if line not in IN_A_BLOCK])
+def test_the_others(home, line):
+    if line == "torchrun --nproc_per_node N -m lbdt collect ...":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words(line)[1:]]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+        assert done.returncode == 0, done.stderr
+        assert (home / "shared" / "manifest.json").is_file() or list((home / "shared").iterdir())
+    else:
+        assert run(line)
+
+
+@pytest.mark.parametrize("line", PARSED)
+def test_the_arguments_of_what_takes_long(tmp_path, monkeypatch, line):
+    read = argparse.ArgumentParser.parse_args
+    found = []
+
+    def parse_args(self, given=None):
+        found.append(read(self, given))
+        raise SystemExit(0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    program, flag, module, *given = shlex.split(line)
+    monkeypatch.setattr(sys, "argv", [module, *given])
+    monkeypatch.syspath_prepend(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__")
+    assert ended.value.code == 0 and len(found) == 1, line
+
+
+def test_the_arguments_of_the_commands_in_scripts(tmp_path, monkeypatch):
+    """`VENV`'s python writes down what it is asked."""
+    (tmp_path / "bin").mkdir()
+    log = tmp_path / "log"
+    python = tmp_path / "bin" / "python"
+    python.write_text(
+        f'#!/usr/bin/env bash\nprintf "%q " "$@" >>{log}\necho >>{log}\n'
+        'while (($#)); do [[ "$1" != --out ]] || mkdir -p "$(dirname "$2")"; shift; done\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setenv("VENV", str(tmp_path))
+    commands = typer.main.get_command(cli.app).commands
+    for script in SCRIPTS:
+        name, *given = shlex.split(script)
+        log.write_text("")
+        subprocess.run(
+            [ROOT / name, *(tmp_path / word.lstrip("$/") for word in given or ["work"])],
+            check=True,
+            capture_output=True,
+        )
+        lines = [shlex.split(line) for line in log.read_text().splitlines()]
+        asked = [line[line.index("lbdt") + 1 :] for line in lines if "lbdt" in line]
+        assert len(asked) > 10
+        for command, *options in asked:
+            context = commands[command].make_context(command, list(options))
+            assert not context.args
+
+
+@pytest.mark.parametrize("line", INSTALLS)
+def test_the_commands_that_install(tmp_path, line):
+    """In a checkout of their own with one test, where there is nothing to install: `.ci/run` runs them as they are."""
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / line, tmp_path / line)
+    (tmp_path / ".ci/setup").write_text("#!/usr/bin/env bash\ntouch installed\n")
+    (tmp_path / ".ci/setup").chmod(0o755)
+    (tmp_path / "test_one.py").write_text("def test_one():\n    assert True\n")
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    for name, module in (("python", ""), ("lbdt", "-m lbdt ")):
+        program = tmp_path / "venv/bin" / name
+        program.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} {module}"$@"\n')
+        program.chmod(0o755)
+    more = ["--steps", "2"] if line == ".ci/demo" else []
+    env = {**os.environ, "VENV": str(tmp_path / "venv"), "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
+    done = subprocess.run([tmp_path / line, *more], capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "installed").is_file()
+    assert ("1 passed" in done.stdout) if line == ".ci/test" else (tmp_path / "erased.png").is_file()
