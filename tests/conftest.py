@@ -6,12 +6,35 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import fuzzing
+
 # Read when triton is imported: without a GPU its kernels run in the interpreter.
 if os.environ.get("LBDT_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("lbdt", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("lbdt")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fuzz-cases", type=int, default=fuzzing.CASES, metavar="N", help="cases of each fuzz target"
+    )
+
+
+def pytest_configure(config):
+    # Before any test module is imported, as its targets are made then. Workers of xdist share one seed.
+    given = getattr(config, "workerinput", {}).get("fuzz_seed") or config.getoption("--hypothesis-seed")
+    config.fuzz_line = fuzzing.choose(config.getoption("--fuzz-cases"), given)
+
+
+def pytest_report_header(config):
+    return config.fuzz_line
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["fuzz_seed"] = str(fuzzing.chosen_seed())
 
 
 @pytest.fixture
