@@ -4,6 +4,9 @@ Needs g++ and an importable torch; no Python headers, no pybind11: the file is L
 later). With nvcc and a CUDA build of torch the CUDA C++ ops go into the same file. setup.py loads this file by
 path, so it imports nothing of lbdt.
 
+Loading a library that is cut off or was changed can end the process (SIGBUS), so every build is sealed with its own
+digest, and what is not whole is not loaded: a build of the cache is made again, a prebuilt one is an ImportError.
+
 LBDT_BUILD_CUDA: "auto" (default: where nvcc is found and torch has CUDA), "1" (also with a CPU build of torch; a
 missing nvcc is an error), "0" (never). TORCH_CUDA_ARCH_LIST names the architectures, as for torch's own
 extensions; else 8.0, 9.0 and those of the visible GPUs.
@@ -12,9 +15,11 @@ extensions; else 8.0, 9.0 and those of the visible GPUs.
 import functools
 import hashlib
 import os
+import platform
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
 import warnings
@@ -26,6 +31,7 @@ LIBRARY = "_C.abi3.so"
 
 _PACKAGE = Path(__file__).resolve().parent
 _SOURCES = _PACKAGE.parent / "csrc"
+_SEAL = b"lbdt-sha256:"  # before the digest that ends the file: what loads a library reads past neither
 _JOBS = 2  # compilers at once; one of a .cu takes about 1 GB
 
 
@@ -82,7 +88,7 @@ def _compile(output: Path, nvcc: str | None) -> None:
     link = [*compiler, "-shared", "-o"]
     libraries = [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.") as folder:
         commands, objects = [], []
         for path in sources():
             unit = str(Path(folder) / f"{path.parent.name}-{path.stem}.o")
@@ -100,7 +106,36 @@ def _compile(output: Path, nvcc: str | None) -> None:
             libraries += [f"-L{_cuda_libraries(nvcc)}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         built = Path(folder) / LIBRARY
         _run([*link, str(built), *objects, *libraries])
+        with built.open("r+b") as file:
+            file.write(_SEAL + hashlib.sha256(file.read()).digest())
         os.replace(built, output)
+
+
+def damage(library: Path) -> str | None:
+    """What is wrong with the file of a built library; None if it is whole. Raises OSError if it cannot be read.
+
+    Without a seal, which tools that rewrite libraries take away (strip, patchelf), all its parts must be inside.
+    """
+    data = library.read_bytes()
+    if not data:
+        return "it is empty"
+    body = data[: -len(_SEAL) - hashlib.sha256().digest_size]
+    if data[len(body) :].startswith(_SEAL):
+        sealed = data[-hashlib.sha256().digest_size :] == hashlib.sha256(body).digest()
+        return None if sealed else "its content is not what was built: its digest differs"
+    if data[:4] != b"\x7fELF":
+        return "it is not a shared library"
+    if data[4:6] != b"\x02\x01":
+        return None  # of another kind of machine: loading it says so
+    try:
+        sections, _, _, _, size, count, names = struct.unpack_from("<Q4x6H", data, 40)
+        found = [struct.unpack_from("<4xI16xQQ", data, sections + size * i) for i in range(count)]
+        strings = found[names]
+    except (struct.error, IndexError):
+        return "it is cut off"
+    if strings[0] != 3 or any(kind != 8 and start + length > len(data) for kind, start, length in found):
+        return "it is cut off or overwritten"  # the table of names has type 3, and type 8 takes no room in the file
+    return None
 
 
 def cuda_compiler() -> str | None:
@@ -196,8 +231,8 @@ def _run(command: list[str]) -> None:
 def load() -> str | None:
     """Load the C++ ops once; None when they are there, else the reason why not.
 
-    Raises ImportError if a prebuilt library is present and does not load: broken is not absent; ValueError as
-    `check_variables` does.
+    Raises ImportError if a prebuilt library is present and damaged, or does not load: broken is not absent;
+    ValueError as `check_variables` does.
     """
     import torch
 
@@ -205,11 +240,16 @@ def load() -> str | None:
     prebuilt = _PACKAGE / LIBRARY
     if prebuilt.exists() and not _older_than_sources(prebuilt):
         try:
+            reason = damage(prebuilt)
+            if reason is not None:
+                raise ImportError(
+                    f"{prebuilt} is damaged: {reason}; delete it, or reinstall lbdt with LBDT_BUILD=1"
+                )
             torch.ops.load_library(str(prebuilt))
         except OSError as error:
             raise ImportError(
-                f"{prebuilt} was built for another torch than {torch.__version__} and fails: {error}; "
-                "delete it, or reinstall lbdt with LBDT_BUILD=1"
+                f"{prebuilt} does not load with torch {torch.__version__}, as one built for another torch does not: "
+                f"{error}; delete it, or reinstall lbdt with LBDT_BUILD=1"
             ) from error
         return None
     if not sources():
@@ -217,7 +257,11 @@ def load() -> str | None:
     if os.environ.get("LBDT_JIT") == "0":
         return "the C++ library is not built, and LBDT_JIT=0 forbids building it at first use"
     try:
-        torch.ops.load_library(str(_cached()))
+        output = _cached()
+        try:
+            torch.ops.load_library(str(output))
+        except OSError:  # built by another machine that shares this folder, say
+            torch.ops.load_library(str(_cached(again=True)))
     except (RuntimeError, OSError) as error:
         reason = f"building the C++ library failed: {error}"
         warnings.warn(f"lbdt: {reason}\nThe ops run in PyTorch instead.", stacklevel=2)
@@ -249,11 +293,12 @@ def _older_than_sources(library: Path) -> bool:
     return any(path.stat().st_mtime > library.stat().st_mtime for path in sources())
 
 
-def _cached() -> Path:
+def _cached(again: bool = False) -> Path:
+    """The library in the user's cache, built if it is not there, or not whole, or `again`."""
     import torch
     from filelock import FileLock
 
-    facts = [torch.__version__, TORCH_TARGET, os.environ.get("CXX")]
+    facts = [torch.__version__, TORCH_TARGET, os.environ.get("CXX"), platform.machine()]
     nvcc = cuda_compiler()
     if nvcc is not None:
         version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
@@ -263,9 +308,17 @@ def _cached() -> Path:
         digest.update(path.read_bytes())
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lbdt"
     output = base / f"{digest.hexdigest()[:16]}.so"
-    if not output.exists():
+    if again or not _whole(output):
         base.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{output}.lock"):
-            if not output.exists():
+            if again or not _whole(output):
+                for left in base.glob(
+                    f"{output.name}.*/"
+                ):  # by a build that was killed: ours would wait for another
+                    shutil.rmtree(left, ignore_errors=True)
                 compile_extension(output)
     return output
+
+
+def _whole(library: Path) -> bool:
+    return library.exists() and damage(library) is None

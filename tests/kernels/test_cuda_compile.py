@@ -193,7 +193,13 @@ def test_a_toolkit_that_fails_costs_the_cuda_ops_only(tmp_path, monkeypatch):
     monkeypatch.setattr(
         _build, "_compile", lambda output, nvcc: compiled.append(nvcc) or original(output, nvcc)
     )
-    monkeypatch.setattr(_build, "_run", lambda command: _fail(command) if command[0] == str(nvcc) else None)
+
+    def run(command):
+        if command[0] == str(nvcc):
+            _fail(command)
+        Path(command[command.index("-o") + 1]).touch()
+
+    monkeypatch.setattr(_build, "_run", run)
     monkeypatch.setattr(_build.os, "replace", lambda built, output: output.touch())
     monkeypatch.setenv("LBDT_BUILD_CUDA", "auto")
     with pytest.warns(UserWarning, match="(?s)CUDA ops were left out, .*unsupported GNU version"):
