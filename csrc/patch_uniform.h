@@ -34,10 +34,11 @@ LBDT_INLINE float patch_number(uint64_t seed, uint32_t timestep, uint32_t half, 
   return static_cast<float>(c0 >> 8) * 0x1p-24f;
 }
 
-// The counter word of a timestep: its floor, negative ones in two's complement.
+// The counter word of a timestep: its floor, negative ones in two's complement; 0 where it is not an int64 (NaN).
 LBDT_INLINE uint32_t timestep_word(int64_t timestep) { return static_cast<uint32_t>(timestep); }
 LBDT_INLINE uint32_t timestep_word(double timestep) {
-  return static_cast<uint32_t>(static_cast<int64_t>(floor(timestep)));
+  const bool fits = timestep >= -0x1p63 && timestep < 0x1p63;
+  return static_cast<uint32_t>(fits ? static_cast<int64_t>(floor(timestep)) : 0);
 }
 
 }  // namespace lbdt

@@ -7,6 +7,7 @@
 // 2 N U d flops for m, then 2 C L d for the C patches with m > -inf (candidates), less where counts reach k
 // early. Reads x once and, where there is a candidate, the dictionary once. Holds C d floats.
 
+#include "checks.h"
 #include "feature_map.h"
 #include "tiles.h"
 
@@ -76,7 +77,7 @@ struct Call {
   const int64_t* latents;
   const float* thresholds;
   const int64_t* bins;
-  const bool* enabled;
+  const uint8_t* enabled;
   int64_t union_size, k;
   bool* mask;
 };
@@ -298,15 +299,32 @@ void detect_patches_cpp(
     int64_t k,
     std::optional<Tensor> minus,  // like x
     Tensor mask) {                // [B, N] bool, contiguous
+  const auto [map, rows, start] = lbdt::check_encoder(x, weight, bias, k, 0);
+  const int64_t batch = x.size(0), some = latents.dim() == 1 ? latents.size(0) : 0;
+  const int64_t bins = thresholds.dim() == 2 ? thresholds.size(0) : 0;
+  const lbdt::Span watched = lbdt::check("latents", latents, x, ScalarType::Long, {some});
+  const lbdt::Span floors = lbdt::check("thresholds", thresholds, x, ScalarType::Float, {bins, some});
+  const lbdt::Span times = lbdt::check("timestep_bin", timestep_bin, x, ScalarType::Long, {batch});
+  const lbdt::Span on = lbdt::check("enabled", enabled, x, ScalarType::Bool, {batch, some});
+  const lbdt::Span own = lbdt::check("mask", mask, x, ScalarType::Bool, {batch, lbdt::patches(x)});
+  lbdt::check_within("latents", latents, weight.size(0));
+  lbdt::check_within("timestep_bin", timestep_bin, bins);
+  lbdt::Span less;
+  if (minus) {
+    const auto sizes = x.sizes();
+    const bool same = std::equal(sizes.begin(), sizes.end(), minus->sizes().begin(), minus->sizes().end());
+    STD_TORCH_CHECK(same && minus->scalar_type() == x.scalar_type(), "minus: expected the sizes and dtype of x");
+    less = lbdt::check_memory("minus", *minus, x);
+  }
+  lbdt::check_apart("mask", own, {map, rows, start, watched, floors, times, on, less});
   if (mask.numel() == 0) return;
-  STD_TORCH_CHECK(weight.size(0) <= std::numeric_limits<int32_t>::max(), "weight: expected L < 2^31");
   const Call call{
       weight,
       static_cast<const float*>(bias.const_data_ptr()),
       static_cast<const int64_t*>(latents.const_data_ptr()),
       static_cast<const float*>(thresholds.const_data_ptr()),
       static_cast<const int64_t*>(timestep_bin.const_data_ptr()),
-      static_cast<const bool*>(enabled.const_data_ptr()),
+      static_cast<const uint8_t*>(enabled.const_data_ptr()),
       latents.size(0),
       k,
       static_cast<bool*>(mask.mutable_data_ptr())};

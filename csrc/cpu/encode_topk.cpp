@@ -9,6 +9,7 @@
 // 2 N L d flops. Reads x and the dictionary once, writes N k (size + 8) bytes. Holds N d floats and, for each
 // patch, 2 k keys of 8 bytes.
 
+#include "checks.h"
 #include "feature_map.h"
 #include "tiles.h"
 
@@ -257,7 +258,12 @@ void encode_topk_cpp(
     int64_t k,            // 1 <= k <= L
     Tensor values,        // [B, N, k] dtype of x, contiguous
     Tensor indices) {     // [B, N, k] int64, contiguous
-  STD_TORCH_CHECK(weight.size(0) <= std::numeric_limits<int32_t>::max(), "weight: expected L < 2^31");
+  const auto [map, rows, offsets] = lbdt::check_encoder(x, weight, bias, k, 1);
+  const int64_t batch = x.size(0), patches = lbdt::patches(x);
+  const lbdt::Span kept = lbdt::check("values", values, x, x.scalar_type(), {batch, patches, k});
+  const lbdt::Span where = lbdt::check("indices", indices, x, ScalarType::Long, {batch, patches, k});
+  lbdt::check_apart("values", kept, {map, rows, offsets, where});
+  lbdt::check_apart("indices", where, {map, rows, offsets});
   const float* start = static_cast<const float*>(bias.const_data_ptr());
   switch (x.scalar_type()) {
     case ScalarType::Float: return encode<float>(x, weight, start, k, values, indices);

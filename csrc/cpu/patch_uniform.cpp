@@ -2,6 +2,7 @@
 //
 // Eq.: csrc/patch_uniform.h. Writes 4 * B * N bytes.
 
+#include "checks.h"
 #include "patch_uniform.h"
 
 #include <torch/csrc/stable/library.h>
@@ -34,8 +35,8 @@ void patch_uniform_cpp(
     const Tensor timesteps,  // [B] int64 | int32 | float32 | float16 | bfloat16 | float64
     const Tensor halves,     // [B] int64
     Tensor out) {            // [B, N] float32, contiguous
+  lbdt::check_patch_uniform(seeds, timesteps, halves, out);
   const int64_t batch = out.size(0), patches = out.size(1);
-  STD_TORCH_CHECK(seeds.numel() == batch, "seeds: expected as many as out has rows");
   std::vector<uint32_t> times(batch);
   switch (timesteps.scalar_type()) {
     case ScalarType::Long: read_timesteps<int64_t, int64_t>(timesteps, times); break;

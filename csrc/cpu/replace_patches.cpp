@@ -5,6 +5,7 @@
 // In place it reads and writes 2 * replaced * d * sizeof(element) bytes (6 * replaced * d for the mean of 5); the
 // functional op reads x and writes out once, 2 * B * N * d * sizeof(element).
 
+#include "checks.h"
 #include "replace_patches.h"
 
 #include <torch/csrc/stable/library.h>
@@ -82,9 +83,9 @@ std::vector<uint32_t> pack(Grid grid, Bit bit) {
   return words;
 }
 
-Image dilate(const bool* mask, Grid grid, int padding) {
+Image dilate(const uint8_t* mask, Grid grid, int padding) {
   Image image;
-  image.masked = pack(grid, [&](int p) { return mask[p]; });
+  image.masked = pack(grid, [&](int p) { return mask[p] != 0; });
   if (padding > 0) {
     const auto marked = std::move(image.masked);
     const auto rows = pack(grid, [&](int p) { return lbdt::near_in_row(marked.data(), grid, p, padding); });
@@ -106,7 +107,7 @@ void find_nearest(const Call& call, const Image& image, int patch, int64_t targe
       plan.from[i][target] = call.in.at(static_cast<int>(best[i] % call.grid.patches()), call.grid);
 }
 
-Plan make_plan(const Call& call, const bool* mask, const float* u, int padding, int source, bool* replaced) {
+Plan make_plan(const Call& call, const uint8_t* mask, const float* u, int padding, int source, bool* replaced) {
   const Grid grid = call.grid;
   const int64_t batch = call.x.size(0), patches = grid.patches();
   Plan plan;
@@ -231,7 +232,7 @@ void write_rows(const Call& call, const Plan& plan) {
     const T* base = image.donors == 0 ? bank + b * call.bank_rows * channels : x + b * call.in.image;
     with_donors(image.donors, [&](auto donors) {
       if constexpr (donors == 1) {
-        std::memcpy(to, base + plan.from[0][i], bytes);
+        std::memmove(to, base + plan.from[0][i], bytes);
       } else {
         const T* row[donors];
         for (int k = 0; k < donors; ++k) row[k] = base + plan.from[k][i];
@@ -266,26 +267,25 @@ void write_rows(const Call& call, const Plan& plan) {
 
 Strides strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
 
-void replace_patches_cpp(
+void replace(
     const Tensor x,              // [B, d, H, W], any strides
     const Tensor mask,           // [B, N] bool, contiguous
     const Tensor u,              // [B, N] float32, contiguous
     std::optional<Tensor> bank,  // [B, M, d] dtype of x, contiguous
     int64_t padding,
     int64_t source,
-    Tensor out,         // like x, or x itself
-    Tensor replaced) {  // [B, N] bool, contiguous
-  const int64_t height = x.size(2), width = x.size(3);
-  STD_TORCH_CHECK(mask.numel() == x.size(0) * height * width, "mask: expected [B, H*W] elements");
-  STD_TORCH_CHECK(source >= lbdt::kRandom && source <= lbdt::kMean, "source: expected 0, 1 or 2");
-  STD_TORCH_CHECK(height * width <= INT32_MAX - 32, "x: expected fewer than 2^31 patches");
+    Tensor out,       // like x; in place x itself
+    Tensor replaced,  // [B, N] bool, contiguous
+    bool in_place) {
+  STD_TORCH_CHECK(source >= lbdt::kRandom && source <= lbdt::kMean, "source: expected 0, 1 or 2, got ", source);
+  lbdt::check_replace_patches(x, mask, u, bank, padding, source != lbdt::kRandom, out, replaced, in_place);
   if (x.numel() == 0) return;
+  const int64_t height = x.size(2), width = x.size(3);
   const Grid grid{static_cast<int>(height), static_cast<int>(width)};
-  const bool in_place = x.const_data_ptr() == out.const_data_ptr();
   const Call call{x, out, strides(x), strides(out), grid, x.size(1), bank ? bank->size(1) : 0, bank, in_place};
   const Plan plan = make_plan(
       call,
-      static_cast<const bool*>(mask.const_data_ptr()),
+      static_cast<const uint8_t*>(mask.const_data_ptr()),
       static_cast<const float*>(u.const_data_ptr()),
       static_cast<int>(std::min(padding, std::max(height, width))),
       static_cast<int>(source),
@@ -304,10 +304,19 @@ void replace_patches_cpp(
   }
 }
 
+void replace_patches_cpp(
+    const Tensor x, const Tensor mask, const Tensor u, std::optional<Tensor> bank, int64_t padding, int64_t source,
+    Tensor out, Tensor replaced) {
+  replace(x, mask, u, bank, padding, source, out, replaced, false);
+}
+
 void replace_patches_cpp_(
     Tensor x, const Tensor mask, const Tensor u, std::optional<Tensor> bank, int64_t padding, int64_t source,
     Tensor replaced) {
-  replace_patches_cpp(x, mask, u, bank, padding, source, x, replaced);
+  const lbdt::Span written(x);
+  if (bank) bank = lbdt::apart(*bank, written);
+  replace(
+      x, lbdt::apart(mask, written), lbdt::apart(u, written), bank, padding, source, x, replaced, true);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 //
 // Eq.: csrc/patch_uniform.h. Writes 4 * B * N bytes.
 
+#include "checks.h"
 #include "cuda_launch.h"
 #include "cuda_values.h"
 #include "patch_uniform.h"
@@ -57,7 +58,7 @@ void patch_uniform_cuda(
     const Tensor timesteps,  // [B] int64 | int32 | float32 | float16 | bfloat16 | float64
     const Tensor halves,     // [B] int64
     Tensor out) {            // [B, N] float32, contiguous
-  STD_TORCH_CHECK(seeds.numel() == out.size(0), "seeds: expected as many as out has rows");
+  lbdt::check_patch_uniform(seeds, timesteps, halves, out);
   if (out.numel() == 0) return;
   torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   switch (timesteps.scalar_type()) {

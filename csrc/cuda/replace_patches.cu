@@ -10,6 +10,7 @@
 // launch to do it; what it then takes of the image is a range of channels (planes) or of patches (rows, channels last).
 // Donors lie outside of the mask, so no block reads what another one writes, in place too.
 
+#include "checks.h"
 #include "cuda_launch.h"
 #include "cuda_values.h"
 #include "replace_patches.h"
@@ -322,21 +323,21 @@ void launch_widest(const Call& call, int64_t batch, int units, cudaStream_t stre
   }
 }
 
-void replace_patches_cuda(
+void replace(
     const Tensor x,              // [B, d, H, W], any strides
     const Tensor mask,           // [B, N] bool, contiguous
     const Tensor u,              // [B, N] float32, contiguous
     std::optional<Tensor> bank,  // [B, M, d] dtype of x, contiguous
     int64_t padding,
     int64_t source,
-    Tensor out,         // like x, or x itself
-    Tensor replaced) {  // [B, N] bool, contiguous
-  const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
-  STD_TORCH_CHECK(mask.numel() == batch * height * width, "mask: expected [B, H*W] elements");
-  STD_TORCH_CHECK(source >= lbdt::kRandom && source <= lbdt::kMean, "source: expected 0, 1 or 2");
-  STD_TORCH_CHECK(height * width <= INT32_MAX - 32, "x: expected fewer than 2^31 patches");
+    Tensor out,       // like x; in place x itself
+    Tensor replaced,  // [B, N] bool, contiguous
+    bool in_place) {
+  STD_TORCH_CHECK(source >= lbdt::kRandom && source <= lbdt::kMean, "source: expected 0, 1 or 2, got ", source);
+  lbdt::check_replace_patches(x, mask, u, bank, padding, source != lbdt::kRandom, out, replaced, in_place);
   STD_TORCH_CHECK(x.size(1) <= INT32_MAX - kThreads, "x: expected fewer than 2^31 channels");
   if (x.numel() == 0) return;
+  const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Call call{
       .x = x.const_data_ptr(),
@@ -352,7 +353,7 @@ void replace_patches_cuda(
       .bank_rows = bank ? static_cast<int>(bank->size(1)) : 0,
       .padding = static_cast<int>(std::min(padding, std::max(height, width))),
       .source = static_cast<int>(source),
-      .in_place = x.const_data_ptr() == out.const_data_ptr(),
+      .in_place = in_place,
   };
   const int units = lbdt::multiprocessors(x);
   const cudaStream_t stream = lbdt::current_stream(x);
@@ -375,10 +376,19 @@ void replace_patches_cuda(
   }
 }
 
+void replace_patches_cuda(
+    const Tensor x, const Tensor mask, const Tensor u, std::optional<Tensor> bank, int64_t padding, int64_t source,
+    Tensor out, Tensor replaced) {
+  replace(x, mask, u, bank, padding, source, out, replaced, false);
+}
+
 void replace_patches_cuda_(
     Tensor x, const Tensor mask, const Tensor u, std::optional<Tensor> bank, int64_t padding, int64_t source,
     Tensor replaced) {
-  replace_patches_cuda(x, mask, u, bank, padding, source, x, replaced);
+  const lbdt::Span written(x);
+  if (bank) bank = lbdt::apart(*bank, written);
+  replace(
+      x, lbdt::apart(mask, written), lbdt::apart(u, written), bank, padding, source, x, replaced, true);
 }
 
 }  // namespace

@@ -43,7 +43,7 @@ def rounded(values, DTYPE: tl.constexpr):
         if DTYPE == tl.bfloat16:
             bits = values.to(tl.int32, bitcast=True)
             bits += 0x7FFF + ((bits >> 16) & 1)
-            values = bits.to(tl.float32, bitcast=True)
+            values = (bits & -65536).to(tl.float32, bitcast=True)
     return values.to(DTYPE)
 
 

@@ -42,7 +42,7 @@ def count_config(x: Tensor, rows: int, update: bool) -> Config:
     return Config(64, 128, step, 4, 4) if rows <= _FEW_ROWS else Config(128, 128, step, 8, 4)
 
 
-@triton.jit(do_not_specialize=["union", "thresholds_stride_t", "enabled_stride_b"])
+@triton.jit(do_not_specialize=["union", "total_latents", "bins", "thresholds_stride_t", "enabled_stride_b"])
 def detect_patches_candidates_kernel(
     x,  # [B, d, H, W] by its strides
     minus,  # like x
@@ -60,6 +60,8 @@ def detect_patches_candidates_kernel(
     count,  # [B * N] int32, out: zero
     patches,
     union,
+    total_latents,
+    bins,
     width,
     x_stride_b,
     x_stride_d,
@@ -102,14 +104,19 @@ def detect_patches_candidates_kernel(
     if HAS_MINUS:
         minus_pointers = minus + image.to(tl.int64) * minus_stride_b
         minus_pointers += patch_offset(patch, width, minus_stride_h, minus_stride_w, FLAT)
-    bin_offset = tl.load(timestep_bin + image * bin_stride) * thresholds_stride_t
+    # The host does not read these values, so one that is no position counts as a latent that is not selected.
+    time = tl.load(timestep_bin + image * bin_stride)
+    selected = tl.where((time >= 0) & (time < bins), union, 0)
+    bin_offset = time * thresholds_stride_t
 
     largest = tl.full([BLOCK_P], float("-inf"), tl.float32)
     own = tl.zeros([BLOCK_P], tl.int32)
     for start in range(0, union, BLOCK_U):
         u = start + tl.arange(0, BLOCK_U)
-        known = u < union
+        known = u < selected
         latent = tl.load(latents + u * latents_stride, mask=known, other=0)
+        known = known & (latent >= 0) & (latent < total_latents)
+        latent = tl.where(known, latent, 0)
         h = accumulate(
             tl.zeros([BLOCK_U, BLOCK_P], tl.float32),
             weight + latent[:, None] * weight_stride_l,
@@ -252,7 +259,7 @@ def detect_patches(
     batch, channels = x.shape[:2]
     patches = x.shape[2:].numel()
     mask = torch.empty(batch, patches, dtype=torch.bool, device=x.device)
-    if mask.numel() == 0 or latents.numel() == 0:
+    if mask.numel() == 0 or latents.numel() == 0 or weight.shape[0] == 0:
         return mask.zero_()
     rows = mask.numel()
     total = torch.zeros(1, dtype=torch.int32, device=x.device)
@@ -302,6 +309,8 @@ def detect_patches(
             count,
             patches,
             latents.shape[0],
+            weight.shape[0],
+            thresholds.shape[0],
             width,
             *places,
             *weight.stride(),

@@ -32,7 +32,7 @@ def patch_uniform_kernel(
     if time.dtype.is_floating():
         if time.dtype != tl.float64:
             time = time.to(tl.float32)  # exact; the interpreter has no bfloat16 arithmetic
-        time = tl.floor(time)
+        time = tl.where(tl.abs(time) < 9223372036854775808.0, tl.floor(time), 0.0)
     time = time.to(tl.int64).to(tl.uint32)
     half = tl.load(halves + image * halves_stride).to(tl.uint32)
     zero = patch.to(tl.uint32) * 0

@@ -33,7 +33,12 @@ def record_patches_kernel(
     BLOCK: tl.constexpr,
 ):
     """Reads 2 bytes a patch, SUMMED 6; writes 32 bytes a row, SUMMED 40, and, KEPT, a byte a patch."""
-    first_row, first_cell = tl.load(written), tl.load(written + 1)
+    rows_before, cells_before = tl.load(written), tl.load(written + 1)
+    # The remainder of what is negative is negative.
+    first_row = (rows_before % row_count + row_count) % row_count
+    first_cell = cells_before
+    if KEPT:
+        first_cell = (cells_before % cell_count + cell_count) % cell_count
     # cast, not `to`: integers that are 1 arrive as constants.
     cells_now = tl.cast(batch, tl.int64) * patches
     for image in range(batch):
@@ -67,9 +72,9 @@ def record_patches_kernel(
             if SUMMED:
                 tl.store(row + 4, tl.sum(broken, axis=0).to(tl.int64))
     tl.debug_barrier()  # every warp has read `written` by now
-    tl.store(written, first_row + batch)
+    tl.store(written, rows_before + batch)
     if KEPT:
-        tl.store(written + 1, first_cell + cells_now)
+        tl.store(written + 1, cells_before + cells_now)
 
 
 def record_patches(

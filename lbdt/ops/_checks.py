@@ -1,9 +1,32 @@
 """Argument checks at the door. Values are read on the CPU only: elsewhere that would be a sync."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+_STRIDED = torch.strided
+_OPTIONAL = ("minus", "bank", "sums")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def tensors(check: Callable[..., Any]) -> Callable[..., Any]:
+    """`check`, with a TypeError that names the argument where None, which schemas let pass, is no tensor."""
+    names = check.__code__.co_varnames[: check.__code__.co_argcount]
+
+    @functools.wraps(check)
+    def checked(*arguments):
+        try:
+            return check(*arguments)
+        except AttributeError as error:
+            for name, value in zip(names, arguments, strict=True):
+                if value is None and name not in _OPTIONAL:
+                    raise TypeError(f"{name}: expected a tensor, got None") from error
+            raise
+
+    return checked
 
 
 def shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -13,7 +36,11 @@ def shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) ->
 
 
 def dtype(name: str, tensor: Tensor, *expected: torch.dtype) -> None:
-    """TypeError unless `tensor` has one of the `expected` dtypes."""
+    """TypeError unless `tensor` is dense and has one of the `expected` dtypes."""
+    if tensor.layout is not _STRIDED:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got layout {tensor.layout}; pass {name}.to_dense()"
+        )
     if tensor.dtype not in expected:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in expected)
         raise TypeError(f"{name}: expected dtype {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
@@ -63,9 +90,48 @@ def within(name: str, tensor: Tensor, count: int, meaning: str) -> None:
         raise IndexError(f"{name}: expected values in [0, {count}) ({meaning}), got {low} to {high}")
 
 
+def shares_elements(x: Tensor) -> bool:
+    """Whether two places of `x` are one element in memory; exact, and quick for what is laid out in order."""
+    if x.is_contiguous() or x.numel() == 0:
+        return False
+    span, axes = 1, [(stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+    ordered = True
+    for stride, size in sorted(axes):
+        ordered = ordered and stride >= span
+        span += stride * (size - 1)
+    if ordered:
+        return False
+    if span < x.numel():
+        return True
+    places = torch.zeros(1, dtype=torch.int64)
+    for stride, size in axes:
+        places = (places[:, None] + torch.arange(0, stride * size, stride)).flatten()
+    return places.unique().numel() < places.numel()
+
+
+def own_memory(written: dict[str, Tensor], *others: Tensor) -> None:
+    """RuntimeError, as torch raises it, where a `written` tensor shares memory with another one of these."""
+    spans = [_span(tensor) for tensor in (*written.values(), *others)]
+    for place, name in enumerate(written):
+        start, end = spans[place]
+        if any(max(start, a) < min(end, b) for i, (a, b) in enumerate(spans) if i != place):
+            raise RuntimeError(
+                f"{name}: it is written, and shares memory with another argument; pass a clone"
+            )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses from the first element of `tensor` to the end of the last one."""
+    start = tensor.data_ptr()
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return start, start + tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd would have to go through an op on these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)
 
 
 def no_gradient(op: str, *tensors: Tensor | None, instead: str | None = None) -> None:

@@ -41,9 +41,13 @@ def supports_product(*factors: Tensor | None) -> str | None:
     return None
 
 
-def register(op: str, supports: Callable[..., str | None]) -> None:
-    """Makes `lbdt.kernels.<op>` the backend "triton" of `op`; its module is imported at the first call."""
-    _dispatch.register(op, "triton", supports, lambda *args: getattr(kernels(op), op)(*args), _declines)
+def register(
+    op: str, supports: Callable[..., str | None], around: Callable[[Callable], Callable] = lambda run: run
+) -> None:
+    """Makes `lbdt.kernels.<op>` the backend "triton" of `op`, within `around`; its module is imported at the first
+    call."""
+    run = around(lambda *args: getattr(kernels(op), op)(*args))
+    _dispatch.register(op, "triton", supports, run, _declines)
 
 
 def _declines(*args: Any, **kwargs: Any) -> str | None:

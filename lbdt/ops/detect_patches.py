@@ -32,7 +32,8 @@ def detect_patches(
         x: float32 | float16 | bfloat16 | float64, any strides.
         weight: SAE encoder rows, dtype of x.
         bias: float32, `b_enc - weight @ b_dec`.
-        latents: int64, the union of the concepts' latents, each in [0, L).
+        latents: int64, the union of the concepts' latents, each in [0, L). Only on the CPU are these values and
+            those of timestep_bin looked at first; on a GPU Triton takes one outside for a latent not selected.
         thresholds: float32, on pre-activations; +inf where a latent is not selected in a bin.
         timestep_bin: int64, each in [0, T).
         enabled: bool, the latents that count for each image.
@@ -51,6 +52,7 @@ def detect_patches(
     )
 
 
+@_checks.tensors
 def _check(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus) -> tuple[int, int]:
     batch, width, patches = _checks.feature_map(x)
     _checks.encoder(x, width, weight, bias, k, least=0)

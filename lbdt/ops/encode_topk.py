@@ -42,6 +42,7 @@ def encode_topk(
     return torch.ops.lbdt.encode_topk(x, weight, bias, k, backend=backend or "")
 
 
+@_checks.tensors
 def _check(x, weight, bias, k) -> tuple[int, int]:
     batch, width, patches = _checks.feature_map(x)
     _checks.encoder(x, width, weight, bias, k, least=1)

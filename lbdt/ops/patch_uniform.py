@@ -24,7 +24,8 @@ def patch_uniform(
 
     Args:
         seeds: int64, one an image.
-        timesteps: integer or floating point, the value the denoiser was called with; floored.
+        timesteps: integer or floating point, the value the denoiser was called with; floored,
+            and 0 where that is no int64 (NaN, infinity).
         halves: int64, 0 for the unconditional or the only half, 1 for the conditional one.
         patches: numbers a row, >= 0.
         backend: "auto", or one to force (`lbdt.ops.use_backend`).
@@ -38,6 +39,7 @@ def patch_uniform(
     return torch.ops.lbdt.patch_uniform(seeds, timesteps, halves, patches, backend=backend or "")
 
 
+@_checks.tensors
 def _check(seeds, timesteps, halves, patches) -> None:
     if seeds.dim() != 1:
         raise ValueError(f"seeds: expected [B], got {list(seeds.shape)}")

@@ -34,7 +34,8 @@ def replace_patches(
     Args:
         x: float32 | float16 | bfloat16 | float64, any strides.
         mask: bool, the detected patches.
-        u: float32 in [0, 1), one number a patch (`patch_uniform`).
+        u: float32 in [0, 1), one number a patch (`patch_uniform`). NaN and what is below count as 0, what is
+            above as the number just below 1.
         height, width: the grid; height * width = N.
         padding: the mask grows by this Chebyshev distance first, >= 0.
         source: "random": `free[floor(u * n_free)]`; "nearest": the nearest free patch; "mean": the mean of
@@ -71,8 +72,9 @@ def replace_patches_(
 ) -> Tensor:  # [B, N]
     """`replace_patches` in place on `x`; returns which patches were overwritten, bool [B, N].
 
-    Donors lie outside the dilated mask, so none is overwritten before it is read. Arguments and errors as
-    there; besides, ValueError where elements of x share memory, and RuntimeError if x or bank requires grad.
+    Donors lie outside the dilated mask, so none is overwritten before it is read; a mask, u or bank in x's own
+    memory is copied first. Arguments and errors as there; besides, ValueError where elements of x share memory,
+    and RuntimeError if x or bank requires grad.
     """
     _checks.no_gradient("replace_patches_", x, bank, instead="lbdt.ops.replace_patches")
     return torch.ops.lbdt.replace_patches_(
@@ -109,6 +111,7 @@ class _WithGradient(torch.autograd.Function):
         return to_x, *(None,) * 6, to_bank, None
 
 
+@_checks.tensors
 def _check(x, mask, u, height, width, padding, source, bank) -> None:
     batch, channels, patches = _checks.feature_map(x)
     grid = tuple(x.shape[2:]) if x.dim() == 4 else None
@@ -123,6 +126,11 @@ def _check(x, mask, u, height, width, padding, source, bank) -> None:
         raise ValueError(f"padding: expected >= 0, got {padding}")
     if source not in SOURCES:
         raise ValueError(f"source: expected one of {', '.join(SOURCES)}, got {source!r}")
+    if source != "random" and (height**2 + width**2) * patches >= 1 << 63:
+        raise ValueError(
+            f"source: {source!r} orders squared distances times patches, which on a grid of {height} x {width} "
+            "exceed an int64; use 'random', or height and width that are closer to each other"
+        )
     if bank is not None:
         _checks.dtype("bank", bank, *_checks.FLOATS)
         _checks.device("bank", bank, x)
@@ -132,10 +140,6 @@ def _check(x, mask, u, height, width, padding, source, bank) -> None:
             )
 
 
-def _overlaps(x: Tensor) -> bool:
-    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
-
-
 def _run(x, mask, u, height, width, padding=0, source="random", bank=None, *, backend=""):
     _check(x, mask, u, height, width, padding, source, bank)
     return _dispatch.call("replace_patches", backend, x, mask, u, height, width, padding, source, bank)
@@ -143,7 +147,7 @@ def _run(x, mask, u, height, width, padding=0, source="random", bank=None, *, ba
 
 def _run_(x, mask, u, height, width, padding=0, source="random", bank=None, *, backend=""):
     _check(x, mask, u, height, width, padding, source, bank)
-    if _overlaps(x):
+    if _checks.shares_elements(x):
         raise ValueError(
             f"x: elements share memory (strides {list(x.stride())}), so it cannot be written in place; "
             "pass x.clone(), or call replace_patches"

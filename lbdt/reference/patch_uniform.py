@@ -21,7 +21,8 @@ def patch_uniform(
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     if timesteps.is_floating_point():
-        timesteps = timesteps.floor()
+        # What is no int64 (NaN, infinity) counts as 0: its conversion would depend on the processor.
+        timesteps = torch.where(timesteps.abs() < 2.0**63, timesteps.floor(), 0.0)
     patch = torch.arange(patches, dtype=torch.int64, device=seeds.device).expand(seeds.shape[0], patches)
     time = timesteps.to(torch.int64).unsqueeze(1).expand_as(patch)
     half = halves.to(torch.int64).unsqueeze(1).expand_as(patch)

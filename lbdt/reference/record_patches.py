@@ -28,10 +28,13 @@ def record_patches(
         columns.append(sums.isfinite().logical_not().sum(dim=1))
     record = torch.stack(columns, dim=1)
     # Of more rows than fit the last ones stay.
-    rows.index_copy_(0, ((row + written[0]) % rows.shape[0])[-rows.shape[0] :], record[-rows.shape[0] :])
+    rows.index_copy_(
+        0, ((row + written[0] % rows.shape[0]) % rows.shape[0])[-rows.shape[0] :], record[-rows.shape[0] :]
+    )
     if cells.shape[0] > 0:
         both = (mask.to(torch.uint8) + 2 * replaced.to(torch.uint8)).flatten()
-        place = (torch.arange(batch * patches, device=mask.device) + written[1]) % cells.shape[0]
+        cell = torch.arange(batch * patches, device=mask.device)
+        place = (cell + written[1] % cells.shape[0]) % cells.shape[0]
         cells.index_copy_(0, place[-cells.shape[0] :], both[-cells.shape[0] :])
         written[1].add_(batch * patches)
     written[0].add_(batch)

@@ -24,7 +24,7 @@ def replace_patches(
     Eq. (method.md, "Detection mask, padding, replacement"): the mask grows by Chebyshev distance `padding`;
     then `src = free[floor(u * n_free)]` with `free` the image's patches outside, in order ("random"); or the
     patch of `free` at the smallest Euclidean grid distance ("nearest"); or the mean of the 5 nearest in
-    float32 ("mean"); ties go to the lowest index. An image without free patches takes `bank[floor(u * M)]`,
+    float32 ("mean"); ties go to the lowest index. A u outside of [0, 1), NaN included, picks an end. An image without free patches takes `bank[floor(u * M)]`,
     or stays as it is when `bank` is None. arXiv 2606.31699, section 3.
     """
     out = x.clone()
@@ -69,6 +69,7 @@ def replace_patches_(
 
 def dilate(mask: Tensor, height: int, width: int, padding: int) -> Tensor:
     """`mask` [B, H*W] bool grown by Chebyshev distance `padding` on the grid."""
+    padding = min(padding, max(height, width))
     if padding == 0:
         return mask.clone()
     grid = mask.view(-1, 1, height, width).to(torch.float32)
@@ -77,8 +78,10 @@ def dilate(mask: Tensor, height: int, width: int, padding: int) -> Tensor:
 
 
 def _pick(u: Tensor, count: Tensor | int) -> Tensor:
-    """`floor(u * count)` [B, N]; the product of float32 numbers may round up to `count` itself."""
-    return torch.minimum((u * count).to(torch.int64), torch.as_tensor(count, device=u.device) - 1)
+    """`floor(u * count)` [B, N], NaN and negative u as 0; the product of float32 numbers may round up to `count`."""
+    count = torch.as_tensor(count, device=u.device)
+    scaled = torch.where(u > 0, u * count, 0.0).minimum(count.to(u.dtype))
+    return torch.minimum(scaled.to(torch.int64), count - 1)
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:

@@ -165,6 +165,34 @@ def test_replace_patches_expanded_input(library):
         assert torch.equal(bits(out), bits(expected)) and torch.equal(replaced, where)
 
 
+def test_replace_patches_numbers_outside_of_their_range(library):
+    arguments = inputs(bank=3)
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.5, 1.0, 1e9, -0.0])
+    arguments["u"] = odd[torch.arange(64) % 7].expand(2, -1).contiguous()
+    check(library, arguments)
+
+
+def test_replace_patches_bank_in_x(library):
+    arguments = inputs(bank=3)
+    arguments["bank"] = arguments["x"].flatten(2)[:, :3, :16]
+    expected, where = ops.replace_patches(**arguments, backend="reference")
+    replaced = ~where
+    torch.ops.lbdt_emulated.replace_patches_cpp_(*replace._cpp_arguments(*arguments.values()), replaced)
+    assert torch.equal(replaced, where) and torch.equal(bits(arguments["x"]), bits(expected))
+
+
+def test_bad_arguments_are_refused(library):
+    given, replaced = replace._cpp_arguments(*inputs(bank=3).values()), torch.zeros(2, 64, dtype=torch.bool)
+    bad = {1: given[1][:, :9], 2: given[2].double(), 3: given[3].half(), 4: -1, 5: 3}
+    for place, value in bad.items():
+        with pytest.raises(RuntimeError, match="expected"):
+            changed = (*given[:place], value, *given[place + 1 :])
+            torch.ops.lbdt_emulated.replace_patches_cpp_(*changed, replaced)
+    one = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="halves: expected"):
+        torch.ops.lbdt_emulated.patch_uniform_cpp(one, one, one[:1], torch.zeros(2, 3))
+
+
 def test_replace_patches_a_mask_of_more_words_than_threads(library):
     check(library, inputs(B=1, d=2, H=92, W=94, rate=0.005, padding=3), units=2)
 
@@ -175,7 +203,10 @@ DTYPES_OF_TIME = [*DTYPES, torch.int32, torch.int64]
 @pytest.mark.parametrize("dtype", DTYPES_OF_TIME, ids=str)
 def test_patch_uniform_equals_the_reference(dtype, library):
     seeds = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63)])
-    times = torch.tensor([0.0, 981.75, -0.5, -7.0, 3.0]).to(dtype)
+    times = torch.tensor([0.0, 981.75, -0.5, -7.0, 3.0])
+    if dtype.is_floating_point:
+        times[4] = float("nan")
+    times = times.to(dtype)
     halves = torch.tensor([1]).expand(5)
     for patches in (1, 35, 256):
         out = torch.full((5, patches), float("nan"))

@@ -190,6 +190,19 @@ def test_keys_order_like_their_values():
     assert (keys[13:] < keys[12:-1]).all(), "of tied ones the first is the largest"
 
 
+def test_positions_outside_of_the_dictionary_or_the_bins_count_as_not_selected(small_tiles):
+    """On a GPU nothing looks at them first: called as there, past the wrapper."""
+    given = detection.inputs(B=3, L=40, U=4, threshold=-1e9, k=0)
+    run = _triton.kernels("detect_patches").detect_patches
+    given["latents"][:2] = torch.tensor([-1, 40])
+    given["timestep_bin"] = torch.tensor([0, 10**9, -(10**9)])
+    found = run(**given)
+    given["latents"][:2], given["enabled"][:, :2] = 0, False
+    given["timestep_bin"], given["enabled"][1:] = torch.zeros(3, dtype=torch.int64), False
+    assert torch.equal(found, ops.detect_patches(**given, backend="reference"))
+    assert found[0].any() and not found[1:].any()
+
+
 def test_more_latents_than_fit_are_refused():
     x, weight, bias = encoding.inputs(L=300)
     with pytest.raises(ValueError, match="keeps at most 256 latents a patch, got k = 257"):

@@ -1,10 +1,13 @@
 """patch_uniform: Random123's own vectors, and independence of the batch."""
 
+import math
+
 import pytest
 import torch
 
 from lbdt import ops
 from lbdt.reference.patch_uniform import philox4x32
+from lbdt.testing import DTYPES
 from tests import backends
 from tests.backends import DEVICE, on_device
 
@@ -144,3 +147,17 @@ def test_opcheck_and_fullgraph(backend):
         lambda s: ops.patch_uniform(s, *arguments[1:], backend=backend), fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(compiled(arguments[0]), ops.patch_uniform(*arguments, backend=backend))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_timestep_that_is_no_int64_counts_as_0(dtype, backend):
+    odd = torch.tensor(
+        [math.nan, math.inf, -math.inf, 2.0**63, -(2.0**63), 1e300, -1e300], dtype=torch.float64
+    )
+    times = odd.to(dtype).to(DEVICE)
+    seeds, halves = torch.full((7,), 5, device=DEVICE), torch.zeros(7, dtype=torch.int64, device=DEVICE)
+    out = ops.patch_uniform(seeds, times, halves, 35, backend=backend)
+    assert torch.equal(
+        out, ops.patch_uniform(seeds, torch.zeros_like(times), halves, 35, backend="reference")
+    )

@@ -301,6 +301,11 @@ BAD = [
     pytest.param(
         {"u": torch.zeros(2, 35, device="meta")}, ValueError, f"u: expected on {DEVICE.type}", id="u-device"
     ),
+    pytest.param({"x": None}, TypeError, "x: expected a tensor, got None", id="x-none"),
+    pytest.param({"mask": None}, TypeError, "mask: expected a tensor, got None", id="mask-none"),
+    pytest.param({"u": torch.zeros(2, 35).to_sparse()}, TypeError, "u: expected a dense", id="u-sparse"),
+    pytest.param({"bank": [1.0]}, RuntimeError, "bank", id="bank-list"),
+    pytest.param({"padding": 2**63}, RuntimeError, "padding|Overflow", id="padding-beyond-int64"),
     pytest.param({"padding": -1}, ValueError, "padding: expected >= 0, got -1", id="padding"),
     pytest.param({"source": "far"}, ValueError, "source: expected one of random, nearest", id="source"),
     pytest.param({"bank": torch.zeros(2, 0, 6)}, ValueError, "bank: .*M >= 1", id="bank-empty"),
