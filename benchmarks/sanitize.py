@@ -1,17 +1,23 @@
 """Every compiled op once on small tensors, for compute-sanitizer: `compute-sanitizer python -m
-benchmarks.sanitize`.
+benchmarks.sanitize`. For the CPU's ops `python -m benchmarks.sanitize --asan`: the same calls, then the ops' fuzz
+targets (`--fuzz-cases N` of each), with a library that g++ built with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-`--device cpu` (no sanitizer) shows that the script itself works. Ragged sizes, every source, layout and
+That build goes into the cache of builds (minutes, once). A finding ends the run with its report and exit code 1 or
+that of the signal. `--device cpu` (no sanitizer) shows that the script itself works. Ragged sizes, every source, layout and
 dtype; answers are compared with the reference's, as a kernel that reads too far may still answer.
 """
 
 import argparse
 import itertools
+import os
+import shlex
+import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
-from lbdt import ops
+from lbdt import _build, ops
 from lbdt.ops.replace_patches import SOURCES
 from lbdt.testing import DTYPES, assert_close, layouts
 
@@ -128,12 +134,55 @@ def record_patches(device: torch.device, g: torch.Generator) -> int:
     return calls
 
 
+def under_asan(cases: int) -> int:
+    """Runs `inside` in a process with the sanitizers' build of the library; its exit code."""
+    plain = os.environ.get("CXX") or "g++"
+    # With the C++ library, or the sanitizer would not find what throws exceptions.
+    runtimes = [
+        subprocess.run(
+            [*shlex.split(plain), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    os.environ |= {"CXX": f"{plain} {_WATCHED}", "LBDT_BUILD_CUDA": "0"}
+    print(f"built: {_build._cached()}", flush=True)
+    # Leaks are not sought: Python keeps memory to its end.
+    watched = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
+    watched |= {"UBSAN_OPTIONS": "print_stacktrace=1", "PYTHONPATH": str(_ROOT), "LBDT_JIT": "1"}
+    code = f"import sys; from benchmarks import sanitize; sys.exit(sanitize.inside({cases}))"
+    return subprocess.run([sys.executable, "-c", code], cwd=_ROOT, env=os.environ | watched).returncode
+
+
+def inside(cases: int) -> int:
+    """The calls and the fuzz targets on the library of the cache; exit code 0 or 1."""
+    import pytest
+
+    _build._PACKAGE = _ROOT / "benchmarks"  # where no prebuilt library comes first
+    assert _build.load() is None
+    main(["--device", "cpu"])
+    targets = [
+        "-q",
+        "-m",
+        "fuzz",
+        "-p",
+        "no:cacheprovider",
+        f"--fuzz-cases={cases}",
+        "tests/fuzz/test_ops.py",
+        "tests/fuzz/test_internal_ops.py",
+    ]
+    return int(pytest.main(targets) != 0)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; an AssertionError where an answer differs."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--op", action="append", choices=list(_OPS), help="default: all")
+    parser.add_argument("--asan", action="store_true", help="the C++ ops and their fuzz targets, see above")
+    parser.add_argument("--fuzz-cases", type=int, default=300, help="of each target, with --asan")
     options = parser.parse_args(arguments)
+    if options.asan:
+        return under_asan(options.fuzz_cases)
     device = torch.device(options.device)
     for name in options.op or _OPS:
         calls = _OPS[name](device, torch.Generator().manual_seed(0))
@@ -143,6 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+_ROOT = Path(__file__).resolve().parents[1]
+_WATCHED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS -g"
 _OPS = {
     "replace_patches": replace_patches,
     "detect_patches": detect_patches,
