@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from lbdt.dictionary import ConceptDictionary
+from lbdt.dictionary.selection import check_criteria
 from lbdt.hooks import lookup
 from lbdt.hooks.plan import CallState, Plan, check_lengths
 from lbdt.hooks.recorder import Call, Recorder
+from lbdt.reading import brief, listed
 from lbdt.report import Blind, Report, StepMask, step_masks, summarise, warn_not_finite
 from lbdt.sae import SparseAutoencoder
 
@@ -148,21 +150,22 @@ def check_parts(sae: Any, dictionary: Any) -> None:
 def check_hookpoint(name: str, value: Any, example: str = "unet.mid_block.attentions.0") -> None:
     """TypeError unless it is a name."""
     if not isinstance(value, str):
-        raise TypeError(f"{name}: expected a name such as {example!r}, got {value!r}")
+        raise TypeError(f"{name}: expected a name such as {example!r}, got {brief(value)}")
 
 
 def check_selection(selection: dict[str, Any]) -> None:
-    """ValueError where a key is no keyword of `ConceptDictionary.select`."""
+    """ValueError where a key is no keyword of `ConceptDictionary.select`, or its value none."""
     known = [name for name in inspect.signature(ConceptDictionary.select).parameters][2:]
     unknown = sorted(set(selection) - set(known))
     if unknown:
-        raise ValueError(f"selection: unknown key {', '.join(unknown)}; expected some of {', '.join(known)}")
+        raise ValueError(f"selection: unknown key {listed(unknown)}; expected some of {', '.join(known)}")
+    check_criteria(**selection)
 
 
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     """`value`; ValueError unless it is one of `allowed`."""
     if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {brief(value)}")
     return value
 
 

@@ -18,6 +18,7 @@ from lbdt.folders import DIGESTS_FILE, PARTS, check_digests, replaced, write_dig
 from lbdt.hooks import lookup
 from lbdt.hooks.plan import MOST_PADDING, ROWS, SOURCES, TARGETS, CallState, EraseOptions, ErasePlan
 from lbdt.hooks.recorder import Recorder
+from lbdt.reading import brief, listed
 from lbdt.report import Report, summarise
 from lbdt.sae import SparseAutoencoder
 
@@ -212,11 +213,11 @@ class ConceptEraser:
         if not isinstance(settings, dict):
             raise ValueError(f"{path}: expected a JSON object, got {type(settings).__name__}")
         if settings.get("version") != _VERSION:
-            raise ValueError(f"{path}: expected version {_VERSION}, got {settings.get('version')!r}")
+            raise ValueError(f"{path}: expected version {_VERSION}, got {brief(settings.get('version'))}")
         wrong = sorted(set(settings) ^ set(_KEYS))
         if wrong:
             raise ValueError(
-                f"{path}: expected exactly the keys {', '.join(_KEYS)}; missing or unknown: {', '.join(wrong)}"
+                f"{path}: expected exactly the keys {', '.join(_KEYS)}; missing or unknown: {listed(wrong)}"
             )
         check_digests(folder)
         sae = SparseAutoencoder.from_pretrained(folder / "sae")
@@ -238,7 +239,7 @@ class ConceptEraser:
         if self.detect_at is not None:
             attach.check_hookpoint("detect_at", self.detect_at)
         if isinstance(self.padding, bool) or not isinstance(self.padding, int):
-            raise TypeError(f"padding: expected an integer >= 0, got {self.padding!r}")
+            raise TypeError(f"padding: expected an integer >= 0, got {brief(self.padding)}")
         if self.padding < 0:
             raise ValueError(f"padding: expected an integer >= 0, got {self.padding}")
         if self.padding > MOST_PADDING:

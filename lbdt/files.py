@@ -17,90 +17,104 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lbdt.reading import listed, open_regular, reason
+from lbdt.reading import read_json as read_json
 from lbdt.reasons import unwritable
 
 _TEMPORARY = ".lbdt-"
 _LONGEST = 50  # characters, of 4 bytes at most
-
-
-def read_json(path: Path) -> Any:
-    """The parsed JSON file, or ValueError naming it."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a folder written by save_pretrained (or SAeUron's)")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); the file is damaged, get it again") from error
-
-
-def _integer(text: str) -> int:
-    value = int(text)
-    if abs(value) >= 2**64:  # of these some cannot become a float, which callers do not expect
-        raise ValueError(f"an integer of {len(text)} digits")
-    return value
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_tensors(
     path: Path,
     shapes: Mapping[str, tuple[int | None, ...]],  # None: any size
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """Exactly the tensors `shapes` names, on the CPU, from a safetensors file; floating-point ones must be
-    finite.
+    finite, also in `dtype`, which they are computed with.
 
     Raises ValueError naming file, tensor, expected and got.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected tensors {', '.join(shapes)} in it")
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            _check_names(path, file.keys(), shapes)
-            tensors = {name: file.get_tensor(name) for name in shapes}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path}: not a readable safetensors file ({error}); it is truncated or damaged, get it again"
-        ) from error
-    check_tensors(path, tensors, shapes)
+    with open_tensors(path, f"tensors {listed(shapes)} in it") as file:
+        _check_names(path, file.keys(), shapes)
+        tensors = {name: file.get_tensor(name) for name in shapes}
+    check_tensors(path, tensors, shapes, dtype)
     return tensors
 
 
+@contextlib.contextmanager
+def open_tensors(
+    path: Path,
+    expected: str,
+    advice: str = "it is truncated or damaged, get it again",
+    unreadable: str = "not a readable safetensors file",
+) -> Iterator[Any]:
+    """An open safetensors file; ValueError naming it where it is absent, no regular file or damaged."""
+    open_regular(path, expected).close()
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            yield file
+    # TypeError: a dtype that torch has not.
+    except (safetensors.SafetensorError, OSError, TypeError) as error:
+        raise ValueError(f"{path}: {unreadable} ({reason(error)}); {advice}") from error
+
+
 def check_tensors(
-    path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int | None, ...]]
+    path: Path,
+    tensors: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int | None, ...]],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """ValueError naming `path` and the tensor unless `tensors` are exactly those of `shapes` (None: any size), dense,
-    on the CPU and, where floating-point, finite."""
+    on the CPU and, where floating-point, finite, also in `dtype`."""
     _check_names(path, tensors, shapes)
-    for name, expected in shapes.items():
-        tensor = tensors[name]
+    for key, expected in shapes.items():
+        tensor, name = tensors[key], listed([key])
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise ValueError(f"{path}: {name}: expected a dense tensor, got {type(tensor).__name__}")
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in _FLOATS):
+            raise ValueError(f"{path}: tensor {name}: expected numbers of 16 to 64 bits, got {tensor.dtype}")
         got = tuple(tensor.shape)
         if len(got) != len(expected) or any(
             e is not None and e != g for e, g in zip(expected, got, strict=True)
         ):
             wanted = ", ".join("any" if size is None else str(size) for size in expected)
             raise ValueError(f"{path}: tensor {name}: expected shape [{wanted}], got {list(got)}")
-        complaint = _finite(tensor)
+        complaint = _finite(tensor, dtype)
         if complaint:
             raise ValueError(f"{path}: tensor {name}: {complaint}")
+
+
+def require_floats(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError naming `path` and the tensor unless all are floating-point."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {listed([name])}: expected floating-point numbers, got {tensor.dtype}")
 
 
 def _check_names(path: Path, names: Collection[str], shapes: Collection[str]) -> None:
     missing = [name for name in shapes if name not in names]
     if missing:
         raise ValueError(
-            f"{path}: missing tensor {', '.join(missing)}; expected {', '.join(shapes)}, got "
-            f"{', '.join(sorted(names)) or 'none'}"
+            f"{path}: missing tensor {listed(missing)}; expected {listed(shapes)}, got "
+            f"{listed(sorted(names)) or 'none'}"
         )
     unknown = sorted(set(names) - set(shapes))
     if unknown:
-        raise ValueError(f"{path}: unknown tensor {', '.join(unknown)}; expected only {', '.join(shapes)}")
+        raise ValueError(f"{path}: unknown tensor {listed(unknown)}; expected only {listed(shapes)}")
 
 
-def _finite(tensor: Tensor) -> str | None:
+def _finite(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
     if not torch.is_floating_point(tensor):
         return None
     bad = int((~torch.isfinite(tensor)).sum())
-    return f"expected finite values, got {bad} NaN or infinite of {tensor.numel()}" if bad else None
+    if bad:
+        return f"expected finite values, got {bad} NaN or infinite of {tensor.numel()}"
+    if dtype is None or not tensor.numel() or torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:
+        return None
+    largest = max(abs(float(end)) for end in tensor.aminmax())
+    return f"values up to {largest:.3g} overflow {dtype}" if largest > torch.finfo(dtype).max else None
 
 
 def tensor_bytes(
@@ -186,7 +200,7 @@ def remove_leftovers(directory: Path) -> None:
     for path in directory.glob(f"{_TEMPORARY}*"):
         # Also where the file system knows no locks: then nothing tells whose the file is.
         with contextlib.suppress(OSError):
-            handle = os.open(path, os.O_RDONLY)
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

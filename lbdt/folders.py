@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from lbdt.files import json_bytes, read_json, remove_leftovers, temporary_prefix, write_files, writing
+from lbdt.reading import listed, open_regular
 
 DIGESTS_FILE = "digests.json"
 PARTS = (
@@ -134,13 +135,13 @@ def check_digests(folder: Path) -> None:
         if got != expected:
             found = "no such file" if got is None else f"SHA-256 {got[:12]}..."
             raise ValueError(
-                f"{folder / name}: expected SHA-256 {str(expected)[:12]}... by {DIGESTS_FILE}, got {found}; the file is "
+                f"{folder / name}: expected SHA-256 {listed([expected])[:12]}... by {DIGESTS_FILE}, got {found}; the file is "
                 f"damaged or of another folder: get or make them all again (delete {DIGESTS_FILE} if you changed it)"
             )
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

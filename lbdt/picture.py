@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lbdt.files import write_file
 from lbdt.out import check_out
+from lbdt.reading import open_regular, reason
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,6 +23,22 @@ _SMALLEST, _LARGEST = 256, 768
 _GROUND, _INK, _FAINT = (250, 250, 248), (32, 33, 36), (110, 112, 116)
 _HOT, _WARM = (214, 51, 32), (242, 172, 66)
 _TILES = 2
+_MOST_PIXELS = 1 << 26
+
+
+def read_picture(path: Path, advice: str = "get it again") -> Image.Image:
+    """The RGB picture in a PNG or JPEG file of at most 2^26 pixels; ValueError naming the file for anything else."""
+    from PIL import Image
+
+    try:
+        # Other formats' readers start programs, or are seldom looked at.
+        with open_regular(path) as file, Image.open(file, formats=("PNG", "JPEG")) as picture:
+            if picture.width * picture.height > _MOST_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
+            return picture.convert("RGB")
+    except Exception as error:  # Pillow raises nearly every kind, by the damage
+        why = reason(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: not a readable picture ({why}); {advice}") from error
 
 
 def panel_size(width: int, height: int) -> tuple[int, int]:

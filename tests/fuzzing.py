@@ -33,15 +33,17 @@ def chosen_seed() -> int:
     return _chosen["seed"]
 
 
-def fuzz(*strategies: Any, **named: Any) -> Callable[[Callable], Callable]:
+def fuzz(*strategies: Any, each: int = 1, **named: Any) -> Callable[[Callable], Callable]:
     """A fuzz target: `given(...)` with the chosen number of cases and seed, under the marker `fuzz`.
+
+    `each`: cases that one call of the target makes itself.
 
     A failing case is shrunk and printed with what reproduces it.
     """
 
     def decorate(target: Callable) -> Callable:
         target = settings(
-            max_examples=_chosen["cases"],
+            max_examples=-(-_chosen["cases"] // each),
             deadline=None,
             derandomize=False,
             database=None,

@@ -117,6 +117,12 @@ def test_a_link_is_followed_and_a_long_name_is_a_name(tmp_path):
     assert (tmp_path / name).read_bytes() == b"2"
 
 
+def test_a_fifo_among_the_leftovers_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / ".lbdt-fifo")
+    write_files(tmp_path, {"report.json": b"{}"})
+    assert names(tmp_path) == ["report.json"]
+
+
 @pytest.mark.parametrize("text", ["1" * 400, "[" * 200_000, "{"], ids=["huge integer", "deep", "cut off"])
 def test_json_that_would_break_its_reader_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,15 +25,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lbdt.activations.prompts import MAX_PROMPTS
 from lbdt.activations.sites import Site
+from lbdt.reading import brief, listed, open_regular, parse_json
+from lbdt.text import require_unicode
 
 FORMAT = 1
+SHA256 = re.compile("[0-9a-f]{64}")
 DTYPES = {
     "float16": ("F16", torch.float16),
     "bfloat16": ("BF16", torch.bfloat16),
     "float32": ("F32", torch.float32),
 }
-_HEADER_LIMIT = 1 << 24
 
 
 class Part(NamedTuple):
@@ -48,12 +53,13 @@ class Layout:
     """The shard files of one folder's settings."""
 
     def __init__(self, settings: Mapping[str, Any], digest: str) -> None:
-        """`digest`: of settings.json. Raises ValueError on settings of another format."""
-        if settings.get("format") != FORMAT:
+        """`digest`: of settings.json. Raises ValueError on settings of another format, or out of range."""
+        if not isinstance(settings, Mapping) or settings.get("format") != FORMAT:
+            got = brief(settings.get("format") if isinstance(settings, Mapping) else settings)
             raise ValueError(
-                f"settings: expected format {FORMAT}, got {settings.get('format')!r}; written by another version "
-                "of lbdt"
+                f"settings: expected format {FORMAT}, got {got}; written by another version of lbdt"
             )
+        _check(settings)
         self.digest = digest
         self.prompts, self.prompts_per_shard = settings["prompts"], settings["prompts_per_shard"]
         self.timesteps = tuple(settings["timesteps"])
@@ -83,7 +89,7 @@ class Layout:
         shapes.sort(key=lambda item: item[1] != torch.int32)
         parts, start = {}, 0
         for name, dtype, shape in shapes:
-            end = start + torch.Size(shape).numel() * dtype.itemsize
+            end = start + math.prod(shape) * dtype.itemsize
             parts[name] = Part(dtype, shape, start, end)
             start = end
         return parts
@@ -118,28 +124,70 @@ class Layout:
         header (damaged, or not of these settings). The tensors' bytes are not read.
         """
         path, expected = self.path(folder, index), self.size(index)
-        try:
-            with path.open("rb") as file:
-                got = os.fstat(file.fileno()).st_size
-                if got != expected:
-                    raise ValueError(f"{path}: expected {expected} bytes, got {got}; truncated or foreign")
+        with open_regular(path, "a shard of activations") as file:
+            got = os.fstat(file.fileno()).st_size
+            if got != expected:
+                raise ValueError(f"{path}: expected {expected} bytes, got {got}; truncated or foreign")
+            try:
                 head = file.read(expected - self.data_size(index))
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+            except OSError as error:
+                raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
         try:
-            about = json.loads(json.loads(head[8:])["__metadata__"]["lbdt"])
+            about = parse_json(parse_json(head[8:], "header")["__metadata__"]["lbdt"], "header")
             data_sha256, settings = about["sha256"], about["settings"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: its header is damaged") from error
         if settings != self.digest:
             raise ValueError(
-                f"{path}: expected a shard of settings {self.digest[:12]}, got one of {str(settings)[:12]}"
+                f"{path}: expected a shard of settings {self.digest[:12]}, got one of {brief(settings, 12)}"
             )
         if not isinstance(data_sha256, str) or head != self.header(index, data_sha256):
             raise ValueError(
                 f"{path}: expected shard {index} as {len(head)} bytes of header describe, got another"
             )
         return data_sha256
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """ValueError naming the entry that is missing or not as `lbdt collect` writes it."""
+    for name in ("prompts", "prompts_per_shard"):
+        _integer(name, settings.get(name), 1, MAX_PROMPTS)
+    for name in ("concepts", "styles"):
+        names = _distinct(name, settings.get(name), str)
+        for label in names:
+            require_unicode(name, label)
+    for timestep in _distinct("timesteps", settings.get("timesteps"), int):
+        _integer("timesteps", timestep, -(2**31), 2**31)
+    if not settings["timesteps"]:
+        raise ValueError("timesteps: expected one or more, got none")
+    if not isinstance(settings.get("dtype"), str) or settings["dtype"] not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {brief(settings.get('dtype'))}")
+    sha256 = settings.get("prompts_sha256")
+    if not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
+        raise ValueError(f"prompts_sha256: expected 64 hexadecimal digits, got {brief(sha256)}")
+    entries = settings.get("sites")
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"sites: expected a list of one or more objects, got {brief(entries)}")
+    for entry in entries:
+        if not isinstance(entry.get("site"), str):
+            raise ValueError(f"sites: site: expected a hookpoint, got {brief(entry.get('site'))}")
+        _integer("sites: width", entry.get("width"), 1, 2**31)
+        _integer("sites: of", entry.get("of"), 1, 2**31)
+        _integer("sites: patches", entry.get("patches"), 1, entry["of"])
+    _distinct("sites", [str(Site.parse(entry["site"])) for entry in entries], str)
+
+
+def _integer(name: str, value: Any, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name}: expected an integer from {least} to {most}, got {brief(value)}")
+
+
+def _distinct(name: str, values: Any, kind: type) -> list[Any]:
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise ValueError(f"{name}: expected a list of {kind.__name__}, got {brief(values)}")
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name}: expected each once, got {listed(values)}")
+    return values
 
 
 def raw(tensor: Tensor) -> memoryview:

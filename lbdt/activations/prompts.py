@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lbdt.reading import brief, listed, parse_json, read_bytes, read_lines
+from lbdt.text import require_unicode
+
 _FIELDS = ("prompt", "concept", "style", "seed")
+MAX_BYTES = 1 << 28
+"""Of a prompt file."""
+MAX_PROMPTS = 1_000_000
+"""In one."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +32,17 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
-            raise TypeError(f"prompt: expected text, got {self.text!r}")
+            raise TypeError(f"prompt: expected text, got {brief(self.text)}")
+        require_unicode("prompt", self.text)
         for name in ("concept", "style"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                raise TypeError(f"{name}: expected a name or nothing, got {value!r}")
+                raise TypeError(f"{name}: expected a name or nothing, got {brief(value)}")
+            require_unicode(name, value or "")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed: expected an integer, got {self.seed!r}")
+            raise TypeError(f"seed: expected an integer, got {brief(self.seed)}")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected an integer in [0, 2^63), got {self.seed}")
+            raise ValueError(f"seed: expected an integer in [0, 2^63), got {brief(self.seed)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a prompt file's row."""
@@ -50,14 +59,14 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     path = Path(path)
     if path.suffix not in (".jsonl", ".csv"):
         raise ValueError(f"{path}: expected a .jsonl or .csv file of prompts")
-    try:
-        # Bytes, as lines end by "\n" only: prompts may hold other line separators. Spreadsheets put a mark in front.
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
-    prompts = [
-        _prompt(row, number, f"{path}, line {line}") for number, (line, row) in enumerate(_rows(path, text))
-    ]
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: cannot be read (no such file)")
+    data = read_bytes(path, MAX_BYTES, "a .jsonl or .csv file of prompts")
+    prompts = []
+    for line, row in _rows(path, data):
+        if len(prompts) == MAX_PROMPTS:
+            raise ValueError(f"{path}, line {line}: expected at most {MAX_PROMPTS} prompts; split the file")
+        prompts.append(_prompt(row, len(prompts), f"{path}, line {line}"))
     if not prompts:
         raise ValueError(f"{path}: holds no prompts")
     return prompts
@@ -68,25 +77,28 @@ def prompt_lines(prompts: Sequence[Prompt]) -> bytes:
     return "".join(json.dumps(prompt.to_dict(), ensure_ascii=False) + "\n" for prompt in prompts).encode()
 
 
-def _rows(path: Path, text: str):
+def _rows(path: Path, data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
+        # A lone carriage return ends a line of CSV too.
+        reader = csv.DictReader(
+            part
+            for line in read_lines(path, data)
+            for part in (re.split(r"(?<=\r)(?=[^\n])", line) if "\r" in line else (line,))
+        )
         try:
+            columns = reader.fieldnames or ()
+            if len(set(columns)) < len(columns):
+                raise ValueError(f"{path}, line 1: expected each column once, got {listed(columns)}")
             for row in reader:
                 if None in row or None in row.values():
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: expected {len(reader.fieldnames)} columns"
-                    )
+                    raise ValueError(f"{path}, line {reader.line_num}: expected {len(columns)} columns")
                 yield reader.line_num, {name: value for name, value in row.items() if value != ""}
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error
         return
-    for line, content in enumerate(text.split("\n"), 1):
+    for line, content in enumerate(read_lines(path, data), 1):
         if content.strip():
-            try:
-                row = json.loads(content)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {line}: not valid JSON ({error})") from error
+            row = parse_json(content, f"{path}, line {line}", advice="")
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {line}: expected a JSON object, got {type(row).__name__}")
             yield line, row
@@ -97,7 +109,7 @@ def _prompt(row: dict[str, Any], number: int, place: str) -> Prompt:
     if unknown or "prompt" not in row:
         raise ValueError(
             f"{place}: expected the columns {', '.join(_FIELDS)}, of which prompt is needed; got "
-            f"{', '.join(map(str, row)) or 'none'}"
+            f"{listed(row) or 'none'}"
         )
     try:
         seed = row.get("seed", number)

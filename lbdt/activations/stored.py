@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lbdt.activations.generated import places
-from lbdt.activations.layout import Layout, digest_of
-from lbdt.activations.prompts import read_prompts
+from lbdt.activations.layout import SHA256, Layout, digest_of
+from lbdt.activations.prompts import MAX_BYTES, read_prompts
 from lbdt.activations.sites import Site
 from lbdt.activations.source import Shard, require_site
+from lbdt.reading import open_regular, parse_json, read_bytes, read_json
 
 
 class Stored:
@@ -32,9 +32,7 @@ class Stored:
         self.folder = Path(folder)
         self.settings, self._layout = read_settings(self.folder)
         self.labelled = tuple(read_prompts(self.folder / "prompts.jsonl"))
-        text = (self.folder / "prompts.jsonl").read_bytes()
-        if digest_of(text) != self.settings["prompts_sha256"]:
-            raise ValueError(f"{self.folder / 'prompts.jsonl'}: not the prompts of settings.json; damaged")
+        self._check_prompts(self.folder / "prompts.jsonl")
         self.sites = tuple(self._layout.sites)
         self.concepts, self.styles = tuple(self.settings["concepts"]), tuple(self.settings["styles"])
         self.timesteps = self._layout.timesteps
@@ -99,7 +97,7 @@ class Stored:
             start = self._start(index)
             digest = hashlib.sha256()
             path = self._layout.path(self.folder, index)
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 file.seek(start)
                 while block := file.read(1 << 22):
                     digest.update(block)
@@ -140,17 +138,31 @@ class Stored:
         part = self._layout.parts(index)[name]
         return self._maps[index][part.start : part.end].view(part.dtype).view(part.shape)
 
+    def _check_prompts(self, path: Path) -> None:
+        data = read_bytes(path, MAX_BYTES)
+        labels = [
+            (prompt.concept in self.settings["concepts"] or prompt.concept is None)
+            and (prompt.style in self.settings["styles"] or prompt.style is None)
+            for prompt in self.labelled
+        ]
+        if digest_of(data) != self.settings["prompts_sha256"] or len(labels) != self._layout.prompts:
+            raise ValueError(f"{path}: not the prompts of settings.json; damaged")
+        if not all(labels):
+            raise ValueError(f"{path}: has labels that settings.json has not; damaged")
+
     def _manifest(self) -> list[str]:
         path, again = self.folder / "manifest.json", "run the same `lbdt collect` again"
         if not path.is_file():
             made = sum(self._layout.path(self.folder, i).is_file() for i in range(self._layout.shards))
             raise ValueError(f"{self.folder}: incomplete, {made} of {self._layout.shards} shards; {again}")
         try:
-            manifest = json.loads(path.read_text())
+            manifest = read_json(path)
             shards = manifest["shards"]
-            sha256 = [str(shard["sha256"]) for shard in shards]
             if manifest["settings"] != self._layout.digest or len(shards) != self._layout.shards:
                 raise ValueError("of other settings")
+            sha256 = [shard["sha256"] for shard in shards]
+            if not all(SHA256.fullmatch(digest) for digest in sha256):
+                raise ValueError("not with the digests of its shards")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: damaged ({error}); delete it, and {again}") from error
         for index in range(self._layout.shards):
@@ -167,11 +179,11 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], Layout]:
     path = folder / "settings.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no settings.json; expected a folder written by `lbdt collect`")
-    data = path.read_bytes()
+    data = read_bytes(path)
+    settings = parse_json(data, str(path))
     try:
-        settings = json.loads(data)
         return settings, Layout(settings, digest_of(data))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path}: not settings of `lbdt collect` ({error}); damaged, or written by another version"
         ) from error

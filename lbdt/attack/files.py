@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lbdt.attack.search import Outcome
 from lbdt.dictionary.state import differing, plain
 from lbdt.files import json_bytes, read_json, write_files
+from lbdt.reading import brief
 
 if TYPE_CHECKING:
     from lbdt.activations.prompts import Prompt
@@ -65,7 +66,7 @@ class Folder:
             raise ValueError(f"{path}: {error}; delete it to attack that pair again") from error
         if (outcome.prompt, outcome.concept, outcome.seed) != (prompt.text, prompt.concept, prompt.seed):
             raise ValueError(
-                f"{path}: of {outcome.prompt!r}, seed {outcome.seed}, not of {prompt.text!r}, seed {prompt.seed}"
+                f"{path}: of {brief(outcome.prompt)}, seed {outcome.seed}, not of {prompt.text!r}, seed {prompt.seed}"
             )
         return outcome
 

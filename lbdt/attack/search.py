@@ -14,6 +14,7 @@ from lbdt.activations.capture import quiet
 from lbdt.attack.loss import ReferenceLoss, frozen, latent_of, spread
 from lbdt.attack.prefix import Prefix
 from lbdt.attack.text import PrefixedText, check_pipeline
+from lbdt.reading import brief
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
     from lbdt.activations.prompts import Prompt
 
 SEARCHES = ("gradient", "random")
+
+_TEXT, _COUNT = ((str,), None), ((int,), None)
+_KINDS: dict[str, tuple[tuple[type, ...], tuple[type, ...] | None]] = {
+    **dict.fromkeys(("prompt", "concept", "reference", "seen_before", "seen_after", "attacked"), _TEXT),
+    "style": ((str, type(None)), None),
+    **dict.fromkeys(("seed", "checks"), _COUNT),
+    **dict.fromkeys(("timesteps", "prefix"), ((list,), (int,))),
+    "losses": ((list,), (int, float)),
+    "words": ((list,), (str,)),
+    "typable": ((bool,), None),
+}
+"""Of an `Outcome` in JSON: what a field may be, and its items."""
 
 # Start seeds of the reference pictures, so that none is the attacked picture.
 _REFERENCE = 1_000_003
@@ -103,13 +116,13 @@ class Outcome:
     @classmethod
     def from_dict(cls, values: Any) -> Outcome:
         """The inverse; ValueError where keys or types are others."""
-        kinds = {"concept": str, "seen_before": str, "seen_after": str, "prompt": str, "seed": int}
         names = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
             raise ValueError(f"expected an object with the keys {', '.join(sorted(names))}")
-        wrong = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
-        if wrong:
-            raise ValueError(f"{wrong[0]}: expected {kinds[wrong[0]].__name__}, got {values[wrong[0]]!r}")
+        for name, (kinds, inner) in _KINDS.items():
+            value = values[name]
+            if type(value) not in kinds or not (inner is None or all(type(item) in inner for item in value)):
+                raise ValueError(f"{name}: expected {kinds[0].__name__}, got {brief(value)}")
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 

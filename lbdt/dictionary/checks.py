@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from lbdt.reading import brief, listed
+from lbdt.text import require_unicode
 
 if TYPE_CHECKING:
     from lbdt.sae import SparseCode
@@ -34,10 +38,12 @@ def checked_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
         raise TypeError(f"concepts: expected a sequence of names, got the string {concepts!r}")
     names = tuple(concepts)
     if not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"concepts: expected one or more non-empty names, got {names!r}")
-    repeated = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"concepts: expected one or more non-empty names, got {listed(names) or 'none'}")
+    for name in names:
+        require_unicode("concepts", name)
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
-        raise ValueError(f"concepts: expected distinct names, got {', '.join(repeated)} more than once")
+        raise ValueError(f"concepts: expected distinct names, got {listed(repeated)} more than once")
     return names
 
 
@@ -49,11 +55,11 @@ def checked_assignment(
         return None
     unknown = sorted(set(assigned) - set(concepts))
     if unknown:
-        raise ValueError(f"assigned: unknown concept {', '.join(unknown)}; known: {', '.join(concepts)}")
+        raise ValueError(f"assigned: unknown concept {listed(unknown)}; known: {listed(concepts)}")
     for name, latent in assigned.items():
         if isinstance(latent, bool) or not isinstance(latent, int) or not 0 <= latent < num_latents:
             raise ValueError(
-                f"assigned: expected a latent in [0, {num_latents}) for {name!r}, got {latent!r}"
+                f"assigned: expected a latent in [0, {num_latents}) for {brief(name)}, got {brief(latent)}"
             )
     owners: dict[int, str] = {}
     for name, latent in assigned.items():
@@ -69,9 +75,11 @@ def checked_timesteps(timesteps: Tensor | Sequence[int]) -> Tensor:
     if given.dim() != 1 or not given.numel():
         raise ValueError(f"timesteps: expected a non-empty list [T], got shape {tuple(given.shape)}")
     if not bool((given == values).all()):
-        raise ValueError(f"timesteps: expected whole numbers, got {given.tolist()}; round them for the bins")
+        raise ValueError(
+            f"timesteps: expected whole numbers, got {listed(given.tolist())}; round them for the bins"
+        )
     if not bool((values[1:] < values[:-1]).all()):
-        raise ValueError(f"timesteps: expected strictly descending values, got {values.tolist()}")
+        raise ValueError(f"timesteps: expected strictly descending values, got {listed(values.tolist())}")
     return values.clone()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from lbdt.dictionary.histograms import Histograms
 from lbdt.files import json_bytes, read_json, read_tensors, tensor_bytes
 from lbdt.folders import write_folder
 from lbdt.hub import resolve_folder
+from lbdt.reading import MAX_FLOAT, brief, listed
 
 INFO_FILE = "dictionary.json"
 TENSORS_FILE = "dictionary.safetensors"
@@ -77,23 +77,30 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None = None) -> 
     if not isinstance(info, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(info).__name__}")
     version = info.get("version")
-    if isinstance(version, bool) or version not in range(1, _VERSION + 1):
-        raise ValueError(f"{path}: expected version 1 to {_VERSION}, got {version!r}; use a matching lbdt")
+    if type(version) is not int or version not in range(1, _VERSION + 1):
+        raise ValueError(
+            f"{path}: expected version 1 to {_VERSION}, got {brief(version)}; use a matching lbdt"
+        )
     keys = set(_KEYS).union(*(added for since, added in _SINCE.items() if since <= version))
     wrong = sorted(set(info) ^ keys)
     if wrong:
         raise ValueError(
-            f"{path}: expected exactly the keys {', '.join(sorted(keys))}; missing or unknown: {', '.join(wrong)}"
+            f"{path}: expected exactly the keys {', '.join(sorted(keys))}; missing or unknown: {listed(wrong)}"
         )
     concepts, timesteps = info["concepts"], info["timesteps"]
     if not isinstance(concepts, list) or not isinstance(timesteps, list):
         raise ValueError(f"{path}: expected lists 'concepts' and 'timesteps'")
     peak = info["peak"]
-    if isinstance(peak, bool) or not isinstance(peak, (int, float)) or not math.isfinite(peak):
-        raise ValueError(f"{path}: peak: expected a finite number, got {peak!r}")
+    if isinstance(peak, bool) or not isinstance(peak, (int, float)) or not abs(peak) <= MAX_FLOAT:
+        raise ValueError(f"{path}: peak: expected a finite number, got {brief(peak)}")
     assigned = info.get("assigned")
     if assigned is not None and not isinstance(assigned, dict):
-        raise ValueError(f"{path}: assigned: expected an object of names and latents, got {assigned!r}")
+        raise ValueError(f"{path}: assigned: expected an object of names and latents, got {brief(assigned)}")
+    if type(info["num_latents"]) is not int or info["num_latents"] < 1:
+        raise ValueError(f"{path}: num_latents: expected an integer >= 1, got {brief(info['num_latents'])}")
+    for name in ("calibrated", "bank", "fired"):
+        if not isinstance(info.get(name, False), bool):
+            raise ValueError(f"{path}: {name}: expected true or false, got {brief(info[name])}")
     place = (len(concepts), len(timesteps))
     shapes: dict[str, tuple[int | None, ...]] = {"mean": (*place, info["num_latents"]), "counts": place}
     if info["calibrated"]:

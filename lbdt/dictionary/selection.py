@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lbdt.reading import brief
 
 _EPS = 1e-8
 
@@ -54,7 +57,14 @@ def check_criteria(
     allow_below_published: bool = False,
     assigned: bool | None = None,
 ) -> None:
-    """ValueError unless these keywords of `ConceptDictionary.select` fit each other, whatever the dictionary."""
+    """ValueError unless these keywords of `ConceptDictionary.select` are of their types and fit each other, whatever
+    the dictionary."""
+    for name, value in (("percentile", percentile), ("false_positive", false_positive)):
+        if isinstance(value, bool) or not isinstance(value, (Real, type(None))):
+            raise ValueError(f"{name}: expected a number, got {brief(value)}")
+    for name, value in (("allow_below_published", allow_below_published), ("assigned", assigned)):
+        if not isinstance(value, (bool, type(None))):
+            raise ValueError(f"{name}: expected True or False, got {brief(value)}")
     if percentile is not None and top_k is not None:
         raise ValueError(f"give percentile or top_k, not both (got {percentile} and {top_k})")
     if assigned and not (percentile is None and top_k is None):
@@ -62,12 +72,12 @@ def check_criteria(
             f"give percentile, top_k or assigned, one of them (got {percentile}, {top_k} and True)"
         )
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k: expected an integer >= 1, got {top_k!r}")
+        raise ValueError(f"top_k: expected an integer >= 1, got {brief(top_k)}")
     if percentile is not None and not 0 <= percentile < 100:
         raise ValueError(f"percentile: expected a number in [0, 100) such as 99.99, got {percentile}")
     if thresholds not in (None, "published", "calibrated"):
-        raise ValueError(f"thresholds: expected 'published' or 'calibrated', got {thresholds!r}")
-    if not 0 < false_positive < 1:
+        raise ValueError(f"thresholds: expected 'published' or 'calibrated', got {brief(thresholds)}")
+    if false_positive is None or not 0 < false_positive < 1:
         raise ValueError(f"false_positive: expected a rate in (0, 1) such as 0.02, got {false_positive}")
 
 

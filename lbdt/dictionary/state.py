@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from lbdt.files import read_tensors, remove_leftovers, write_files
+from lbdt.files import open_tensors, read_tensors, remove_leftovers, write_files
+from lbdt.reading import parse_json
 
 _PREFIX = "score.state"
 _POLL_SECONDS = 0.2
@@ -58,7 +59,7 @@ class State:
         if header is None:
             return None
         try:
-            tensors = read_tensors(path, shapes)
+            tensors = read_tensors(path, shapes, torch.float64)
         except ValueError:
             if path.is_file():
                 raise
@@ -125,16 +126,20 @@ class State:
         return self.folder / f"{_PREFIX}.{name}-{process}-of-{self.processes}.safetensors"
 
     def _header(self, path: Path) -> dict[str, str] | None:
-        try:
-            with safetensors.safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-            found = json.loads(header["settings"])
-            if not {"done", "sha256"} <= set(header) or not header["done"].isdecimal():
-                raise ValueError("incomplete header")
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
-            raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        try:
+            with open_tensors(path, "the state of an unfinished run") as file:
+                header = file.metadata() or {}
+            if not {"done", "sha256", "settings"} <= set(header) or not re.fullmatch(
+                "[0-9]{1,18}", header["done"]
+            ):
+                raise ValueError("incomplete header")
+            found = parse_json(header["settings"], "settings", advice="")
+        except ValueError as error:
+            if not path.exists():  # the first process has just removed it
+                return None
+            raise _damaged(path, str(error)) from error
         name = path.name.removeprefix(f"{_PREFIX}.").partition("-")[0]
         differences = differing(found, self._settings.get(name))
         if differences:

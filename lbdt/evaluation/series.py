@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from lbdt.evaluation.design import Job
 from lbdt.evaluation.world import Judge, Kind, Verdicts
-from lbdt.files import json_bytes, read_json, tensor_bytes, write_files
+from lbdt.files import json_bytes, open_tensors, read_json, tensor_bytes, write_files
 from lbdt.text import slug
 
 WATCHED_PATCHES, WATCHED_TIMESTEPS = 4, 10
@@ -88,6 +86,7 @@ class Files:
             there = read_json(path)
             if there == json.loads(json.dumps(self.about)):
                 return
+            there = there if isinstance(there, dict) else {}
             differ = [
                 name for name in self.about if there.get(name) != json.loads(json.dumps(self.about[name]))
             ]
@@ -124,35 +123,32 @@ class Files:
 
     def pictures(self, index: int) -> list[Any]:
         """The RGB pictures of batch `index`; ValueError for one that is missing or damaged."""
-        from PIL import Image
+        from lbdt.picture import read_picture
 
-        pictures: list[Any] = []
-        for name in self.names(index):
-            try:
-                with Image.open(self.folder / name) as picture:
-                    pictures.append(picture.convert("RGB"))
-            except (OSError, SyntaxError, ValueError) as error:
-                raise ValueError(
-                    f"{self.folder / name}: not a readable picture ({error}); remove "
-                    f"{self._path(index, '.json')} to make its batch again"
-                ) from error
-        return pictures
+        advice = f"remove {self._path(index, '.json')} to make its batch again"
+        return [read_picture(self.folder / name, advice) for name in self.names(index)]
 
     def record(self, index: int) -> dict[str, Any]:
         """The JSON of batch `index`."""
-        return read_json(self._path(index, ".json"))
+        path = self._path(index, ".json")
+        record = read_json(path)
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: expected a JSON object; remove it to make its batch again")
+        return record
 
     def tensors(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Those tensors of batch `index`."""
         again = f"remove {self._path(index, '.json')} to make its batch again"
-        there = self._read(self._path(index, ".safetensors"), again)
-        return {name: there[name] for name in names}
+        return self._read(self._path(index, ".safetensors"), again, names)
 
-    def _read(self, path: Path, advice: str) -> dict[str, Tensor]:
-        try:
-            return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not readable ({error}); {advice}") from error
+    def _read(self, path: Path, advice: str, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        with open_tensors(path, "a batch's tensors", advice, "not readable") as file:
+            there = set(file.keys())
+            names = sorted(there) if names is None else names
+            missing = [name for name in names if name not in there]
+            if missing:
+                raise ValueError(f"{path}: has no tensor {', '.join(missing)}; {advice}")
+            return {name: file.get_tensor(name) for name in names}
 
     def judge(self, index: int, judge: Judge) -> Verdicts:
         """The verdicts on batch `index`, from the file of an earlier call if there is one."""

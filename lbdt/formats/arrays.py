@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lbdt.reading import open_regular
+
 
 @dataclass(frozen=True)
 class Blob:
@@ -69,7 +71,7 @@ class StoredArray:
             for first in range(0, len(data), size):
                 yield bytearray(data[first : first + size])
             return
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             file.seek(self.data.offset + self.start)
             if not self.data.latin1:
                 left = self.nbytes

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 from lbdt.files import json_bytes, read_json
 from lbdt.formats.pth import read_pth
+from lbdt.reading import MAX_FLOAT, brief, listed
+from lbdt.text import require_unicode
 
 PTH_FILE = "class_params.pth"
 JSON_FILE = "class_params.json"
@@ -32,7 +33,7 @@ def load_class_params(path: str | os.PathLike[str]) -> dict[str, ClassParams]:
     """The parameters of every class, from `class_params.pth` or `class_params.json`, or the folder that holds one.
 
     Raises:
-        ValueError: no such file, one that `lbdt.formats.pth` refuses, other keys, numbers that are not finite, a
+        ValueError: no such file, one that `lbdt.formats.pth` refuses, other keys, numbers that are not finite in float32, a
             percentile outside (0, 100).
     """
     path = Path(path)
@@ -54,18 +55,19 @@ def class_params_json(params: Mapping[str, ClassParams]) -> bytes:
 def _name(path: Path, name: Any) -> str:
     if not isinstance(name, str) or not name:
         raise ValueError(f"{path}: expected names of classes, got {_short(name)}")
+    require_unicode(f"{path}: name of a class", name)
     return name
 
 
 def _params(path: Path, name: str, given: Any) -> ClassParams:
     if not isinstance(given, Mapping) or set(given) != set(_KEYS):
-        got = ", ".join(map(str, given)) if isinstance(given, Mapping) else _short(given)
+        got = listed(given) if isinstance(given, Mapping) else _short(given)
         raise ValueError(f"{path}: {name}: expected {' and '.join(_KEYS)}, got {got}")
     numbers = []
     for key in _KEYS:
         value = given[key]
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not abs(value) <= sys.float_info.max:
+        if not number or not abs(value) <= MAX_FLOAT:
             raise ValueError(f"{path}: {name}: {key}: expected a finite number, got {_short(value)}")
         numbers.append(float(value))
     if not 0 < numbers[0] < 100:
@@ -74,4 +76,4 @@ def _params(path: Path, name: str, given: Any) -> ClassParams:
 
 
 def _short(value: Any) -> str:
-    return repr(value) if isinstance(value, (int, float)) else type(value).__name__
+    return type(value).__name__ if isinstance(value, str) else brief(value)

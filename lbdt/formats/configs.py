@@ -8,6 +8,7 @@ from typing import Any
 
 from lbdt.files import read_json
 from lbdt.formats import unbox
+from lbdt.reading import brief
 from lbdt.sae.config import SAEConfig
 
 _SPARSIFY_OFF = {
@@ -51,7 +52,7 @@ def config_of(values: Any, format: str, source: str) -> SAEConfig:
         given = values.get("activation", "topk_sigmoid")
         if given != "topk_sigmoid":
             raise ValueError(
-                f"{source}: activation: a G-SAE's is topk_sigmoid, got {given!r}; it is no G-SAE"
+                f"{source}: activation: a G-SAE's is topk_sigmoid, got {brief(given)}; it is no G-SAE"
             )
         values = {**values, "activation": "topk_sigmoid"}
     return SAEConfig.from_json(values, source=source)
@@ -73,11 +74,11 @@ def _sparsify(values: dict[str, Any], source: str) -> dict[str, Any]:
     for key, reason in _SPARSIFY_OFF.items():
         if values.get(key, False) is not False:
             raise ValueError(
-                f"{source}: {key}: {values[key]!r} is not supported ({reason}); use a coder without it"
+                f"{source}: {key}: {brief(values[key])} is not supported ({reason}); use a coder without it"
             )
     activation = values.get("activation", "topk")
     if activation != "topk":
         raise ValueError(
-            f"{source}: activation: {activation!r} is not supported (lbdt knows no such rank test); expected 'topk'"
+            f"{source}: activation: {brief(activation)} is not supported (lbdt knows no such rank test); expected 'topk'"
         )
     return {key: value for key, value in values.items() if key not in (*_SPARSIFY_OFF, *_SPARSIFY_UNUSED)}

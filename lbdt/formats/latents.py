@@ -20,6 +20,8 @@ from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.checks import checked_timesteps
 from lbdt.formats.arrays import StoredArray
 from lbdt.formats.pickles import read_pickle
+from lbdt.reading import MAX_FLOAT, listed
+from lbdt.text import require_unicode
 
 SPACINGS = ("leading", "trailing", "linspace")
 _TRAINED = 1000
@@ -117,11 +119,13 @@ def _classes(path: Path, value: Any, concepts: Sequence[str] | None) -> dict[str
         )
     if len(value) > _MAX_CLASSES:
         raise ValueError(f"{path}: expected at most {_MAX_CLASSES} classes, got {len(value)}")
+    for name in value:
+        require_unicode(f"{path}: name of a class", name)
     if concepts is not None:
         absent = [name for name in concepts if name not in value]
         if absent or not concepts:
             raise ValueError(
-                f"{path}: concepts: no class {', '.join(absent) or 'named'}; it has {', '.join(value)}"
+                f"{path}: concepts: no class {', '.join(absent) or 'named'}; it has {listed(value)}"
             )
         value = {name: value[name] for name in concepts}
     return {name: _arrays(path, name, given) for name, given in value.items()}
@@ -154,7 +158,7 @@ def _mean(path: Path, name: str, arrays: list[StoredArray], samples: int, bar) -
     for array in arrays:
         for part in array.rows():
             low, high = (float(value) for value in part.aminmax())
-            if not 0 <= low <= high < float("inf"):
+            if not 0 <= low <= high <= MAX_FLOAT:
                 raise ValueError(
                     f"{path}: {name}: expected finite activations >= 0, got values from {low} to {high}"
                 )

@@ -16,6 +16,8 @@ from lbdt.formats.arrays import Blob, StoredArray
 _MAX_OPCODES = 1_000_000
 _MAX_INLINE = 1 << 12
 """Longer strings and bytes stay in the file."""
+_MAX_KEY = 1 << 16
+"""Of a dictionary with numbers as keys, such as an optimizer's; so few cannot collide much."""
 
 FLOATS = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64}
 STORAGES = {
@@ -23,6 +25,8 @@ STORAGES = {
     "torch.BFloat16Storage": torch.bfloat16,
     "torch.FloatStorage": torch.float32,
     "torch.DoubleStorage": torch.float64,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
 }
 
 
@@ -51,8 +55,8 @@ class Pending:
 
 
 class Storage:
-    def __init__(self, dtype: torch.dtype, numel: int) -> None:
-        self.dtype, self.numel = dtype, numel
+    def __init__(self, dtype: torch.dtype, key: str, numel: int) -> None:
+        self.dtype, self.key, self.numel = dtype, key, numel
         self.data: Blob | bytes = b""
         self.start = 0
 
@@ -74,7 +78,7 @@ class Machine:
     ) -> None:
         """`calls`: every name that may occur, with the branch that stands for calling it (None: never called)."""
         self.file, self.end, self.path, self.calls = file, end, path, calls
-        self.nested = outer is not None
+        self.nested = self.stores = outer is not None
         self.budget: list[int] = [_MAX_OPCODES] if outer is None else outer.budget
         self.stack: list[Any] = []
         self.marks: list[int] = []
@@ -152,7 +156,7 @@ class Machine:
             self.push(Text(*self.skip(length)))
             return
         try:
-            self.push(self.read(length).decode("utf-8", "surrogatepass"))
+            self.push(self.read(length).decode("utf-8"))
         except UnicodeDecodeError as error:
             raise self.refused("a string that is not UTF-8") from error
 
@@ -183,8 +187,8 @@ class Machine:
         if len(values) % 2:
             raise self.refused("a key without a value")
         for key, value in zip(values[::2], values[1::2], strict=True):
-            # Hashing a tuple of tuples of tuples could take for ever.
-            if type(key) not in (str, int):
+            # Hashing a tuple of tuples of tuples could take for ever, and so could many integers of one hash.
+            if type(key) is not str and (type(key) is not int or not 0 <= key < _MAX_KEY):
                 raise self.refused(f"expected names as keys, got {kind_of(key)}")
             target[key] = self.plain(value)
 
@@ -270,16 +274,17 @@ class Machine:
         return shape
 
     def persistent(self) -> None:
-        """A storage of torch's older file format, which a tensor's pickle embeds."""
+        """A storage of torch's older file format, which a tensor's pickle embeds, or of an entry of a zip file."""
         given = self.pop()
-        if not self.nested or type(given) is not tuple or len(given) != 6:
+        fields = 6 if self.nested else 5  # the older format's views, always None
+        if not self.stores or type(given) is not tuple or len(given) != fields:
             raise self.refused("a persistent id outside of a torch storage")
-        tag, kind, key, _, numel, view = given
+        tag, kind, key, _, numel, view = (*given, None)[:6]
         if tag != "storage" or type(kind) is not Global or kind.name not in STORAGES or view is not None:
             raise self.refused("a persistent id that is no plain float storage")
         if type(key) is not str or type(numel) is not int or not 0 <= numel < 1 << 40:
             raise self.refused("a storage without a name or a size")
-        self.push(Storage(STORAGES[kind.name], numel))
+        self.push(Storage(STORAGES[kind.name], key, numel))
 
 
 def matches(value: Any, wanted: tuple[Any, ...]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lbdt.formats.machine import (
     Text,
     UnsafePickle,
 )
+from lbdt.reading import open_regular
 
 __all__ = ["UnsafePickle", "read_pickle"]
 
@@ -43,10 +45,8 @@ def read_pickle(path: Path) -> Any:
         UnsafePickle: any other name, opcode or argument; it is named, and nothing was run.
         ValueError: no such file, a truncated or inconsistent one.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a pickle such as cls_latents_dict_HOOKPOINT.pkl")
-    with path.open("rb") as file:
-        size = path.stat().st_size
+    with open_regular(path, "a pickle such as cls_latents_dict_HOOKPOINT.pkl") as file:
+        size = os.fstat(file.fileno()).st_size
         machine = Machine(file, size, path, _CALLS)
         value = machine.run()
         if file.tell() != size:
@@ -159,7 +159,7 @@ def _default(machine: Machine, arguments: tuple[Any, ...]) -> dict | None:
 _CALLS: dict[str, Call | None] = {
     "numpy.ndarray": None,
     **dict.fromkeys(_FACTORIES),
-    **dict.fromkeys(STORAGES),
+    **dict.fromkeys(name for name, dtype in STORAGES.items() if dtype.is_floating_point),
     "numpy._core.multiarray._reconstruct": _reconstruct,
     "numpy._core.multiarray.scalar": _scalar,
     "numpy._core.numeric._frombuffer": _frombuffer,

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbdt.files import check_tensors, json_bytes, read_json
+from lbdt.files import check_tensors, json_bytes, read_json, require_floats
 from lbdt.folders import write_folder
 from lbdt.formats.pth import read_pth
+from lbdt.reading import brief, listed
 from lbdt.sae.config import SAEConfig
 from lbdt.sae.model import SparseAutoencoder
 
@@ -48,11 +49,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         return {"n_dirs_local": config.num_latents, "d_model": config.d_in, "k": config.k}
     unknown = sorted(set(values) - set(_KEYS))
     if unknown:
-        raise ValueError(f"{path}: unknown key {', '.join(unknown)} (known: {', '.join(_KEYS)})")
+        raise ValueError(f"{path}: unknown key {listed(unknown)} (known: {', '.join(_KEYS)})")
     for key in ("n_dirs_local", "d_model", "k"):
         value = values.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{path}: {key}: expected an integer >= 1, got {value!r}")
+            raise ValueError(f"{path}: {key}: expected an integer >= 1, got {brief(value)}")
     return values
 
 
@@ -83,6 +84,7 @@ def load(folder: Path, update: bool) -> SparseAutoencoder:
         names = ("encoder.weight", "latent_bias", "pre_bias", "decoder.weight")
         shapes = dict(zip(names, ((n, d), (n,), (d,), (d, n)), strict=True))
     check_tensors(path, state, shapes)
+    require_floats(path, state)
     weight, bias, pre_bias, decoder = (state[name].detach() for name in names)
     config = SAEConfig.from_json(
         {"d_in": d, "num_latents": n, "k": values["k"], "update": update}, source=str(folder)

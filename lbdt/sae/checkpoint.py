@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lbdt.files import json_bytes, read_json, read_tensors, tensor_bytes
+from lbdt.files import json_bytes, read_json, read_tensors, require_floats, tensor_bytes
 from lbdt.folders import write_folder
 from lbdt.formats import FORMATS, configs, unbox
 from lbdt.hub import resolve_folder
@@ -122,6 +122,7 @@ def read(
         sae = SparseAutoencoder(config)
     expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
     tensors = read_tensors(folder / WEIGHTS_FILE, expected)
+    require_floats(folder / WEIGHTS_FILE, tensors)
     sae.load_state_dict(tensors, assign=True)
     sae = sae.float().requires_grad_(False).eval()
     return Checkpoint(sae, format, folder, tuple(notes))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import math
 from dataclasses import dataclass
 from typing import Any
 
+from lbdt.reading import MAX_FLOAT, brief
+
 ACTIVATIONS = ("topk", "topk_sigmoid", "relu", "jumprelu", "batch_topk")
+_LARGEST = 1 << 24
 RANKED_ACTIVATIONS = ("topk", "topk_sigmoid")
 
 
@@ -64,20 +66,26 @@ class SAEConfig:
             "encoder_only",
         ):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+                raise TypeError(f"{name}: expected true or false, got {brief(getattr(self, name))}")
         if self.d_in <= 0:
             raise ValueError(f"d_in: expected an integer > 0, got {self.d_in}")
         if self.expansion_factor is not None:
             _require_int("expansion_factor", self.expansion_factor)
         if self.num_latents == 0 and self.expansion_factor:
             object.__setattr__(self, "num_latents", self.d_in * self.expansion_factor)
+        if max(self.d_in, self.num_latents) > _LARGEST:
+            raise ValueError(
+                f"d_in, num_latents: expected at most {_LARGEST}, got {brief(self.d_in)} and {brief(self.num_latents)}"
+            )
         if self.num_latents <= 0:
             raise ValueError(
                 f"num_latents: expected an integer > 0 (or 0 and an expansion_factor > 0), got "
                 f"{self.num_latents} and expansion_factor {self.expansion_factor}"
             )
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
+            raise ValueError(
+                f"activation: expected one of {', '.join(ACTIVATIONS)}; got {brief(self.activation)}"
+            )
         if self.activation in (*RANKED_ACTIVATIONS, "batch_topk") and not 0 < self.k <= self.num_latents:
             raise ValueError(
                 f"k: activation {self.activation!r} expects 1 <= k <= num_latents ({self.num_latents}), got "
@@ -88,13 +96,13 @@ class SAEConfig:
         if self.threshold is not None:
             if self.activation != "batch_topk":
                 raise ValueError(
-                    f"threshold: only activation 'batch_topk' has one, got {self.threshold!r} with "
+                    f"threshold: only activation 'batch_topk' has one, got {brief(self.threshold)} with "
                     f"{self.activation!r}; jumprelu keeps its thresholds in the tensor 'theta'"
                 )
             if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-                raise TypeError(f"threshold: expected a number, got {self.threshold!r}")
-            if not math.isfinite(self.threshold) or self.threshold < 0:
-                raise ValueError(f"threshold: expected a finite number >= 0, got {self.threshold}")
+                raise TypeError(f"threshold: expected a number, got {brief(self.threshold)}")
+            if not 0 <= self.threshold <= MAX_FLOAT:
+                raise ValueError(f"threshold: expected a finite number >= 0, got {brief(self.threshold)}")
         if self.input_unit_norm:
             raise ValueError(
                 "input_unit_norm: true is not supported (each patch would be normalised before encoding, and "
@@ -134,9 +142,9 @@ class SAEConfig:
         known = list(cls.__dataclass_fields__)
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
+                near = difflib.get_close_matches(str(key)[:80], known, n=1)
                 hint = f"; nearest known key: {near[0]}" if near else ""
-                raise ValueError(f"{source}: unknown key {key!r}{hint} (known: {', '.join(known)})")
+                raise ValueError(f"{source}: unknown key {brief(key)}{hint} (known: {', '.join(known)})")
         if "d_in" not in values:
             raise ValueError(f"{source}: missing key 'd_in' (the width of the activations)")
         try:
@@ -150,4 +158,4 @@ class SAEConfig:
 
 def _require_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
+        raise TypeError(f"{name}: expected an integer, got {brief(value)}")

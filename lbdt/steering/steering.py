@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,6 +20,7 @@ from lbdt.folders import DIGESTS_FILE, PARTS, check_digests, replaced, write_dig
 from lbdt.hooks import lookup
 from lbdt.hooks.plan import ROWS, CallState, Options
 from lbdt.hooks.recorder import Recorder
+from lbdt.reading import MAX_FLOAT, brief, listed
 from lbdt.sae import SparseAutoencoder
 from lbdt.steering.plan import Decoder, LatentPlan, SteerPlan, VectorPlan
 from lbdt.steering.report import SteeringReport, summarise_steering
@@ -289,10 +289,10 @@ class Steering:
         for name, value in per_concept.items():
             if name is not None:
                 self.dictionary.index(name)
-            given = f"{value!r}" + ("" if name is None else f" for {name!r}")
+            given = brief(value) + ("" if name is None else f" for {name!r}")
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"strength: expected a number such as -1.0, got {given}")
-            if not math.isfinite(value):
+            if not abs(value) <= MAX_FLOAT:
                 raise ValueError(f"strength: expected a finite number, got {given}")
 
     def _strength_of(self, concept: str) -> float:
@@ -350,12 +350,12 @@ def _stored(folder: Path) -> tuple[Path, dict[str, Any]]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
     if values.get("version") != _VERSION:
-        raise ValueError(f"{path}: expected version {_VERSION}, got {values.get('version')!r}")
+        raise ValueError(f"{path}: expected version {_VERSION}, got {brief(values.get('version'))}")
     wanted = _KEYS if steering else _ERASER_KEYS
     wrong = sorted(set(values) ^ set(wanted) if steering else set(wanted) - set(values))
     if wrong:
         raise ValueError(
-            f"{path}: expected the keys {', '.join(wanted)}; missing or unknown: {', '.join(wrong)}"
+            f"{path}: expected the keys {', '.join(wanted)}; missing or unknown: {listed(wrong)}"
         )
     if steering:
         return path, {key: values[key] for key in _KEYS if key != "version"}

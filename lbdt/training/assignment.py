@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lbdt.files import json_bytes, read_json, write_files
+from lbdt.reading import brief, listed
 
 ASSIGNMENT_FILE = "assignment.json"
 
@@ -32,10 +34,10 @@ class Assignment:
             raise ValueError("assignment: expected one or more names with a latent each, got none")
         for latent in latents:
             if isinstance(latent, bool) or not isinstance(latent, int) or latent < 0:
-                raise ValueError(f"assignment: expected latents as integers >= 0, got {latent!r}")
-        twice = sorted({latent for latent in latents if latents.count(latent) > 1})
+                raise ValueError(f"assignment: expected latents as integers >= 0, got {brief(latent)}")
+        twice = sorted(latent for latent, count in Counter(latents).items() if count > 1)
         if twice:
-            raise ValueError(f"assignment: latent {', '.join(map(str, twice))} is given more than once")
+            raise ValueError(f"assignment: latent {listed(twice)} is given more than once")
 
     @classmethod
     def by_construction(cls, concepts: Sequence[str], styles: Sequence[str]) -> Assignment:

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from lbdt.dictionary.state import digest as digest_of
-from lbdt.files import read_tensors, write_files
+from lbdt.files import open_tensors, read_tensors, write_files
+from lbdt.reading import parse_json
 from lbdt.sae import SparseAutoencoder
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -54,14 +54,10 @@ def read_checkpoint(
     for name, parameter in sae.named_parameters():
         for prefix in ("", *(f"{moment}." for moment in _MOMENTS)):
             expected[prefix + name] = tuple(parameter.shape)
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            about = file.metadata() or {}
-        written = json.loads(about.get("lbdt_training", "{}"))
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not a readable training checkpoint ({error}); delete it to start again"
-        ) from error
+    advice = "delete it to start again"
+    with open_tensors(path, "a training checkpoint", advice, "not a readable training checkpoint") as file:
+        about = file.metadata() or {}
+    written = parse_json(about.get("lbdt_training", "{}"), f"{path}: lbdt_training", f"; {advice}")
     require_same_settings(path, written, settings)
     tensors = read_tensors(path, expected)
     if about.get("sha256") not in (None, _sha256(tensors)):

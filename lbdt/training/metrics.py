@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lbdt.files import writing
+from lbdt.reading import open_regular, parse_json
 
 METRICS_FILE = "metrics.jsonl"
 SPEED_FILE = "speed.jsonl"
+_LONGEST = 1 << 20
 LOGS = ("tensorboard", "wandb")
 
 
@@ -54,10 +56,10 @@ class MetricsFile:
         """Bytes of the first `lines` lines."""
         length = 0
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 for step in range(lines):
-                    line = file.readline()
-                    if not line.endswith(b"\n") or json.loads(line)["step"] != step:
+                    line = file.readline(_LONGEST)
+                    if not line.endswith(b"\n") or parse_json(line, "a line", advice="")["step"] != step:
                         raise ValueError(f"line {step + 1} is not that of step {step}")
                     length += len(line)
         except (OSError, ValueError, KeyError, TypeError) as error:

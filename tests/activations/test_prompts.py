@@ -49,7 +49,7 @@ def test_files_of_a_spreadsheet_or_of_windows(tmp_path, name, data):
         ("a.csv", b"prompt\n" + b"a" * 200_000, "a.csv, line .: not valid CSV"),
         ("a.csv", b"prompt,seed\na cat\n", "a.csv, line 2: expected 2 columns"),
         ("a.jsonl", b'{"prompt": "a cat"}\nnothing\n', "a.jsonl, line 2: not valid JSON"),
-        ("a.jsonl", b"\xff", "a.jsonl: cannot be read"),
+        ("a.jsonl", b"\xff", "a.jsonl, line 1: cannot be read"),
     ],
     ids=["endless field", "columns", "JSON", "encoding"],
 )

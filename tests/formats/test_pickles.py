@@ -143,6 +143,16 @@ MALICIOUS = {
         "torch.serialization.load",
     ),
     "a key that is a tuple": (raw(b"}((tK\x01t" + b"K\x01s"), "expected names as keys"),
+    "keys of one hash": (
+        raw(
+            b"}("
+            + b"".join(b"\x8a\x09" + (i * (2**61 - 1)).to_bytes(9, "little") + b"N" for i in range(1, 9))
+            + b"u"
+        ),
+        "expected names as keys, got int",
+    ),
+    "a negative key": (raw(b"}J\xff\xff\xff\xffNs"), "expected names as keys, got int"),
+    "half a surrogate pair": (raw(b"}\x8c\x03\xed\xa0\x80Ns"), "a string that is not UTF-8"),
     "an integer of a gigabyte": (raw(b"\x8b" + struct.pack("<i", 1 << 30)), "an integer of"),
     "an empty stack": (raw(b"R"), "takes a value that is not there"),
     "no mark": (raw(b"t"), "takes a mark that is not there"),

@@ -87,7 +87,9 @@ class FeatureJudge:
         from lbdt.files import read_tensors
 
         path = Path(path)
-        got = read_tensors(path, {"mean": (None,), "precision": (None, None), "threshold": (1,)})
+        got = read_tensors(
+            path, {"mean": (None,), "precision": (None, None), "threshold": (1,)}, torch.float64
+        )
         width = len(got["mean"])
         if got["precision"].shape != (width, width):
             raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbdt.evaluation.report import cells
+from lbdt.picture import read_picture
 from lbdt.text import short, slug
 
 if TYPE_CHECKING:
@@ -83,11 +84,7 @@ def _tile(whole: Image.Image, pen: ImageDraw.ImageDraw, place: tuple[int, int], 
             (left + _TILE // 2, top + _TILE // 2), "no picture", fill=_FAINT, font=_font(12), anchor="mm"
         )
         return
-    try:
-        with Image.open(path) as picture:
-            scaled = picture.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path}: not a readable picture ({error}); remove it and evaluate again") from error
+    scaled = read_picture(path, "remove it and evaluate again")
     scaled.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
     factor = _TILE // max(scaled.size)
     if factor > 1:

@@ -18,7 +18,6 @@ from lbdt.evaluation.worlds.names import OBJECTS, PHOTO, STYLES, TEMPLATES, THEM
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from lbdt.evaluation.world import Judge
     from lbdt.evaluation.worlds.vit import ViTJudge
@@ -193,6 +192,8 @@ def judge_pictures(
     import torch
     from tqdm import tqdm
 
+    from lbdt.picture import read_picture
+
     if not pictures:
         raise ValueError("pictures: expected one or more, got none")
     parts = []
@@ -200,7 +201,7 @@ def judge_pictures(
         total=len(pictures), desc="judge", unit="picture", file=sys.stderr, disable=not progress
     ) as bar:
         for first in range(0, len(pictures), batch):
-            opened = [_open(picture.path) for picture in pictures[first : first + batch]]
+            opened = [read_picture(picture.path) for picture in pictures[first : first + batch]]
             parts.append(judge(opened))
             bar.update(len(opened))
     objects, styles, features = zip(*parts, strict=True)
@@ -233,16 +234,6 @@ def find_classifier(path_or_repo: PathOrRepo, stem: str) -> Path:
 def _prompt(thing: str, style: str | None, seed: int, task: str, template: str) -> Prompt:
     text = prompt_text(thing, style, template)
     return Prompt(text, thing, style, seed) if task == "object" else Prompt(text, style, thing, seed)
-
-
-def _open(path: Path) -> Image.Image:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable picture ({error}); get it again") from error
 
 
 def _check(argument: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
 import torch
 from torch import Tensor
 
 from lbdt.evaluation.world import Verdicts
-from lbdt.files import check_tensors, read_tensors
+from lbdt.files import check_tensors, open_tensors, read_tensors, require_floats
 from lbdt.formats.pth import read_pth
+from lbdt.reading import listed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -142,19 +142,14 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(
             f"{path}: expected timm's tensors by name, or a dictionary with them under {_KEY!r}, got "
-            f"{type(state).__name__} of {', '.join(map(str, state)) if isinstance(state, Mapping) else 'no names'}"
+            f"{type(state).__name__} of {listed(state) if isinstance(state, Mapping) else 'no names'}"
         )
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a classifier's tensors")
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); get it again") from error
+    with open_tensors(path, "a classifier's tensors") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
 
 def _sizes(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -162,16 +157,12 @@ def _sizes(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     wanted = {"pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2, "head.weight": 2}
     for name, dimensions in wanted.items():
         if name not in tensors or tensors[name].dim() != dimensions:
-            found = list(tensors[name].shape) if name in tensors else f"only {', '.join(sorted(tensors)[:8])}"
+            found = list(tensors[name].shape) if name in tensors else f"only {listed(sorted(tensors), 8)}"
             raise ValueError(
                 f"{path}: expected a timm ViT with {name} of {dimensions} dimensions, got {found}; is it one of "
                 f"UnlearnCanvas' classifiers?"
             )
-    wrong = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-    if wrong:
-        raise ValueError(
-            f"{path}: {wrong[0]}: expected floating-point numbers, got {tensors[wrong[0]].dtype}"
-        )
+    require_floats(path, tensors)
     classes, width = tensors["head.weight"].shape
     patches = tensors["pos_embed"].shape[1] - 1
     grid = math.isqrt(max(patches, 0))
