@@ -22,6 +22,7 @@ from lbdt.reading import read_json as read_json
 from lbdt.reasons import unwritable
 
 _TEMPORARY = ".lbdt-"
+_FOLDER = ".new"
 _LONGEST = 50  # characters, of 4 bytes at most
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -203,13 +204,20 @@ def remove_leftovers(directory: Path) -> None:
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if not path.is_dir():
+                    path.unlink()
+                elif path.name.endswith(_FOLDER):
+                    shutil.rmtree(path)
             finally:
                 os.close(handle)
 
 
-def temporary_prefix(name: str) -> str:
-    """What the temporary name of a file or folder begins with, short enough for any file system."""
+def temporary_folder(directory: Path, name: str) -> Path:
+    """A new folder in `directory`, for what will be called `name`; `remove_leftovers` knows it."""
+    return Path(tempfile.mkdtemp(dir=directory, prefix=_prefix(name), suffix=_FOLDER))
+
+
+def _prefix(name: str) -> str:
     return f"{_TEMPORARY}{name[:_LONGEST]}."
 
 
@@ -217,7 +225,7 @@ def temporary_prefix(name: str) -> str:
 def _temporary(directory: Path, name: str) -> Iterator[tuple[BinaryIO, str]]:
     """A new file, locked while it is open, and its path; removed in the end unless it was renamed."""
     while True:
-        handle, temporary = tempfile.mkstemp(dir=directory, prefix=temporary_prefix(name))
+        handle, temporary = tempfile.mkstemp(dir=directory, prefix=_prefix(name))
         file = os.fdopen(handle, "wb")
         try:
             with contextlib.suppress(OSError):

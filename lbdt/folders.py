@@ -10,11 +10,10 @@ import hashlib
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from lbdt.files import json_bytes, read_json, remove_leftovers, temporary_prefix, write_files, writing
+from lbdt.files import json_bytes, read_json, remove_leftovers, temporary_folder, write_files, writing
 from lbdt.reading import listed, open_regular
 
 DIGESTS_FILE = "digests.json"
@@ -86,7 +85,7 @@ def replaced(folder: Path, own: Collection[str]) -> Iterator[Path]:
         inside = inside or (folder.exists() and not os.access(folder.parent, os.W_OK))
         place = folder if inside else folder.parent
         remove_leftovers(place)
-        new = Path(os.path.realpath(tempfile.mkdtemp(dir=place, prefix=temporary_prefix(folder.name))))
+        new = temporary_folder(place, folder.name)
         handle = os.open(new, os.O_RDONLY)
     _new.add(new)
     try:

@@ -44,15 +44,15 @@ def test_what_a_killed_process_left_is_removed_but_not_what_is_in_use(tmp_path):
 
 
 def test_a_killed_process_leaves_no_folder_behind_that_is_not_in_use(tmp_path):
-    for name in (".lbdt-dead", ".lbdt-used"):
+    for name in (".lbdt-x.dead.new", ".lbdt-x.used.new", ".lbdt-mine"):
         (tmp_path / name / "part").mkdir(parents=True)
-    handle = os.open(tmp_path / ".lbdt-used", os.O_RDONLY)
+    handle = os.open(tmp_path / ".lbdt-x.used.new", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     write_files(tmp_path, {"a": b""})
-    assert names(tmp_path) == [".lbdt-used", "a"]
+    assert names(tmp_path) == [".lbdt-mine", ".lbdt-x.used.new", "a"]
     os.close(handle)
     write_files(tmp_path, {"a": b""})
-    assert names(tmp_path) == ["a"]
+    assert names(tmp_path) == [".lbdt-mine", "a"]
 
 
 @contextlib.contextmanager
