@@ -18,8 +18,8 @@ CONCEPTS = ("Cats", "Dogs", "Trees")
 TIMESTEPS = (999, 666, 333, 1)
 
 
-def pipeline(folder: Path):
-    """16 x 16 pixels, latents 8 x 8, attention on 4 x 4 patches of width 32; weights from seed 0."""
+def pipeline(folder: Path, tokens: int = 16):
+    """16 x 16 pixels, latents 8 x 8, attention on 4 x 4 patches of width 32, texts of `tokens`; weights from seed 0."""
     from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -42,7 +42,7 @@ def pipeline(folder: Path):
             num_decoder_blocks=(1, 1),
             latent_channels=4,
         )
-        tokenizer = _tokenizer(folder)
+        tokenizer = _tokenizer(folder, tokens)
         text = CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=16,
@@ -50,7 +50,7 @@ def pipeline(folder: Path):
             projection_dim=16,
             num_hidden_layers=1,
             num_attention_heads=2,
-            max_position_embeddings=16,
+            max_position_embeddings=tokens,
             bos_token_id=len(tokenizer) - 2,
             eos_token_id=len(tokenizer) - 1,
             pad_token_id=len(tokenizer) - 1,
@@ -72,7 +72,7 @@ def pipeline(folder: Path):
     return pipe
 
 
-def _tokenizer(folder: Path):
+def _tokenizer(folder: Path, length: int):
     from transformers import CLIPTokenizer
 
     letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
@@ -86,7 +86,7 @@ def _tokenizer(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\na b</w>\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length)
 
 
 def eraser(
