@@ -39,7 +39,8 @@ def read_tensors(
     """
     with open_tensors(path, f"tensors {listed(shapes)} in it") as file:
         _check_names(path, file.keys(), shapes)
-        tensors = {name: file.get_tensor(name) for name in shapes}
+        # Copies: a mapped file's tensors lie anywhere, so that products may round differently, and change with it.
+        tensors = {name: file.get_tensor(name).clone() for name in shapes}
     check_tensors(path, tensors, shapes, dtype)
     return tensors
 

@@ -10,8 +10,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
-from lbdt.files import read_json, write_file, write_files, writing
+from lbdt.files import read_json, read_tensors, tensor_bytes, write_file, write_files, writing
+from lbdt.testing import MISALIGNED
 
 
 def names(folder):
@@ -133,3 +135,14 @@ def test_json_that_would_break_its_reader_is_refused(tmp_path, text):
 def test_json_keeps_every_64_bit_integer(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([2**63 - 1, -(2**63)]))
     assert read_json(tmp_path / "a.json") == [2**63 - 1, -(2**63)]
+
+
+def test_tensors_are_read_into_memory_of_their_own(tmp_path):
+    # A mapped file would change them with it, and lay them where products may round differently.
+    path, values = tmp_path / "a.safetensors", torch.arange(5.0)
+    path.write_bytes(tensor_bytes({"a": values, "odd": torch.zeros(3, dtype=torch.uint8)}, None))
+    read = read_tensors(path, {"a": (5,), "odd": (3,)})
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(read["a"], values)
+    assert MISALIGNED or all(tensor.data_ptr() % 64 == 0 for tensor in read.values())

@@ -12,7 +12,8 @@ from tests import toy
 
 def tiny_clip(folder) -> str:
     """A folder with a CLIP of width 16 that reads toy's letters and pictures of 16 x 16; 24 tokens at most."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+    import transformers
+    from transformers import CLIPConfig, CLIPModel
 
     tokenizer = toy._tokenizer(folder / "words")
     text = {
@@ -35,14 +36,16 @@ def tiny_clip(folder) -> str:
         "patch_size": 8,
     }
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
         model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+        torch.manual_seed(2)  # some cosines negative, some not
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=1.0)
     model.save_pretrained(folder / "clip")
     tokenizer.save_pretrained(folder / "clip")
     size = {"shortest_edge": 16}
-    CLIPImageProcessorPil(size=size, crop_size=16).save_pretrained(folder / "clip")
+    # transformers 4 calls so what 5 does not run without torchvision.
+    processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    processor(size=size, crop_size=16).save_pretrained(folder / "clip")
     return str(folder / "clip")
 
 
@@ -126,7 +129,7 @@ def test_long_prompts_are_counted_and_their_ends_not_read(clip):
     result = clip_score(clip, pictures(2), [long, "a cat"])
     assert result.truncated == 1
     again = clip_score(clip, pictures(2), [long + " z z z", "a cat"])
-    assert torch.equal(result.scores, again.scores)
+    assert_close(result.scores, again.scores, "encode_topk")
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,8 @@ class Clip:
         rows = [torch.zeros(0, self.model.config.projection_dim)]
         for first in range(0, len(pictures), _BATCH):
             part = [picture.convert("RGB") for picture in pictures[first : first + _BATCH]]
-            pixels = self.processor(images=part, return_tensors="pt")["pixel_values"]
+            # A copy, as torch aligns it: on numpy's memory the same pixels may give scores of other last bits.
+            pixels = self.processor(images=part, return_tensors="pt")["pixel_values"].clone()
             rows.append(_unit(self.model.get_image_features(pixel_values=pixels.to(self.model.device))))
         return torch.cat(rows)
 

@@ -138,7 +138,8 @@ class ArtifactJudge:
         given = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
-            "pixel_values": pixels["pixel_values"].to(self.model.dtype),
+            # A copy, as torch aligns it: on numpy's memory the same pixels may give other last bits.
+            "pixel_values": pixels["pixel_values"].to(self.model.dtype, copy=True),
             "image_grid_thw": pixels["image_grid_thw"],
         }
         # transformers 5 wants to be told where the picture is.
