@@ -6,11 +6,16 @@ import pytest
 import torch
 from hypothesis import settings
 
+from lbdt.testing import MISALIGNED
 from tests import fuzzing
+from tests.misaligned import products
 
 # Read when triton is imported: without a GPU its kernels run in the interpreter.
 if os.environ.get("LBDT_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Kept: the kernels leave with it.
+PRODUCTS = products.install() if MISALIGNED else None
 
 settings.register_profile("lbdt", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("lbdt")
