@@ -1,10 +1,12 @@
 """What an installation holds, and what an import costs."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -115,3 +117,13 @@ def test_public_names_are_found_lazily(name):
         name,
         "True",
     ]
+
+
+def test_every_dependency_has_the_lower_bound_that_ci_runs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [
+        *project["dependencies"],
+        *(line for more in project["optional-dependencies"].values() for line in more),
+    ]
+    unbounded = {line for line in named if not re.match(r"[\w-]+>=\d", line)}
+    assert unbounded == {"ruff", "lbdt[evaluate,plot]"}
