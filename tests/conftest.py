@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from lbdt.testing import MISALIGNED
 from tests import fuzzing
 from tests.misaligned import products
+from tests.repeats import MISALIGNED
 
 # Read when triton is imported: without a GPU its kernels run in the interpreter.
 if os.environ.get("LBDT_TEST_DEVICE", "cpu") == "cpu":

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from lbdt.dictionary import ConceptDictionary
 from lbdt.eraser import ConceptEraser
 from lbdt.sae import SAEConfig, SparseAutoencoder
-from lbdt.testing import repeats
 from tests import toy
+from tests.repeats import repeats
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lbdt.files import read_json, read_tensors, tensor_bytes, write_file, write_files, writing
-from lbdt.testing import MISALIGNED
+from tests.repeats import MISALIGNED
 
 
 def names(folder):

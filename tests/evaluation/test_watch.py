@@ -11,6 +11,7 @@ from lbdt.evaluation.watch import Watch
 from lbdt.hooks.layout import tensor_of
 from lbdt.steering import Steering
 from tests import toy
+from tests.repeats import matches, repeats
 
 SEEDS = (0, 1)  # toy.images starts its pictures from these
 
@@ -42,13 +43,13 @@ def test_all_rows_are_the_conditional_half_by_picture_timestep_and_patch(pipe):
     calls = torch.stack([x[2:].flatten(2).transpose(1, 2) for x in returned(pipe)], dim=1)  # [P, T, N, d]
     rows = watched(pipe, patches=None)
     assert rows.dtype == torch.float32 and tuple(rows.shape) == (2 * 3 * 16, toy.WIDTH)
-    assert torch.equal(rows, calls.flatten(0, 2))
-    assert torch.equal(watched(pipe, patches=99), rows)
+    assert repeats(rows, calls.flatten(0, 2))
+    assert repeats(watched(pipe, patches=99), rows)
 
 
 def test_without_guidance_the_only_half_is_watched(pipe):
     (x,) = returned(pipe, steps=1, guidance=1.0)
-    assert torch.equal(
+    assert repeats(
         watched(pipe, steps=1, guidance=1.0, patches=None), x.flatten(2).transpose(1, 2).flatten(0, 1)
     )
 
@@ -56,10 +57,10 @@ def test_without_guidance_the_only_half_is_watched(pipe):
 def test_some_rows_are_a_subset_drawn_by_picture_and_timestep(pipe):
     whole = watched(pipe, patches=None).view(2, 3, 16, -1)
     some = watched(pipe, patches=5).view(2, 3, 5, -1)
-    places = (some.unsqueeze(3) == whole.unsqueeze(2)).all(-1).nonzero()[:, 3].view(2, 3, 5)
+    places = matches(some.unsqueeze(3), whole.unsqueeze(2)).all(-1).nonzero()[:, 3].view(2, 3, 5)
     assert (places.diff(dim=2) > 0).all()
     assert len({tuple(p) for p in places.flatten(0, 1).tolist()}) == 6
-    assert torch.equal(watched(pipe, patches=5).view_as(some), some)
+    assert repeats(watched(pipe, patches=5).view_as(some), some)
     assert not torch.equal(watched(pipe, patches=5, seed=1).view_as(some), some)
 
 
@@ -70,13 +71,18 @@ def test_the_patches_of_a_picture_do_not_depend_on_its_batch(pipe):
     drawn_swapped = watched(pipe, (1, 0), patches=3, steps=2)
 
     def places(some, whole):
-        return (some.view(2, 2, 3, 1, -1) == whole.view(2, 2, 1, 16, -1)).all(-1).nonzero()[:, 3].view(2, -1)
+        return (
+            matches(some.view(2, 2, 3, 1, -1), whole.view(2, 2, 1, 16, -1))
+            .all(-1)
+            .nonzero()[:, 3]
+            .view(2, -1)
+        )
 
     of_both = places(both, watched(pipe, patches=None, steps=2))
     assert torch.equal(places(drawn_swapped, swapped), of_both.flip(0))
     for i in range(2):
         whole = watched(pipe, (i,), (("cat", "dog")[i],), 2, first=i, patches=None).view(2, 16, -1)
-        at = (alone[i].view(2, 3, 1, -1) == whole.unsqueeze(1)).all(-1).nonzero()[:, 2]
+        at = matches(alone[i].view(2, 3, 1, -1), whole.unsqueeze(1)).all(-1).nonzero()[:, 2]
         assert torch.equal(at, of_both[i])
 
 
@@ -88,7 +94,7 @@ def test_chosen_timesteps(pipe, timesteps, kept):
     pipe.scheduler.set_timesteps(3)
     assert pipe.scheduler.timesteps.tolist() == [667, 334, 1]
     rows = watched(pipe, patches=None, timesteps=timesteps).view(2, len(kept), 16, -1)
-    assert torch.equal(rows, whole[:, kept])
+    assert repeats(rows, whole[:, kept])
 
 
 @pytest.mark.parametrize("first", ["edit", "watch"])
@@ -106,7 +112,7 @@ def test_the_edit_is_seen_whichever_was_put_on_first(pipe, method, first):
         with editor.attach(pipe, ["Cats"], **settings):
             rows = watched(pipe, patches=None)
             after = torch.stack([x[2:].flatten(2).transpose(1, 2) for x in returned(pipe)], dim=1)
-        assert torch.equal(rows, after.flatten(0, 2))
+        assert repeats(rows, after.flatten(0, 2))
     else:
         with (
             Watch(pipe, toy.HOOKPOINT, SEEDS, patches=None) as watch,
@@ -116,7 +122,7 @@ def test_the_edit_is_seen_whichever_was_put_on_first(pipe, method, first):
         rows = watch.rows()
     assert editor.report().replaced > 0
     assert not torch.equal(rows.view(2, 3, -1)[:, 0], base.view(2, 3, -1)[:, 0])
-    assert torch.equal(watched(pipe, patches=None), base)
+    assert repeats(watched(pipe, patches=None), base)
 
 
 def test_nothing_is_left_and_nothing_changed(pipe):
@@ -124,7 +130,7 @@ def test_nothing_is_left_and_nothing_changed(pipe):
     block = find_module(pipe, toy.HOOKPOINT)
     with Watch(pipe, toy.HOOKPOINT, SEEDS) as watch:
         assert block._forward_hooks
-        assert torch.equal(toy.images(pipe), before)
+        assert repeats(toy.images(pipe), before)
     with pytest.raises(ZeroDivisionError), Watch(pipe, toy.HOOKPOINT, SEEDS):
         raise ZeroDivisionError
     for module in (block, pipe.unet):
@@ -194,7 +200,7 @@ def test_steering_moves_canvas_activations_further_than_replacement():
         replaced = rows()
     with steering.attach(pipe, ["Cats"]):
         steered = rows()
-    assert torch.equal(rows(), base)
+    assert repeats(rows(), base)
     before, per, steer = compare_settings(
         base, [Watched("per", {}, replaced), Watched("steering", {"strength": -20.0}, steered)]
     )

@@ -10,8 +10,8 @@ import lbdt
 from lbdt.eraser import ConceptEraser
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.steering import Steering
-from lbdt.testing import repeats
 from tests import toy
+from tests.repeats import repeats
 from tests.steering import models
 
 SETTINGS = [

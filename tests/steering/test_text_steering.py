@@ -6,8 +6,9 @@ import torch
 import lbdt
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.steering import TextSteering
-from lbdt.testing import assert_close, repeats
+from lbdt.testing import assert_close
 from tests import toy
+from tests.repeats import repeats
 from tests.steering import models
 
 LAYER = "text_encoder.encoder.layers.0"
