@@ -12,9 +12,9 @@ _ATTRIBUTES = {
     "SparseAutoencoder": "lbdt.sae",
     "SparseCode": "lbdt.sae",
     "ConceptDictionary": "lbdt.dictionary",
-    "ConceptEraser": "lbdt.eraser",
-    "Steering": "lbdt.steering",
-    "TextSteering": "lbdt.steering",
+    "ConceptEraser": "lbdt.editors",
+    "Steering": "lbdt.editors",
+    "TextSteering": "lbdt.editors",
 }
 _SUBMODULES = ("canvas", "ops")
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from lbdt.report import StepMask
+    from lbdt.editors.report import StepMask
 
 GAP = 12
 CAPTION = 26

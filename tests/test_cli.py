@@ -118,7 +118,7 @@ def test_concepts_of_a_calibrated_eraser(tmp_path):
     import torch
 
     from lbdt.dictionary import Calibration
-    from lbdt.eraser import ConceptEraser
+    from lbdt.editors import ConceptEraser
     from lbdt.sae import SparseCode
 
     parts = toy.eraser()
@@ -221,7 +221,7 @@ def test_version():
 def test_the_middle_panel_is_red_where_patches_were_replaced():
     import torch
 
-    from lbdt.report import StepMask
+    from lbdt.editors.report import StepMask
 
     detected = torch.zeros(1, 4, 4, dtype=torch.bool)
     detected[0, 0, 0] = True

@@ -24,8 +24,8 @@ import typer
 from typer.testing import CliRunner
 
 from lbdt import cli
+from lbdt.editors import Steering
 from lbdt.evaluation.worlds.names import OBJECTS, THEMES
-from lbdt.steering import Steering
 from tests import toy
 from tests.evaluation.test_clip import tiny_clip
 from tests.evaluation.test_nudity import RED, install

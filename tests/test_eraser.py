@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lbdt import reference
-from lbdt.eraser import ConceptEraser
+from lbdt.editors import ConceptEraser
 from tests import toy
 from tests.repeats import matches, repeats
 

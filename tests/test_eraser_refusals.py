@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lbdt.dictionary import ConceptDictionary
-from lbdt.eraser import ConceptEraser
+from lbdt.editors import ConceptEraser
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from tests import toy
 from tests.repeats import repeats

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lbdt.activations import Prompt, read_prompts
 from lbdt.activations.stored import Stored
 from lbdt.dictionary import ConceptDictionary
-from lbdt.eraser import ConceptEraser
+from lbdt.editors import ConceptEraser, Steering
 from lbdt.evaluation.metrics.artifacts import FeatureJudge
 from lbdt.evaluation.worlds.vit import load_vit
 from lbdt.formats.class_params import load_class_params
@@ -26,7 +26,6 @@ from lbdt.formats.pth import read_pth
 from lbdt.picture import read_picture
 from lbdt.reading import parse_json, read_bytes, read_json
 from lbdt.sae import SparseAutoencoder
-from lbdt.steering import Steering
 from lbdt.training.assignment import load_assignment
 from tests.fuzz import inputs
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lbdt.dictionary import ConceptDictionary
-from lbdt.eraser import ConceptEraser
+from lbdt.editors import ConceptEraser
 from lbdt.sae import SAEConfig, SparseAutoencoder
 
 HOOKPOINT = "unet.up_blocks.0.attentions.0"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lbdt.activations.sites import Site
-from lbdt.hooks.layout import tensor_of
+from lbdt.hooks.feature_maps import tensor_of
 from lbdt.hooks.lookup import unwrap
 
 DENOISERS = ("unet", "transformer")

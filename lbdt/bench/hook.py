@@ -14,7 +14,8 @@ from lbdt.bench import shapes
 from lbdt.bench.baselines import PublishedHook, compiled, literal
 from lbdt.bench.shapes import Place, Shape
 from lbdt.dictionary import ConceptDictionary
-from lbdt.eraser import Attachment, ConceptEraser
+from lbdt.editors import ConceptEraser
+from lbdt.editors.attachment import Attachment
 from lbdt.sae import SAEConfig, SparseAutoencoder
 
 TIMESTEPS = tuple(range(981, 0, -20))  # 50 steps

@@ -91,7 +91,7 @@ def load_eraser(kind: str = "saeuron"):
         ValueError: unknown kind.
         FileNotFoundError: the installation lacks the weights.
     """
-    from ..eraser import ConceptEraser
+    from ..editors import ConceptEraser
 
     return ConceptEraser.from_pretrained(_eraser_folder(kind))
 
@@ -107,7 +107,7 @@ def load_steering(kind: str = "saeuron", **settings):
         ValueError: unknown kind, or a setting that ``lbdt.Steering`` refuses.
         FileNotFoundError: the installation lacks the weights.
     """
-    from ..steering import Steering
+    from ..editors import Steering
 
     return Steering.from_pretrained(_eraser_folder(kind), **settings)
 

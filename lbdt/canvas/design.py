@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..hooks.layout import tensor_of, with_tensor
+from ..hooks.feature_maps import tensor_of, with_tensor
 from ..hooks.lookup import find_block, find_unet, hookpoints
 from .generate import STEPS, grid, judge
 from .models import load_classifiers

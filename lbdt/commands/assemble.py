@@ -10,13 +10,13 @@ import torch
 from lbdt.activations import Site
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.score import DONE_FILE, sae_settings
-from lbdt.eraser import CONFIG_FILE, OWN, ConceptEraser
+from lbdt.editors import Steering
+from lbdt.editors.eraser import CONFIG_FILE, OWN, ConceptEraser
+from lbdt.editors.steering import CONFIG_FILE as STEERING_FILE
 from lbdt.files import read_json
 from lbdt.folders import replaced
 from lbdt.out import check_out_folder
 from lbdt.sae import SparseAutoencoder
-from lbdt.steering import Steering
-from lbdt.steering.steering import CONFIG_FILE as STEERING_FILE
 
 _BEGUN = ".assembling"
 """What older versions left in a folder while they wrote it."""

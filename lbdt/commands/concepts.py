@@ -13,7 +13,7 @@ def load_eraser(path_or_repo: str | None, kind: str = "saeuron"):
         from lbdt import canvas
 
         return canvas.load_eraser(kind)
-    from lbdt.eraser import ConceptEraser
+    from lbdt.editors import ConceptEraser
 
     return ConceptEraser.from_pretrained(path_or_repo)
 
@@ -29,7 +29,7 @@ def load_steering(path_or_repo: str | None, kind: str = "saeuron", strength: flo
         from lbdt import canvas
 
         return canvas.load_steering(kind, **settings)
-    from lbdt.steering import Steering
+    from lbdt.editors import Steering
 
     return Steering.from_pretrained(path_or_repo, **settings)
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbdt import attach, ops
+from lbdt import ops
 from lbdt.activations.capture import DENOISERS, capture
 from lbdt.activations.schedule import Schedule, choose
 from lbdt.activations.shuffle import mix
 from lbdt.activations.sites import Site
+from lbdt.editors.attachment import check_hookpoint, seed_values
 
 
 class Watch:
@@ -54,7 +55,7 @@ class Watch:
             ValueError: an unknown hookpoint, or one outside of the denoiser; no seeds; `patches` < 1. At the pipeline's
                 call: timesteps that the schedule lacks, another number of pictures.
         """
-        attach.check_hookpoint("hookpoint", hookpoint)
+        check_hookpoint("hookpoint", hookpoint)
         if hookpoint.partition(".")[0] not in DENOISERS:
             raise ValueError(
                 f"hookpoint: expected a block of the {' or '.join(DENOISERS)}, as others have no timesteps; "
@@ -62,7 +63,7 @@ class Watch:
             )
         if patches is not None and patches < 1:
             raise ValueError(f"patches: expected an integer >= 1, or None for all, got {patches}")
-        self._seeds = torch.tensor(attach.seed_values(seeds)[0], dtype=torch.int64)
+        self._seeds = torch.tensor(seed_values(seeds)[0], dtype=torch.int64)
         self._pipe, self._site = pipe, Site(hookpoint)
         self._patches, self._timesteps, self._seed = patches, timesteps, seed
         self._inside = contextlib.ExitStack()

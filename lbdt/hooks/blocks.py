@@ -12,13 +12,13 @@ from typing import Any
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from lbdt.hooks import layout
-from lbdt.hooks.plan import CallState, ErasePlan, Plan
+from lbdt.hooks import feature_maps
+from lbdt.hooks.detection_plan import CallState, DetectionPlan, ErasePlan
 from lbdt.hooks.recorder import Recorder
 
 
 class _Hook(ModelHook):
-    def __init__(self, plan: Plan, state: CallState) -> None:
+    def __init__(self, plan: DetectionPlan, state: CallState) -> None:
         super().__init__()
         self.plan, self.state = plan, state
 
@@ -28,7 +28,7 @@ class _Hook(ModelHook):
     def _feature_map(self, output: Any) -> Tensor:
         if self.state.timesteps is None:
             raise RuntimeError("hookpoint: its block ran outside of a UNet call, so no timestep is known")
-        x = layout.to_patches(layout.tensor_of(output), self.plan.options.width)
+        x = feature_maps.to_patches(feature_maps.tensor_of(output), self.plan.options.width)
         if x.shape[0] != self.state.timesteps.shape[0]:
             raise ValueError(
                 f"hookpoint: its block ran on {x.shape[0]} rows, but the UNet on {self.state.timesteps.shape[0]}; "
@@ -42,7 +42,7 @@ class _Hook(ModelHook):
 class TimestepHook(_Hook):
     """On `unet.time_proj`: keeps the timestep of every row, and refuses lists that do not fit the batch."""
 
-    def __init__(self, plan: Plan, state: CallState, embeds_classes: bool) -> None:
+    def __init__(self, plan: DetectionPlan, state: CallState, embeds_classes: bool) -> None:
         super().__init__(plan, state)
         self.embeds_classes = embeds_classes
 
@@ -68,7 +68,7 @@ class GridHook(_Hook):
 class _InputHook(_Hook):
     """Keeps the block's input from pre_forward to post_forward where the update is asked for."""
 
-    def __init__(self, plan: Plan, state: CallState, needs_input: bool) -> None:
+    def __init__(self, plan: DetectionPlan, state: CallState, needs_input: bool) -> None:
         super().__init__(plan, state)
         self.needs_input = needs_input
         self.input: Tensor | None = None
@@ -82,7 +82,7 @@ class _InputHook(_Hook):
         given, self.input = self.input, None
         if given is None:
             return None
-        given = layout.to_patches(given, self.plan.options.width)
+        given = feature_maps.to_patches(given, self.plan.options.width)
         if given.shape != x.shape:
             raise ValueError(
                 f"hookpoint: its block has input {tuple(given.shape)} and output {tuple(x.shape)}, so it has no "
@@ -94,7 +94,7 @@ class _InputHook(_Hook):
 class DetectHook(_InputHook):
     """On the block of `detect_at`: leaves the mask for the target block."""
 
-    def __init__(self, plan: Plan, state: CallState) -> None:
+    def __init__(self, plan: DetectionPlan, state: CallState) -> None:
         super().__init__(plan, state, needs_input=plan.options.on_update)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
@@ -108,7 +108,7 @@ class DetectHook(_InputHook):
 class _TargetHook(_InputHook):
     """On the block whose output changes: the last that runs in a UNet call."""
 
-    def __init__(self, plan: Plan, state: CallState, recorder: Recorder, needs_input: bool) -> None:
+    def __init__(self, plan: DetectionPlan, state: CallState, recorder: Recorder, needs_input: bool) -> None:
         super().__init__(plan, state, needs_input)
         self.recorder = recorder
 
@@ -131,10 +131,10 @@ class EraseHook(_TargetHook):
         self.detects, self.on_update = detects, on_update
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        raw = layout.tensor_of(output)
+        raw = feature_maps.tensor_of(output)
         x = self._feature_map(output)
         given = self._taken_input(x)
-        height, width = layout.grid_of(x, self.state.grid)
+        height, width = feature_maps.grid_of(x, self.state.grid)
         mask = self.state.mask
         if self.detects:
             minus = given if self.plan.options.on_update else None
@@ -155,7 +155,7 @@ class EraseHook(_TargetHook):
         else:
             out, replaced = self.plan.replace(x, mask, height, width, self.state)
         self._finish(mask, replaced, height, width)
-        return layout.with_tensor(output, layout.from_patches(out, raw))
+        return feature_maps.with_tensor(output, feature_maps.from_patches(out, raw))
 
 
 class SteerHook(_TargetHook):
@@ -165,14 +165,14 @@ class SteerHook(_TargetHook):
         super().__init__(plan, state, recorder, needs_input=plan.options.on_update)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        raw = layout.tensor_of(output)
+        raw = feature_maps.tensor_of(output)
         x = self._feature_map(output)
-        height, width = layout.grid_of(x, self.state.grid)
+        height, width = feature_maps.grid_of(x, self.state.grid)
         given = self._taken_input(x)
         self.plan.add_up(x, given, self.state)
         out, detected, changed = self.plan.edit(x, given, self.state)
         self._finish(detected, changed, height, width)
-        return layout.with_tensor(output, layout.from_patches(out, raw))
+        return feature_maps.with_tensor(output, feature_maps.from_patches(out, raw))
 
 
 class TextHook(ModelHook):
@@ -186,4 +186,4 @@ class TextHook(ModelHook):
         return "lbdt.TextHook"
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        return layout.with_tensor(output, self.edit(layout.tensor_of(output)))
+        return feature_maps.with_tensor(output, self.edit(feature_maps.tensor_of(output)))

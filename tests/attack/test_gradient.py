@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lbdt import ops
-from lbdt.steering import Steering
+from lbdt.editors import Steering
 from lbdt.testing import DTYPES
 from tests import backends, toy
 from tests.repeats import MISALIGNED, repeats

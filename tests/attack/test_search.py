@@ -8,7 +8,7 @@ import torch
 from lbdt.activations.prompts import Prompt
 from lbdt.attack import Folder, Outcome, Search, Settings, summarise
 from lbdt.attack.loss import ReferenceLoss, frozen, latent_of, spread
-from lbdt.steering import Steering
+from lbdt.editors import Steering
 from tests import toy
 from tests.attack.judges import drawing_lots
 from tests.repeats import repeats

@@ -8,7 +8,7 @@ import torch
 from lbdt.dictionary import Calibration, ConceptDictionary, ConceptStatistics
 from lbdt.dictionary.histograms import spaced_edges
 from lbdt.dictionary.score import score
-from lbdt.eraser import ConceptEraser
+from lbdt.editors import ConceptEraser
 from tests.dictionary.activations import CONCEPTS, LATENTS, SITE, in_memory, make_sae
 
 # Latents 0, 1 and 2 fire for their concepts; 9 does for none in particular.

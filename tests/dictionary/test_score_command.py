@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from lbdt import cli
 from lbdt.dictionary import ConceptDictionary
-from lbdt.eraser import ConceptEraser
+from lbdt.editors import ConceptEraser
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training.assignment import Assignment, save_assignment
 from tests import toy

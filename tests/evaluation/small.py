@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from lbdt.activations.prompts import Prompt
+from lbdt.editors import Steering
 from lbdt.evaluation.columns import Scorers
 from lbdt.evaluation.design import Design
 from lbdt.evaluation.run import Evaluation
 from lbdt.evaluation.world import Kind, Verdicts, World
-from lbdt.steering import Steering
 from tests import toy
 
 STYLES = ("ink", "oil")

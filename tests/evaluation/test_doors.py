@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from lbdt.editors import Steering
 from lbdt.evaluation.worlds.unlearncanvas import unlearncanvas
-from lbdt.steering import Steering
 from tests import toy
 from tests.evaluation import small
 

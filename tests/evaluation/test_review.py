@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lbdt.commands import evaluate
+from lbdt.editors import Steering
 from lbdt.evaluation.design import Design
 from lbdt.evaluation.metrics.clip import Clip
 from lbdt.evaluation.metrics.nudity import Detection
@@ -17,7 +18,6 @@ from lbdt.evaluation.series import slug
 from lbdt.evaluation.values import kind_values
 from lbdt.evaluation.worlds.prompts import ClipJudge, prompt_world
 from lbdt.evaluation.worlds.vit import ViTJudge
-from lbdt.steering import Steering
 from tests import toy
 from tests.evaluation import small
 from tests.evaluation.test_clip import pictures, tiny_clip

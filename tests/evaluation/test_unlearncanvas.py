@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from lbdt.activations.prompts import Prompt
+from lbdt.editors import Steering
 from lbdt.evaluation.worlds import STRENGTHS
 from lbdt.evaluation.worlds import unlearncanvas as uc
 from lbdt.evaluation.worlds.names import OBJECTS, PHOTO, STYLES, THEMES, prompt_text
@@ -17,7 +18,6 @@ from lbdt.evaluation.worlds.unlearncanvas import (
     read_pictures,
     unlearncanvas,
 )
-from lbdt.steering import Steering
 from tests import toy
 from tests.evaluation import test_vit as tiny
 from tests.repeats import repeats

@@ -6,10 +6,10 @@ import torch
 from lbdt import canvas
 from lbdt.activations.capture import find_module
 from lbdt.canvas.generate import Case, images
+from lbdt.editors import Steering
 from lbdt.evaluation.metrics.activations import Watched, compare_settings
 from lbdt.evaluation.watch import Watch
-from lbdt.hooks.layout import tensor_of
-from lbdt.steering import Steering
+from lbdt.hooks.feature_maps import tensor_of
 from tests import toy
 from tests.repeats import matches, repeats
 

@@ -20,7 +20,7 @@ from lbdt.attack.search import Outcome
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.histograms import Histograms
 from lbdt.dictionary.state import State
-from lbdt.eraser import ConceptEraser
+from lbdt.editors import ConceptEraser, Steering
 from lbdt.evaluation.design import Job
 from lbdt.evaluation.metrics.artifacts import FeatureJudge
 from lbdt.evaluation.series import Files, Series
@@ -31,7 +31,6 @@ from lbdt.files import json_bytes
 from lbdt.formats.class_params import load_class_params
 from lbdt.formats.latents import read_latents
 from lbdt.sae import SAEConfig, SparseAutoencoder
-from lbdt.steering import Steering
 from lbdt.training.assignment import Assignment, load_assignment, save_assignment
 from lbdt.training.checkpoint import read_checkpoint, write_checkpoint
 from lbdt.training.metrics import MetricsFile

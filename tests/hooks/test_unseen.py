@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from lbdt.dictionary import ConceptDictionary
-from lbdt.eraser import ConceptEraser
-from lbdt.steering import Steering
+from lbdt.editors import ConceptEraser, Steering
 from tests import toy
 
 NAN, INF = float("nan"), float("inf")

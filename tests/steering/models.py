@@ -3,8 +3,8 @@
 import torch
 
 from lbdt.dictionary import ConceptDictionary, Selection
+from lbdt.editors import Steering
 from lbdt.sae import SAEConfig, SparseAutoencoder
-from lbdt.steering import Steering
 from tests import toy
 
 # The edit is a product with encoder rows, then one with decoder rows: encode_topk's tolerances hold.

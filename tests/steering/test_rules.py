@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lbdt.steering import Steering
+from lbdt.editors import Steering
 from lbdt.testing import assert_close
 from tests import toy
 from tests.layouts import bits

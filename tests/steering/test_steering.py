@@ -7,9 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lbdt
-from lbdt.eraser import ConceptEraser
+from lbdt.editors import ConceptEraser, Steering
 from lbdt.sae import SAEConfig, SparseAutoencoder
-from lbdt.steering import Steering
 from tests import toy
 from tests.repeats import repeats
 from tests.steering import models

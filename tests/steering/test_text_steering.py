@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import lbdt
+from lbdt.editors import TextSteering
 from lbdt.sae import SAEConfig, SparseAutoencoder
-from lbdt.steering import TextSteering
 from lbdt.testing import assert_close
 from tests import toy
 from tests.repeats import repeats

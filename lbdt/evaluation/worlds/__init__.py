@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lbdt.evaluation.world import Kind
 
 if TYPE_CHECKING:
-    from lbdt.eraser import ConceptEraser
-    from lbdt.steering import Steering
+    from lbdt.editors import ConceptEraser, Steering
 
 PathOrRepo = str | os.PathLike[str]
 
@@ -61,7 +60,7 @@ class _Per:
         self.folder = folder
 
     def __call__(self, **settings: Any) -> ConceptEraser:
-        from lbdt.eraser import ConceptEraser
+        from lbdt.editors import ConceptEraser
 
         unknown = sorted(set(settings) - {"padding", "source"})
         if unknown:
@@ -77,6 +76,6 @@ class _Steering:
         self.folder = folder
 
     def __call__(self, **settings: Any) -> Steering:
-        from lbdt.steering import Steering
+        from lbdt.editors import Steering
 
         return Steering.from_pretrained(self.folder, **settings)

@@ -18,7 +18,7 @@ SOURCES = ("random", "nearest", "mean")
 
 
 @dataclass(frozen=True)
-class Options:
+class DetectionOptions:
     """Validated settings that every attachment to a UNet has."""
 
     rows: str
@@ -36,7 +36,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class EraseOptions(Options):
+class EraseOptions(DetectionOptions):
     """An eraser's."""
 
     padding: int
@@ -44,7 +44,7 @@ class EraseOptions(Options):
     target: str
 
 
-class Rows(NamedTuple):
+class CallRows(NamedTuple):
     """The rows of a UNet call: images, half by half."""
 
     timesteps: Tensor
@@ -66,7 +66,7 @@ class CallState:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.timesteps: Tensor | None = None  # [B]
-        self.rows: Rows | None = None
+        self.rows: CallRows | None = None
         self.mask: Tensor | None = None  # [B, N], of detect_at
         self.sums: Tensor | None = None  # [B, N], of what is looked at
         self.grid: tuple[int, int] | None = None
@@ -85,13 +85,13 @@ class CallState:
         return 2 if guided and batch % 2 == 0 else 1
 
 
-class Plan:
+class DetectionPlan:
     """The tensors of one attachment that looks. They are no parameters of any module, so no state_dict or offload
     sees them."""
 
     def __init__(
         self,
-        options: Options,
+        options: DetectionOptions,
         weight: Tensor,  # [L, d]
         bias: Tensor,  # [L] float32, pre-bias folded in
         latents: Tensor,  # [U] int64; a latent may come twice, with the thresholds of two concepts
@@ -162,7 +162,7 @@ class Plan:
             enabled = enabled & (rows.half > 0).unsqueeze(1)
         return enabled
 
-    def rows(self, state: CallState) -> Rows:
+    def rows(self, state: CallState) -> CallRows:
         """What the plan says of each row of this UNet call, worked out once a call: every small operation counts."""
         if state.rows is None:
             batch = state.timesteps.shape[0]
@@ -182,7 +182,7 @@ class Plan:
             else:
                 enabled = sets.index_select(0, image // (images // sets.shape[0]))
             timesteps = state.timesteps.to(torch.float32)
-            state.rows = Rows(timesteps, self.bins(timesteps), half, halves, seeds, enabled)
+            state.rows = CallRows(timesteps, self.bins(timesteps), half, halves, seeds, enabled)
         return state.rows
 
     def bins(self, timesteps: Tensor) -> Tensor:
@@ -190,13 +190,13 @@ class Plan:
         return (timesteps.unsqueeze(-1) - self.timesteps).abs().argmin(-1)
 
 
-class ErasePlan(Plan):
+class ErasePlan(DetectionPlan):
     """An eraser's: with what it overwrites patches by."""
 
     def __init__(
         self,
         options: EraseOptions,
-        *tensors: Tensor,  # of Plan, in its order
+        *tensors: Tensor,  # of DetectionPlan, in its order
         bank: Tensor | None,  # [T, M, d]
     ) -> None:
         super().__init__(options, *tensors)
@@ -217,7 +217,7 @@ class ErasePlan(Plan):
         return ops.replace_patches(x, mask, u, height, width, self.options.padding, self.options.source, bank)
 
 
-def check_lengths(plan: Plan, images: int, prompts: int | None) -> None:
+def check_lengths(plan: DetectionPlan, images: int, prompts: int | None) -> None:
     """ValueError unless the lists of sets and seeds have one entry per prompt or per image.
 
     `prompts` None: unknown, then any divisor of `images` passes.

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbdt import attach
-from lbdt.attach import Attachment
-from lbdt.hooks import layout, lookup
-from lbdt.hooks.plan import ROWS
+from lbdt.editors import attachment
+from lbdt.editors.attachment import Attachment
+from lbdt.editors.report import SteeringReport, summarise_steering
+from lbdt.hooks import feature_maps, lookup
+from lbdt.hooks.detection_plan import ROWS
 from lbdt.hooks.recorder import Recorder
 from lbdt.sae import SparseAutoencoder
-from lbdt.steering.report import SteeringReport, summarise_steering
 
 _EXAMPLE = "text_encoder.text_model.encoder.layers.9"
 _numbers = itertools.count()
@@ -73,8 +73,8 @@ class TextSteering:
                 call, before anything is generated: a list that has not one entry per prompt.
         """
         self._check_settings()
-        sets, per_prompt = attach.concept_sets(concepts)
-        attach.choice("rows", rows, ROWS)
+        sets, per_prompt = attachment.concept_sets(concepts)
+        attachment.choice("rows", rows, ROWS)
         encoder, layer = _find_layer(pipe, self.hookpoint)
         if not callable(getattr(pipe, "encode_prompt", None)):
             raise ValueError(
@@ -82,7 +82,7 @@ class TextSteering:
             )
         for name in itertools.chain.from_iterable(sets):
             self._strength_of(name)
-        attach.refuse_twice(layer, self._name, "steering")
+        attachment.refuse_twice(layer, self._name, "steering")
         with torch.inference_mode(False), torch.no_grad():
             names = list(dict.fromkeys(itertools.chain.from_iterable(sets)))
             # With an empty text, so that sets without any concept have the shape of a state too.
@@ -91,19 +91,19 @@ class TextSteering:
             nothing = torch.zeros_like(states[0], dtype=torch.float32)
             deltas = torch.stack([sum((shifts[name] for name in chosen), nothing) for chosen in sets])
             recorder = Recorder(deltas.device)
-        from lbdt.hooks import blocks, watch
+        from lbdt.hooks import blocks, pipeline_calls
 
         state = _Encoding(deltas, per_prompt, rows, recorder)
-        attachment = Attachment(
+        handle = Attachment(
             self._name,
             pipe,
             [(layer, blocks.TextHook(state.edit))],
-            [lambda pipe: watch.watch_texts(pipe, state.begin, state.end)],
+            [lambda pipe: pipeline_calls.watch_texts(pipe, state.begin, state.end)],
             recorder,
             partial(summarise_steering, ran=self._in_words()),
         )
         self._recorder, self._ran = recorder, self._in_words()
-        return attachment
+        return handle
 
     def report(self) -> SteeringReport:
         """What happened since the last `attach`: one step, of timestep 0, in which rows are the encoded texts and
@@ -124,7 +124,7 @@ class TextSteering:
 
     def _check_settings(self) -> None:
         """Settings are plain attributes, so they are checked again when they are used."""
-        attach.check_hookpoint("hookpoint", self.hookpoint, _EXAMPLE)
+        attachment.check_hookpoint("hookpoint", self.hookpoint, _EXAMPLE)
         if self.sae.W_dec is None:
             raise ValueError(
                 "sae: has no decoder (encoder_only), and steering adds its rows; load the full checkpoint with "
@@ -260,7 +260,9 @@ def _states_of(pipe: Any, hookpoint: str, encoder: nn.Module, layer: nn.Module, 
     device = getattr(pipe, "_execution_device", None) or next(encoder.parameters()).device
     masked = getattr(encoder.config, "use_attention_mask", False)
     seen: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda module, args, output: seen.append(layout.tensor_of(output)))
+    handle = layer.register_forward_hook(
+        lambda module, args, output: seen.append(feature_maps.tensor_of(output))
+    )
     try:
         encoder(
             tokens.input_ids.to(device),

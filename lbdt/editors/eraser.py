@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lbdt import attach
-from lbdt.attach import Attachment
 from lbdt.dictionary import ConceptDictionary
+from lbdt.editors import attachment
+from lbdt.editors.attachment import Attachment
+from lbdt.editors.report import Report, summarise
 from lbdt.folders import DIGESTS_FILE, PARTS, check_digests, replaced, write_digests
 from lbdt.hooks import lookup
-from lbdt.hooks.plan import MOST_PADDING, ROWS, SOURCES, TARGETS, CallState, EraseOptions, ErasePlan
+from lbdt.hooks.detection_plan import MOST_PADDING, ROWS, SOURCES, TARGETS, CallState, EraseOptions, ErasePlan
 from lbdt.hooks.recorder import Recorder
 from lbdt.reading import brief, listed
-from lbdt.report import Report, summarise
 from lbdt.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class ConceptEraser:
         Raises:
             ValueError, TypeError: the argument, what was expected, what was given.
         """
-        attach.check_parts(sae, dictionary)
+        attachment.check_parts(sae, dictionary)
         self.sae, self.dictionary = sae, dictionary
         self.hookpoint, self.detect_at = hookpoint, detect_at
         self.padding, self.source, self.target = padding, source, target
@@ -116,35 +116,35 @@ class ConceptEraser:
         self._check_settings()
         unet = lookup.find_unet(pipe)
         width = self.sae.config.d_in
-        block = attach.find_block(unet, self.hookpoint, width, "hookpoint")
+        block = attachment.find_block(unet, self.hookpoint, width, "hookpoint")
         detector = None
         if self.detect_at is not None and self.detect_at != self.hookpoint:
-            detector = attach.find_block(unet, self.detect_at, width, "detect_at")
+            detector = attachment.find_block(unet, self.detect_at, width, "detect_at")
             if lookup.runs_before(self.hookpoint, self.detect_at):
                 raise ValueError(
                     f"detect_at: {self.detect_at!r} runs after the hookpoint {self.hookpoint!r}; name an earlier block"
                 )
-        sets, set_list = attach.concept_sets(concepts)
-        seeds, seed_list = attach.seed_values(seed)
+        sets, set_list = attachment.concept_sets(concepts)
+        seeds, seed_list = attachment.seed_values(seed)
         options = EraseOptions(
             padding=self.padding,
             source=self.source,
             target=self.target,
-            rows=attach.choice("rows", rows, ROWS),
-            steps=attach.window(steps),
+            rows=attachment.choice("rows", rows, ROWS),
+            steps=attachment.window(steps),
             k=self.sae.rank_k,
             on_update=self.sae.config.update,
             width=width,
             set_list=set_list,
             seed_list=seed_list,
         )
-        attach.refuse_twice(block, self._name, "eraser")
+        attachment.refuse_twice(block, self._name, "eraser")
         parameter = next(unet.parameters())
         # Tensors made in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            chosen = attach.columns(sets, self.select, len(self.dictionary.timesteps))
+            chosen = attachment.columns(sets, self.select, len(self.dictionary.timesteps))
             plan = self._plan(options, chosen, seeds)
-            blind = attach.check_latents(plan, chosen.owners)
+            blind = attachment.check_latents(plan, chosen.owners)
             plan.to(parameter.device, parameter.dtype)
             recorder = Recorder(parameter.device, masks=keep_masks)
         from lbdt.hooks import blocks
@@ -154,11 +154,9 @@ class ConceptEraser:
         if detector is not None:
             hooks.append((detector, blocks.DetectHook(plan, state)))
         summary = partial(summarise, blind=blind)
-        attachment = Attachment.on_unet(
-            self._name, pipe, self.hookpoint, hooks, plan, state, recorder, summary
-        )
+        handle = Attachment.on_unet(self._name, pipe, self.hookpoint, hooks, plan, state, recorder, summary)
         self._recorder, self._summary = recorder, summary
-        return attachment
+        return handle
 
     def report(self) -> Report:
         """What happened since the last `attach`; also after its removal. Waits for the device.
@@ -235,19 +233,19 @@ class ConceptEraser:
 
     def _check_settings(self) -> None:
         """Settings are plain attributes, so they are checked again when they are used."""
-        attach.check_hookpoint("hookpoint", self.hookpoint)
+        attachment.check_hookpoint("hookpoint", self.hookpoint)
         if self.detect_at is not None:
-            attach.check_hookpoint("detect_at", self.detect_at)
+            attachment.check_hookpoint("detect_at", self.detect_at)
         if isinstance(self.padding, bool) or not isinstance(self.padding, int):
             raise TypeError(f"padding: expected an integer >= 0, got {brief(self.padding)}")
         if self.padding < 0:
             raise ValueError(f"padding: expected an integer >= 0, got {self.padding}")
         if self.padding > MOST_PADDING:
             raise ValueError(f"padding: expected an integer <= {MOST_PADDING}, got {self.padding}")
-        attach.choice("source", self.source, SOURCES)
-        attach.choice("target", self.target, TARGETS)
-        attach.check_selection(self.selection)
+        attachment.choice("source", self.source, SOURCES)
+        attachment.choice("target", self.target, TARGETS)
+        attachment.check_selection(self.selection)
 
-    def _plan(self, options: EraseOptions, chosen: attach.Columns, seeds: list[int]) -> ErasePlan:
-        tensors = attach.plan_tensors(self.sae, self.dictionary, chosen, seeds)
+    def _plan(self, options: EraseOptions, chosen: attachment.LatentColumns, seeds: list[int]) -> ErasePlan:
+        tensors = attachment.plan_tensors(self.sae, self.dictionary, chosen, seeds)
         return ErasePlan(options, *tensors, bank=self.dictionary.bank)

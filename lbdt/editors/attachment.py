@@ -12,18 +12,18 @@ from torch import Tensor
 
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.selection import check_criteria
+from lbdt.editors.report import Blind, Report, StepMask, step_masks, summarise, warn_not_finite
 from lbdt.hooks import lookup
-from lbdt.hooks.plan import CallState, Plan, check_lengths
+from lbdt.hooks.detection_plan import CallState, DetectionPlan, check_lengths
 from lbdt.hooks.recorder import Call, Recorder
 from lbdt.reading import brief, listed
-from lbdt.report import Blind, Report, StepMask, step_masks, summarise, warn_not_finite
 from lbdt.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
     from lbdt.dictionary import Selection
 
 
-class Columns(NamedTuple):
+class LatentColumns(NamedTuple):
     """The U latents that an attachment looks at. Every concept keeps columns of its own: two may share a latent at
     different thresholds."""
 
@@ -51,7 +51,7 @@ class Attachment:
     ) -> None:
         """`hooks`: modules and their ModelHooks, registered as `name`. `watches`: each is given the pipeline and
         returns its undo. Whatever was put on before an error comes off again."""
-        from lbdt.hooks import registry, watch
+        from lbdt.hooks import pipeline_calls, registry
 
         self._recorder, self._summary = recorder, summary
         self._told = 0
@@ -62,7 +62,7 @@ class Attachment:
                 self._undo.append(lambda module=module: registry.unregister(module, name))
             for put in watches:
                 self._undo.append(put(pipe))
-            self._undo.append(watch.watch_end(pipe, self._warn))
+            self._undo.append(pipeline_calls.watch_end(pipe, self._warn))
         except BaseException:
             self.remove()
             raise
@@ -74,13 +74,13 @@ class Attachment:
         pipe: Any,
         hookpoint: str,
         hooks: Sequence[tuple[torch.nn.Module, Any]],
-        plan: Plan,
+        plan: DetectionPlan,
         state: CallState,
         recorder: Recorder,
         summary: Callable[[list[Call]], Report] = summarise,
     ) -> Attachment:
         """With the hooks that a plan needs besides its own `hooks`: of the timestep, of the grid, of the call."""
-        from lbdt.hooks import blocks, watch
+        from lbdt.hooks import blocks, pipeline_calls
 
         unet = lookup.find_unet(pipe)
         embeds_classes = getattr(unet.config, "class_embed_type", None) == "timestep"
@@ -93,7 +93,7 @@ class Attachment:
             state.prompts, state.images = prompts, images
 
         timestep = (unet.time_proj, blocks.TimestepHook(plan, state, embeds_classes))
-        watches = [lambda pipe: watch.watch(pipe, begin)]
+        watches = [lambda pipe: pipeline_calls.watch(pipe, begin)]
         return cls(name, pipe, [timestep, *hooks, *grid], watches, recorder, summary)
 
     def remove(self) -> None:
@@ -238,13 +238,13 @@ def refuse_twice(module: torch.nn.Module, name: str, what: str) -> None:
         )
 
 
-def columns(sets: list[list[str]], select: Callable[[str], Selection], bins: int) -> Columns:
+def columns(sets: list[list[str]], select: Callable[[str], Selection], bins: int) -> LatentColumns:
     """The columns of the concepts named in `sets`; ValueError for an unknown one."""
     names = list(dict.fromkeys(name for names in sets for name in names))
     selections = [select(name) for name in names]
     owners = [name for name, s in zip(names, selections, strict=True) for _ in range(len(s.latents))]
     enabled = torch.tensor([[name in chosen for name in owners] for chosen in sets], dtype=torch.bool)
-    return Columns(
+    return LatentColumns(
         owners,
         torch.cat([torch.zeros(0, dtype=torch.int64), *(s.latents for s in selections)]),
         torch.cat([torch.zeros(bins, 0), *(s.thresholds for s in selections)], dim=1),
@@ -253,9 +253,9 @@ def columns(sets: list[list[str]], select: Callable[[str], Selection], bins: int
 
 
 def plan_tensors(
-    sae: SparseAutoencoder, dictionary: ConceptDictionary, chosen: Columns, seeds: list[int]
+    sae: SparseAutoencoder, dictionary: ConceptDictionary, chosen: LatentColumns, seeds: list[int]
 ) -> tuple[Tensor, ...]:
-    """The tensors of a `Plan`, in its order; the encoder's rows in the dictionary's `firing_order`."""
+    """The tensors of a `DetectionPlan`, in its order; the encoder's rows in the dictionary's `firing_order`."""
     # Frequent latents first, so that a count of those above a value ends early. Ids elsewhere stay the SAE's own.
     order = dictionary.firing_order().to(sae.encoder.weight.device)
     return (
@@ -269,7 +269,7 @@ def plan_tensors(
     )
 
 
-def check_latents(plan: Plan, owners: Sequence[str]) -> Blind:
+def check_latents(plan: DetectionPlan, owners: Sequence[str]) -> Blind:
     """Where the concepts of the plan's columns have no latent that could pass its threshold.
 
     Warns of those timesteps; ValueError for a concept that has none at any.

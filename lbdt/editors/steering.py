@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lbdt import attach
-from lbdt.attach import Attachment
 from lbdt.dictionary import ConceptDictionary
+from lbdt.editors import attachment
+from lbdt.editors.attachment import Attachment
+from lbdt.editors.report import SteeringReport, summarise_steering
+from lbdt.editors.steer_plan import Decoder, LatentPlan, SteerPlan, VectorPlan
 from lbdt.folders import DIGESTS_FILE, PARTS, check_digests, replaced, write_digests
 from lbdt.hooks import lookup
-from lbdt.hooks.plan import ROWS, CallState, Options
+from lbdt.hooks.detection_plan import ROWS, CallState, DetectionOptions
 from lbdt.hooks.recorder import Recorder
 from lbdt.reading import MAX_FLOAT, brief, listed
 from lbdt.sae import SparseAutoencoder
-from lbdt.steering.plan import Decoder, LatentPlan, SteerPlan, VectorPlan
-from lbdt.steering.report import SteeringReport, summarise_steering
 
 if TYPE_CHECKING:
     from lbdt.dictionary import Selection
-    from lbdt.eraser import ConceptEraser
+    from lbdt.editors import ConceptEraser
 
 CONFIG_FILE = "steering.json"
 RULES = ("saeuron", "gsae", "sdxl")
@@ -92,7 +92,7 @@ class Steering:
         Raises:
             ValueError, TypeError: the argument, what was expected, what was given.
         """
-        attach.check_parts(sae, dictionary)
+        attachment.check_parts(sae, dictionary)
         self.sae, self.dictionary, self.hookpoint = sae, dictionary, hookpoint
         self.rule, self.error, self.where = rule, error, where
         self.strength = dict(strength) if isinstance(strength, Mapping) else strength
@@ -149,32 +149,32 @@ class Steering:
         self._check_settings()
         unet = lookup.find_unet(pipe)
         width = self.sae.config.d_in
-        block = attach.find_block(unet, self.hookpoint, width, "hookpoint")
-        sets, set_list = attach.concept_sets(concepts)
-        seeds, seed_list = attach.seed_values(seed)
-        options = Options(
-            rows=attach.choice("rows", _ROWS[self.rule] if rows is None else rows, ROWS),
-            steps=attach.window(steps),
+        block = attachment.find_block(unet, self.hookpoint, width, "hookpoint")
+        sets, set_list = attachment.concept_sets(concepts)
+        seeds, seed_list = attachment.seed_values(seed)
+        options = DetectionOptions(
+            rows=attachment.choice("rows", _ROWS[self.rule] if rows is None else rows, ROWS),
+            steps=attachment.window(steps),
             k=self.sae.rank_k,
             on_update=self.sae.config.update,
             width=width,
             set_list=set_list,
             seed_list=seed_list,
         )
-        attach.refuse_twice(block, self._name, "steering")
+        attachment.refuse_twice(block, self._name, "steering")
         parameter = next(unet.parameters())
         # Tensors made in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            chosen = attach.columns(sets, self.select, len(self.dictionary.timesteps))
+            chosen = attachment.columns(sets, self.select, len(self.dictionary.timesteps))
             plan = self._plan(options, chosen, seeds)
-            blind = attach.check_latents(plan, chosen.owners)
+            blind = attachment.check_latents(plan, chosen.owners)
             plan.to(parameter.device, parameter.dtype)
             recorder = Recorder(parameter.device, masks=keep_masks)
         from lbdt.hooks import blocks
 
         state = CallState(pipe)
         summary = partial(summarise_steering, ran=self._in_words(), blind=blind)
-        attachment = Attachment.on_unet(
+        handle = Attachment.on_unet(
             self._name,
             pipe,
             self.hookpoint,
@@ -185,7 +185,7 @@ class Steering:
             summary,
         )
         self._recorder, self._summary = recorder, summary
-        return attachment
+        return handle
 
     def report(self) -> SteeringReport:
         """What happened since the last `attach`, and which rule; also after its removal. Waits for the device.
@@ -257,11 +257,11 @@ class Steering:
 
     def _check_settings(self) -> None:
         """Settings are plain attributes, so they are checked again when they are used."""
-        attach.check_hookpoint("hookpoint", self.hookpoint)
-        attach.choice("rule", self.rule, RULES)
-        attach.choice("error", self.error, ERRORS)
-        attach.choice("where", self.where, WHERE)
-        attach.check_selection(self.selection)
+        attachment.check_hookpoint("hookpoint", self.hookpoint)
+        attachment.choice("rule", self.rule, RULES)
+        attachment.choice("error", self.error, ERRORS)
+        attachment.choice("where", self.where, WHERE)
+        attachment.check_selection(self.selection)
         self._check_strength()
         kind = self.sae.config.activation
         if self.sae.W_dec is None:
@@ -302,9 +302,11 @@ class Steering:
             raise ValueError(f"strength: none for {concept!r}; given for {', '.join(self.strength)}")
         return float(self.strength[concept])
 
-    def _plan(self, options: Options, chosen: attach.Columns, seeds: list[int]) -> SteerPlan:
+    def _plan(
+        self, options: DetectionOptions, chosen: attachment.LatentColumns, seeds: list[int]
+    ) -> SteerPlan:
         sae, dictionary = self.sae, self.dictionary
-        tensors = (options, *attach.plan_tensors(sae, dictionary, chosen, seeds))
+        tensors = (options, *attachment.plan_tensors(sae, dictionary, chosen, seeds))
         device = sae.W_dec.device
         directions = sae.W_dec.detach().float()[chosen.latents.to(device)]
         factors = self._factors(chosen)
@@ -325,7 +327,7 @@ class Steering:
             only_detected=self.where == "detected",
         )
 
-    def _factors(self, chosen: attach.Columns) -> Tensor:
+    def _factors(self, chosen: attachment.LatentColumns) -> Tensor:
         """[T, U] float32: strength, times the concept's mean activation but for "gsae"; 0 where not selected."""
         factors = torch.zeros(chosen.thresholds.shape)
         for column, owner in enumerate(chosen.owners):

@@ -1,11 +1,11 @@
-"""What an eraser did, step by step."""
+"""What an attached editor did, step by step."""
 
 from __future__ import annotations
 
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -120,6 +120,24 @@ class Report:
 
 
 @dataclass(frozen=True)
+class SteeringReport(Report):
+    """`detected`: fraction of the patches in which a selected latent passes its threshold; `replaced`: fraction that
+    was changed. Nothing is drawn, so `without_free` and `unchanged` are 0."""
+
+    ran: str
+    """The rule and its settings, in words."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and text, for JSON."""
+        return {"ran": self.ran, **super().to_dict()}
+
+    def __str__(self) -> str:
+        lines = [f"steering: {self.ran}", "timestep  detected   changed"]
+        lines += [f"{s.timestep:8.1f}  {s.detected:8.1%}  {s.replaced:8.1%}{s.unseen()}" for s in self.steps]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class StepMask:
     """The masks of one UNet call, conditional (or only) half."""
 
@@ -165,6 +183,12 @@ def summarise(calls: list[Call], blind: Blind | None = None) -> Report:
             )
         )
     return Report(tuple(steps))
+
+
+def summarise_steering(calls: list[Call], ran: str, blind: Blind | None = None) -> SteeringReport:
+    """The calls of equal timestep, added up."""
+    steps = tuple(replace(step, without_free=0, unchanged=0) for step in summarise(calls, blind).steps)
+    return SteeringReport(steps, ran)
 
 
 def step_masks(calls: list[Call]) -> list[StepMask]:

@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lbdt import ops
-from lbdt.hooks.plan import CallState, Options, Plan
+from lbdt.hooks.detection_plan import CallState, DetectionOptions, DetectionPlan
 
 _BLOCK = 4096  # latents decoded at a time where there is no top-k: [B, N, L] is never held
 
 
-class SteerPlan(Plan):
+class SteerPlan(DetectionPlan):
     """What all rules share: every column's factor and decoder row, and which of two owners edits a latent."""
 
     def __init__(
         self,
-        options: Options,
-        *tensors: Tensor,  # of Plan, in its order
+        options: DetectionOptions,
+        *tensors: Tensor,  # of DetectionPlan, in its order
         factors: Tensor,  # [T, U] float32, 0 where a latent is not selected in a bin
         directions: Tensor,  # [U, d] float32
     ) -> None:
