@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from lbdt.activations.prompts import Prompt
+    from lbdt.editors import UnetEditor
 
 SEARCHES = ("gradient", "random")
 
@@ -141,7 +142,7 @@ class Search:
     def __init__(
         self,
         pipe: Any,
-        eraser: Any,
+        eraser: UnetEditor,
         judge: Callable[[Sequence[Image.Image]], Sequence[str]],
         settings: Settings | None = None,
     ) -> None:
@@ -149,7 +150,7 @@ class Search:
         Args:
             pipe: a diffusers pipeline of Stable Diffusion's kind with one CLIP text encoder. Its weights are not
                 touched.
-            eraser: `ConceptEraser` or `Steering`: anything with `attach(pipe, concepts, seed=...)`.
+            eraser: a `ConceptEraser` or a `Steering`.
             judge: the concept that each picture shows, by the name that the prompts' labels have.
             settings: None: the published ones.
 
@@ -161,8 +162,7 @@ class Search:
         self.pipe, self.eraser, self.judge = pipe, eraser, judge
         self.settings = settings or Settings()
         self.timesteps = spread(self.settings.timesteps, len(pipe.scheduler.alphas_cumprod))
-        released = (getattr(eraser, "rule", None), getattr(eraser, "error", None)) == ("saeuron", "released")
-        if released and eraser.sae.rank_k:
+        if not eraser.has_gradient:
             raise ValueError(
                 "eraser: steering with error 'released' decodes the top-k code, which has no gradient; attack it with "
                 "error='corrected'"

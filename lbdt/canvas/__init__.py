@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+
+    from ..editors import ConceptEraser, Steering
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -78,7 +80,7 @@ def _quiet_loading():
                 module.enable_progress_bar()
 
 
-def load_eraser(kind: str = "saeuron"):
+def load_eraser(kind: str = "saeuron", **settings: Any) -> ConceptEraser:
     """The embedded eraser of one kind, trained on the embedded pipeline by ``benchmarks/pipelines.sh``.
 
     Args:
@@ -86,17 +88,18 @@ def load_eraser(kind: str = "saeuron"):
             that one latent stands for each concept. ``"gsae"``: sigmoid SAE whose latent i stands for concept i.
             ``"sdxl"``: SAE of the block's update at few steps without guidance, as for SDXL Turbo. ``KINDS`` has the
             sampling that each was trained for.
+        settings: keywords of ``lbdt.ConceptEraser`` to change, such as ``padding``.
 
     Raises:
-        ValueError: unknown kind.
+        ValueError: unknown kind, or a setting that ``lbdt.ConceptEraser`` refuses.
         FileNotFoundError: the installation lacks the weights.
     """
     from ..editors import ConceptEraser
 
-    return ConceptEraser.from_pretrained(_eraser_folder(kind))
+    return ConceptEraser.from_pretrained(_eraser_folder(kind), **settings)
 
 
-def load_steering(kind: str = "saeuron", **settings):
+def load_steering(kind: str = "saeuron", **settings: Any) -> Steering:
     """The steering baseline of ``load_eraser(kind)``: same SAE, dictionary and selection, published rule of the kind.
 
     Args:

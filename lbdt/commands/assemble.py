@@ -10,9 +10,8 @@ import torch
 from lbdt.activations import Site
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.score import DONE_FILE, sae_settings
-from lbdt.editors import Steering
-from lbdt.editors.eraser import CONFIG_FILE, OWN, ConceptEraser
-from lbdt.editors.steering import CONFIG_FILE as STEERING_FILE
+from lbdt.editors import ConceptEraser, Steering
+from lbdt.editors.editor import FOLDER
 from lbdt.files import read_json
 from lbdt.folders import replaced
 from lbdt.out import check_out_folder
@@ -41,7 +40,7 @@ def run(
         OSError: why `out` cannot be written.
     """
     check_out_folder(out)
-    ours = (out / _BEGUN).is_file() or (out / CONFIG_FILE).is_file()
+    ours = (out / _BEGUN).is_file() or (out / ConceptEraser.FILE).is_file()
     if out.exists() and any(out.iterdir()) and not ours:
         raise ValueError(f"--out {out}: holds something else than an eraser; give a new folder")
     eraser = ConceptEraser(
@@ -51,7 +50,7 @@ def run(
     latents = {concept: eraser.select(concept).latents.tolist() for concept in eraser.concepts}
     steering = None if rule is None else Steering.from_eraser(eraser, rule=rule, strength=strength)
     # With the steering of an earlier eraser, whose decoder may be dropped.
-    with replaced(out, (*OWN, STEERING_FILE, _BEGUN)) as new:
+    with replaced(out, (ConceptEraser.FILE, Steering.FILE, *FOLDER, _BEGUN)) as new:
         eraser.save_pretrained(new, dtype=getattr(torch, dtype), decoder=steering is not None)
         if steering is not None:
             steering.save_settings(new)

@@ -21,7 +21,7 @@ from lbdt.attack.text import PrefixedText
 from lbdt.commands.concepts import load_eraser, load_steering
 from lbdt.commands.pipeline import CANVAS, canvas_prompts, load_pipeline
 from lbdt.commands.processes import launched_on
-from lbdt.evaluation.parts import digest_of
+from lbdt.editors import UnetEditor
 from lbdt.evaluation.worlds.names import prompt_text
 from lbdt.folders import held
 from lbdt.out import check_out_folder
@@ -30,10 +30,6 @@ from lbdt.text import printable, require_unicode
 _POLL_SECONDS = 0.2
 _STEPS = 20
 _QUICK = {"iterations": 20, "timesteps": 10}
-_SETTINGS = {
-    "per": ("hookpoint", "padding", "source", "target", "detect_at", "selection"),
-    "steering": ("hookpoint", "rule", "strength", "error", "where", "selection"),
-}
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class Plan:
         """As the command line spells it."""
         return "steering" if self.steer else "per"
 
-    def load(self) -> Any:
+    def load(self) -> UnetEditor:
         """The eraser, or the steering of the same folder."""
         if not self.steer:
             return load_eraser(self.eraser, self.kind)
@@ -160,7 +156,7 @@ def run(
         "model": plan.model or CANVAS,
         "eraser": plan.eraser or f"{CANVAS}, {plan.kind}",
         "method": plan.method,
-        **{name: getattr(loaded, name) for name in _SETTINGS[plan.method]},
+        **loaded.settings,
         "attack": asdict(settings),
         "seed": seed,
         "device": str(where),
@@ -207,7 +203,13 @@ def _judge(name: str) -> Callable[[Sequence[Any]], Sequence[str]]:
 
 
 def _settings(
-    plan: Plan, settings: Settings, loaded: Any, pipe: Any, where: torch.device, threads: int, seed: int
+    plan: Plan,
+    settings: Settings,
+    loaded: UnetEditor,
+    pipe: Any,
+    where: torch.device,
+    threads: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Everything that an outcome follows from, but its prompt; JSON-like."""
     import diffusers
@@ -226,8 +228,8 @@ def _settings(
         "threads": threads if where.type == "cpu" else None,
         "fingerprint": fingerprint(pipe),
         "method": plan.method,
-        "eraser": {name: getattr(loaded, name) for name in _SETTINGS[plan.method]},
-        "eraser_sha256": digest_of(loaded),
+        "eraser": loaded.settings,
+        "eraser_sha256": loaded.digest(),
         "judge": plan.judge or CANVAS,
         "attack": asdict(settings),
         "seed": seed,

@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 
+from lbdt.editors import ConceptEraser, Steering
 
-def load_eraser(path_or_repo: str | None, kind: str = "saeuron"):
+
+def load_eraser(path_or_repo: str | None, kind: str = "saeuron") -> ConceptEraser:
     """The eraser of a folder or repository, or EmojiCanvas's of a kind; ValueError or OSError where there is none."""
     if path_or_repo is None:
         from lbdt import canvas
 
         return canvas.load_eraser(kind)
-    from lbdt.editors import ConceptEraser
-
     return ConceptEraser.from_pretrained(path_or_repo)
 
 
-def load_steering(path_or_repo: str | None, kind: str = "saeuron", strength: float | None = None):
+def load_steering(path_or_repo: str | None, kind: str = "saeuron", strength: float | None = None) -> Steering:
     """The steering baseline of the same folder, or EmojiCanvas's of a kind; `strength` None: the one it was saved with.
 
     Raises:
@@ -29,8 +29,6 @@ def load_steering(path_or_repo: str | None, kind: str = "saeuron", strength: flo
         from lbdt import canvas
 
         return canvas.load_steering(kind, **settings)
-    from lbdt.editors import Steering
-
     return Steering.from_pretrained(path_or_repo, **settings)
 
 
@@ -60,7 +58,7 @@ def run(path_or_repo: str | None, kind: str = "saeuron") -> tuple[dict[str, Any]
     return values, lines
 
 
-def _row(eraser, name: str) -> dict[str, Any]:
+def _row(eraser: ConceptEraser, name: str) -> dict[str, Any]:
     selection = eraser.select(name)
     row = {
         "concept": name,

@@ -14,9 +14,9 @@ from lbdt import picture
 from lbdt.commands.concepts import load_eraser, load_steering
 from lbdt.commands.device import usable_device
 from lbdt.commands.pipeline import CANVAS, load_pipeline
+from lbdt.editors import Report, UnetEditor
 
 _STEPS = 20
-_SETTINGS = {"per": ("padding", "source"), "steering": ("rule", "strength")}
 
 
 def run(
@@ -80,7 +80,7 @@ def run(
         "eraser": eraser or f"{CANVAS}, {kind}",
         "method": "steering" if steer else "per",
         "hookpoint": loaded.hookpoint,
-        **_settings(loaded, steer),
+        **{name: loaded.settings[name] for name in loaded.SHOWN},
         "steps": steps,
         "guidance": guidance,
         "seed": seed,
@@ -91,12 +91,7 @@ def run(
         "verdict": _verdict(before, after) if model is None else None,
         "out": str(out),
     }
-    return values, _table(values, report)
-
-
-def _settings(loaded, steer: bool) -> dict[str, Any]:
-    names = _SETTINGS["steering" if steer else "per"]
-    return {name: getattr(loaded, name) for name in names}
+    return values, _table(values, loaded, report)
 
 
 def _generate(pipe, prompt: str, seed: int, device: torch.device, label: str, call: dict[str, Any]):
@@ -124,12 +119,12 @@ def _verdict(before, after) -> dict[str, dict[str, str]]:
     }
 
 
-def _table(values: dict[str, Any], report) -> list[str]:
+def _table(values: dict[str, Any], loaded: UnetEditor, report: Report) -> list[str]:
     rows = max((step.rows for step in report.steps), default=0)
     seconds = values["seconds"]
     steps = report.steps
     lines = [
-        f"{'erased':22}{', '.join(values['concepts'])}, {', '.join(f'{name} {values[name]}' for name in _SETTINGS[values['method']])}",
+        f"{'erased':22}{', '.join(values['concepts'])}, {', '.join(f'{name} {values[name]}' for name in loaded.SHOWN)}",
         f"{'hookpoint':22}{values['hookpoint']}",
         f"{'patches detected':22}{report.detected:.1%} of {len(steps)} steps' patches{_range(steps, 'detected')}",
         f"{'patches steered' if values['method'] == 'steering' else 'patches replaced':22}{report.replaced:.1%}{_range(steps, 'replaced')}",

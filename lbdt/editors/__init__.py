@@ -1,8 +1,9 @@
 """Editors: what is attached to a pipeline and changes its pictures, the eraser and the steering baselines."""
 
+from lbdt.editors.editor import Editor, UnetEditor
 from lbdt.editors.eraser import ConceptEraser
-from lbdt.editors.report import SteeringReport
+from lbdt.editors.report import Report, SteeringReport
 from lbdt.editors.steering import Steering
 from lbdt.editors.text import TextSteering
 
-__all__ = ["ConceptEraser", "Steering", "SteeringReport", "TextSteering"]
+__all__ = ["ConceptEraser", "Editor", "Report", "Steering", "SteeringReport", "TextSteering", "UnetEditor"]

@@ -70,7 +70,7 @@ class Blind:
 
 @dataclass(frozen=True)
 class Report:
-    """Steps in the order of the schedule (timestep descending), over all calls since the eraser was attached."""
+    """Steps in the order of the schedule (timestep descending), over all calls since the editor was attached."""
 
     steps: tuple[StepReport, ...]
 
@@ -149,7 +149,7 @@ class StepMask:
 
 
 def warn_not_finite(patches: int) -> None:
-    """Warns of so many patches in which nothing can be detected, if there are any."""
+    """Warns of patches in which nothing can be detected, by their number; 0: does nothing."""
     if patches:
         warnings.warn(
             f"lbdt: {patches} patches of the hooked activation were NaN or infinite, where no concept can be detected: "
@@ -160,8 +160,9 @@ def warn_not_finite(patches: int) -> None:
         )
 
 
-def summarise(calls: list[Call], blind: Blind | None = None) -> Report:
-    """The calls of equal timestep, added up; warns where patches were not finite."""
+def summarise(calls: list[Call], blind: Blind | None = None, ran: str | None = None) -> Report:
+    """The calls of equal timestep, added up; a `SteeringReport` where `ran` is given. Warns where patches were not
+    finite."""
     warn_not_finite(sum(call.not_finite for call in calls))
     groups: dict[float, list[Call]] = defaultdict(list)
     for call in calls:
@@ -182,13 +183,9 @@ def summarise(calls: list[Call], blind: Blind | None = None) -> Report:
                 blind=() if blind is None else blind.at(timestep),
             )
         )
-    return Report(tuple(steps))
-
-
-def summarise_steering(calls: list[Call], ran: str, blind: Blind | None = None) -> SteeringReport:
-    """The calls of equal timestep, added up."""
-    steps = tuple(replace(step, without_free=0, unchanged=0) for step in summarise(calls, blind).steps)
-    return SteeringReport(steps, ran)
+    if ran is None:
+        return Report(tuple(steps))
+    return SteeringReport(tuple(replace(step, without_free=0, unchanged=0) for step in steps), ran)
 
 
 def step_masks(calls: list[Call]) -> list[StepMask]:

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lbdt import ops
-from lbdt.hooks.detection_plan import CallState, DetectionOptions, DetectionPlan
+from lbdt.hooks.detection_plan import CallState, DetectionOptions, EditPlan
 
 _BLOCK = 4096  # latents decoded at a time where there is no top-k: [B, N, L] is never held
 
 
-class SteerPlan(DetectionPlan):
-    """What all rules share: every column's factor and decoder row, and which of two owners edits a latent."""
+class SteerPlan(EditPlan):
+    """What all rules have in common: every column's factor and decoder row, and which of two owners edits a latent."""
 
     def __init__(
         self,
@@ -36,13 +36,6 @@ class SteerPlan(DetectionPlan):
         self.factors = self.factors.to(device, self.wide)
         self.directions = self.directions.to(device, self.wide)
         self.rivals = None if self.rivals is None else self.rivals.to(device)
-
-    def edit(self, x: Tensor, given: Tensor | None, state: CallState) -> tuple[Tensor, Tensor, Tensor]:
-        """The edited `x`, the detected patches and the changed ones, both bool [B, N].
-
-        `given` like x: the block's input, for an SAE of its update.
-        """
-        raise NotImplementedError
 
     def _winners(self, on: Tensor, bins: Tensor) -> Tensor:
         """`on` [B, U, M] bool without the columns whose latent another column edits more strongly."""
@@ -70,7 +63,7 @@ class LatentPlan(SteerPlan):
         self.distinct = len(distinct)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """As above."""
+        """Moves the tensors, and gathers the rows of the columns' own latents."""
         super().to(device, dtype)
         self.columns, self.slots = self.columns.to(device), self.slots.to(device)
         # From the cast rows, as detection reads them.

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lbdt.editors import attachment
-from lbdt.editors.attachment import Attachment
-from lbdt.editors.report import SteeringReport, summarise_steering
+from lbdt.editors.attachment import Attachment, choice, concept_sets
+from lbdt.editors.steering import Strengthened
 from lbdt.hooks import feature_maps, lookup
 from lbdt.hooks.detection_plan import ROWS
 from lbdt.hooks.recorder import Recorder
 from lbdt.sae import SparseAutoencoder
 
-_EXAMPLE = "text_encoder.text_model.encoder.layers.9"
-_numbers = itertools.count()
 
-
-class TextSteering:
+class TextSteering(Strengthened):
     """Shifts a pipeline's text states along the latents of a concept's prompt, and leaves the UNet alone.
 
     With x_c [N, d] the layer's state of the concept prompt's N tokens: `delta = strength * ReLU(h(x_c)) W_dec`, all
     latents, no top-k, no decoder bias. The conditional state becomes `x + delta`, the unconditional one `x - delta`,
     token by token (protocols.md 3.5). Published: strength -0.5 for nudity, layer index 9 of SD 1.4's CLIP.
+
+    The report has one step, of timestep 0: its rows are the encoded texts, its patches their tokens, and those
+    "detected" the tokens at which a latent of the concept prompt is active.
     """
+
+    SETTINGS = ("hookpoint", "strength")
+    SHOWN = ("strength",)
+    _EXAMPLE = "text_encoder.text_model.encoder.layers.9"
+    _STRENGTH = -0.5
 
     def __init__(
         self, sae: SparseAutoencoder, hookpoint: str, *, strength: float | Mapping[str, float] = -0.5
@@ -45,13 +47,7 @@ class TextSteering:
         Raises:
             ValueError, TypeError: the argument, what was expected, what was given.
         """
-        if not isinstance(sae, SparseAutoencoder):
-            raise TypeError(f"sae: expected a SparseAutoencoder, got {type(sae).__name__}")
-        self.sae, self.hookpoint = sae, hookpoint
-        self.strength = dict(strength) if isinstance(strength, Mapping) else strength
-        self._recorder: Recorder | None = None
-        self._name = f"lbdt_text_steering_{next(_numbers)}"
-        self._check_settings()
+        super().__init__(strength, sae, hookpoint)
 
     def attach(
         self, pipe: Any, concepts: Sequence[str] | Sequence[Sequence[str]], rows: str = "all"
@@ -72,19 +68,19 @@ class TextSteering:
                 without text encoder, a concept without a strength, an attachment that is still on. At the pipeline's
                 call, before anything is generated: a list that has not one entry per prompt.
         """
-        self._check_settings()
-        sets, per_prompt = attachment.concept_sets(concepts)
-        attachment.choice("rows", rows, ROWS)
+        self._check()
+        sets, per_prompt = concept_sets(concepts)
+        choice("rows", rows, ROWS)
         encoder, layer = _find_layer(pipe, self.hookpoint)
         if not callable(getattr(pipe, "encode_prompt", None)):
             raise ValueError(
                 f"pipe: {type(pipe).__name__} has no encode_prompt, by which its texts are told apart"
             )
-        for name in itertools.chain.from_iterable(sets):
+        names = list(dict.fromkeys(itertools.chain.from_iterable(sets)))
+        for name in names:
             self._strength_of(name)
-        attachment.refuse_twice(layer, self._name, "steering")
+        self._refuse_twice(layer)
         with torch.inference_mode(False), torch.no_grad():
-            names = list(dict.fromkeys(itertools.chain.from_iterable(sets)))
             # With an empty text, so that sets without any concept have the shape of a state too.
             states = _states_of(pipe, self.hookpoint, encoder, layer, ["", *names])
             shifts = dict(zip(names, self._shifts(states[1:], names), strict=True))
@@ -94,62 +90,21 @@ class TextSteering:
         from lbdt.hooks import blocks, pipeline_calls
 
         state = _Encoding(deltas, per_prompt, rows, recorder)
-        handle = Attachment(
-            self._name,
-            pipe,
-            [(layer, blocks.TextHook(state.edit))],
-            [lambda pipe: pipeline_calls.watch_texts(pipe, state.begin, state.end)],
-            recorder,
-            partial(summarise_steering, ran=self._in_words()),
+        hooks = [(layer, blocks.TextHook(state.edit))]
+        return self._put_on(
+            pipe, hooks, lambda pipe: pipeline_calls.watch_texts(pipe, state.begin, state.end), recorder
         )
-        self._recorder, self._ran = recorder, self._in_words()
-        return handle
-
-    def report(self) -> SteeringReport:
-        """What happened since the last `attach`: one step, of timestep 0, in which rows are the encoded texts and
-        patches their tokens; `detected` are tokens at which a latent of the concept prompt is active.
-
-        Raises:
-            ValueError: never attached.
-        """
-        if self._recorder is None:
-            raise ValueError("report: never attached; call attach(pipe, concepts) first")
-        return summarise_steering(self._recorder.read(), self._ran)
-
-    def __repr__(self) -> str:
-        return f"TextSteering(hookpoint={self.hookpoint!r}, {self._in_words()})"
 
     def _in_words(self) -> str:
         return f"text encoder, strength {self.strength}"
 
-    def _check_settings(self) -> None:
-        """Settings are plain attributes, so they are checked again when they are used."""
-        attachment.check_hookpoint("hookpoint", self.hookpoint, _EXAMPLE)
-        if self.sae.W_dec is None:
-            raise ValueError(
-                "sae: has no decoder (encoder_only), and steering adds its rows; load the full checkpoint with "
-                "SparseAutoencoder.from_pretrained"
-            )
+    def _check(self) -> None:
+        super()._check()
         if self.sae.config.update:
             raise ValueError("sae: expected one of the layer's output, got one of a block's update")
-        values = self.strength.values() if isinstance(self.strength, dict) else [self.strength]
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"strength: expected a number such as -0.5, got {value!r}")
-            if not math.isfinite(value):
-                raise ValueError(f"strength: expected a finite number, got {value!r}")
-
-    def _strength_of(self, concept: str) -> float:
-        if not isinstance(self.strength, dict):
-            return float(self.strength)
-        if concept not in self.strength:
-            raise ValueError(
-                f"strength: none for {concept!r}; given for {', '.join(self.strength) or 'nothing'}"
-            )
-        return float(self.strength[concept])
 
     def _shifts(self, states: Tensor, names: list[str]) -> list[Tensor]:
-        """delta of each concept prompt, [N, d] float32, from the layer's states [C, N, d]."""
+        """The delta of each concept prompt, [N, d] float32, from the layer's states [C, N, d]."""
         if states.shape[2] != self.sae.config.d_in:
             raise ValueError(
                 f"hookpoint: {self.hookpoint!r} has width {states.shape[2]}, but the SAE was trained on "
@@ -167,12 +122,8 @@ class _Encoding:
     """Where the pipeline's `encode_prompt` is at, and the edit that this calls for."""
 
     def __init__(self, deltas: Tensor, per_prompt: bool, rows: str, recorder: Recorder) -> None:
-        self.deltas, self.per_prompt, self.rows, self.recorder = (
-            deltas,
-            per_prompt,
-            rows,
-            recorder,
-        )  # [S, N, d]
+        self.deltas = deltas  # [S, N, d]
+        self.per_prompt, self.rows, self.recorder = per_prompt, rows, recorder
         self.prompts: int | None = None
         self.roles: list[str] | None = None
 
@@ -227,7 +178,7 @@ def _find_layer(pipe: Any, hookpoint: str) -> tuple[nn.Module, nn.Module]:
     if root not in encoders:
         raise ValueError(
             f"hookpoint: {hookpoint!r} begins with none of the pipeline's text encoders "
-            f"({', '.join(encoders) or 'it has none'}); expected a name such as {_EXAMPLE!r}"
+            f"({', '.join(encoders) or 'it has none'}); expected a name such as {TextSteering._EXAMPLE!r}"
         )
     encoder = lookup.unwrap(getattr(pipe, root))
     for name in (path, path.removeprefix("text_model."), f"text_model.{path}"):

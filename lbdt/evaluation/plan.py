@@ -33,7 +33,7 @@ class Plan:
     def per_settings(self) -> dict[str, Any]:
         """Of the eraser as it comes: those of the main row."""
         eraser = self.kind.per()
-        return {"padding": eraser.padding, "source": eraser.source}
+        return {name: eraser.settings[name] for name in eraser.SHOWN}
 
     @cached_property
     def hookpoint(self) -> str:

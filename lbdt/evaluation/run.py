@@ -166,12 +166,9 @@ class Evaluation:
     def _parts(self, series: Series) -> str:
         kind = series.kind.name
         if (kind, series.method) not in self._digests:
-            from lbdt.evaluation.parts import digest_of
-
             # With its settings: a steering baseline may have no strength of its own.
             make = series.kind.per if series.method == "per" else series.kind.steering
-            editor = make(**series.settings)
-            self._digests[kind, series.method] = digest_of(editor)
+            self._digests[kind, series.method] = make(**series.settings).digest()
         return self._digests[kind, series.method]
 
     def _saved_strength(self, kind: str) -> Any:

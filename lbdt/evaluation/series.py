@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbdt.editors import UnetEditor
 from lbdt.evaluation.design import Job
 from lbdt.evaluation.world import Judge, Kind, Verdicts
 from lbdt.files import json_bytes, open_tensors, read_json, tensor_bytes, write_files
@@ -44,7 +45,7 @@ class Series:
         change."""
         return [self.jobs[first : first + size] for first in range(0, len(self.jobs), size)]
 
-    def editors(self) -> list[Any]:
+    def editors(self) -> list[UnetEditor]:
         """The erasers or steerings to attach: none for the base, one, or for stacked ones one for each
         concept."""
         if self.method == "base":
@@ -177,7 +178,7 @@ class Files:
 
 
 def generate(
-    pipe: Any, series: Series, editors: Sequence[Any], jobs: Sequence[Job], hookpoint: str | None
+    pipe: Any, series: Series, editors: Sequence[UnetEditor], jobs: Sequence[Job], hookpoint: str | None
 ) -> tuple:
     """One batch: PIL pictures, tensors and a record.
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lbdt.activations.prompts import Prompt
+    from lbdt.editors import ConceptEraser, Steering
 
 
 class Verdicts(NamedTuple):
@@ -44,10 +45,10 @@ class Kind:
     steps: int
     guidance: float | None
     """None: the pipeline's own."""
-    per: Callable[..., Any]
-    """Keywords `padding`, `source` (both may be left out) -> `ConceptEraser`."""
-    steering: Callable[..., Any] | None = None
-    """Keyword `strength` (may be left out: the shipped one) -> `Steering`; None: no baseline."""
+    per: Callable[..., ConceptEraser]
+    """Makes the eraser, by the keywords `padding` and `source`; both may be left out."""
+    steering: Callable[..., Steering] | None = None
+    """Makes the baseline, by the keyword `strength`; without it, of the shipped one. None: no baseline."""
     strengths: tuple[float, ...] = ()
     """Of the steering sweep."""
 

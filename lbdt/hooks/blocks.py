@@ -13,7 +13,7 @@ from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
 from lbdt.hooks import feature_maps
-from lbdt.hooks.detection_plan import CallState, DetectionPlan, ErasePlan
+from lbdt.hooks.detection_plan import CallState, DetectionPlan, EditPlan, ErasePlan
 from lbdt.hooks.recorder import Recorder
 
 
@@ -40,7 +40,7 @@ class _Hook(ModelHook):
 
 
 class TimestepHook(_Hook):
-    """On `unet.time_proj`: keeps the timestep of every row, and refuses lists that do not fit the batch."""
+    """The hook on `unet.time_proj`: keeps the timestep of every row, and refuses lists that do not fit the batch."""
 
     def __init__(self, plan: DetectionPlan, state: CallState, embeds_classes: bool) -> None:
         super().__init__(plan, state)
@@ -57,7 +57,7 @@ class TimestepHook(_Hook):
 
 
 class GridHook(_Hook):
-    """On the attention block around a hookpoint: keeps the grid of its input [B, d, H, W]."""
+    """The hook on the attention block around a hookpoint: keeps the grid of its input [B, d, H, W]."""
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         x = args[0] if args else kwargs["hidden_states"]
@@ -92,7 +92,7 @@ class _InputHook(_Hook):
 
 
 class DetectHook(_InputHook):
-    """On the block of `detect_at`: leaves the mask for the target block."""
+    """The hook on the block of `detect_at`: leaves the mask for the target block."""
 
     def __init__(self, plan: DetectionPlan, state: CallState) -> None:
         super().__init__(plan, state, needs_input=plan.options.on_update)
@@ -106,7 +106,7 @@ class DetectHook(_InputHook):
 
 
 class _TargetHook(_InputHook):
-    """On the block whose output changes: the last that runs in a UNet call."""
+    """A hook on the block whose output changes, which is the last that runs in a UNet call."""
 
     def __init__(self, plan: DetectionPlan, state: CallState, recorder: Recorder, needs_input: bool) -> None:
         super().__init__(plan, state, needs_input)
@@ -122,10 +122,10 @@ class _TargetHook(_InputHook):
 
 
 class EraseHook(_TargetHook):
-    """On the target block: detects (unless another block did), replaces, records."""
+    """The eraser's hook on the target block: detects (unless another block did), replaces, records."""
 
     def __init__(self, plan: ErasePlan, state: CallState, recorder: Recorder, detects: bool) -> None:
-        on_update = plan.options.target == "update"
+        on_update = plan.target == "update"
         needs_input = on_update or (detects and plan.options.on_update)
         super().__init__(plan, state, recorder, needs_input)
         self.detects, self.on_update = detects, on_update
@@ -159,9 +159,9 @@ class EraseHook(_TargetHook):
 
 
 class SteerHook(_TargetHook):
-    """On the steered block: edits its output by `plan.edit`, records."""
+    """The hook on the steered block: edits its output by `plan.edit`, records."""
 
-    def __init__(self, plan: Any, state: CallState, recorder: Recorder) -> None:
+    def __init__(self, plan: EditPlan, state: CallState, recorder: Recorder) -> None:
         super().__init__(plan, state, recorder, needs_input=plan.options.on_update)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
@@ -176,7 +176,7 @@ class SteerHook(_TargetHook):
 
 
 class TextHook(ModelHook):
-    """On a text encoder's layer: gives its output [B, N, d] to `edit`, which returns the new one."""
+    """The hook on a text encoder's layer: gives its output [B, N, d] to `edit`, which returns the new one."""
 
     def __init__(self, edit: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

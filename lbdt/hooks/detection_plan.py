@@ -11,37 +11,27 @@ from torch import Tensor
 from lbdt import ops
 
 MOST_PADDING = 65_535
-"""Patches; no map that a recorder takes has a longer side."""
+"""The largest padding in patches: no map that a recorder takes has a longer side."""
 ROWS = ("all", "cond")
 TARGETS = ("output", "update")
-SOURCES = ("random", "nearest", "mean")
 
 
 @dataclass(frozen=True)
 class DetectionOptions:
-    """Validated settings that every attachment to a UNet has."""
+    """The validated settings that every attachment to a UNet has."""
 
     rows: str
     steps: tuple[int, int] | None
-    """[first, last) of the schedule."""
+    """The steps [first, last) of the schedule that are treated; None: all."""
     k: int
-    """Of the rank test; 0: none."""
+    """How many latents pass the rank test; 0: there is none."""
     on_update: bool
-    """Detect on the block's output minus its input."""
+    """Whether the SAE looks at the block's output minus its input."""
     width: int
-    """d of the SAE."""
+    """The d of the SAE."""
     set_list: bool
-    """Concepts were given as one set per prompt or image, not one for all."""
+    """Whether concepts were given as one set per prompt or image, not one for all."""
     seed_list: bool
-
-
-@dataclass(frozen=True)
-class EraseOptions(DetectionOptions):
-    """An eraser's."""
-
-    padding: int
-    source: str
-    target: str
 
 
 class CallRows(NamedTuple):
@@ -50,7 +40,7 @@ class CallRows(NamedTuple):
     timesteps: Tensor
     """[B] float32."""
     bins: Tensor
-    """[B] int64, of the dictionary."""
+    """[B] int64, bins of the dictionary."""
     half: Tensor
     """[B] int64: 0 the unconditional or the only one, 1 the conditional one."""
     halves: int
@@ -190,17 +180,31 @@ class DetectionPlan:
         return (timesteps.unsqueeze(-1) - self.timesteps).abs().argmin(-1)
 
 
+class EditPlan(DetectionPlan):
+    """A plan that changes what it looks at."""
+
+    def edit(self, x: Tensor, given: Tensor | None, state: CallState) -> tuple[Tensor, Tensor, Tensor]:
+        """The edited `x` [B, d, H, W] or [B, d, N], the detected patches and the changed ones, both bool [B, N].
+
+        `given` like x: the block's input, for an SAE of its update.
+        """
+        raise NotImplementedError
+
+
 class ErasePlan(DetectionPlan):
-    """An eraser's: with what it overwrites patches by."""
+    """The plan of an eraser: with what it overwrites patches by."""
 
     def __init__(
         self,
-        options: EraseOptions,
+        options: DetectionOptions,
         *tensors: Tensor,  # of DetectionPlan, in its order
         bank: Tensor | None,  # [T, M, d]
+        padding: int,
+        source: str,
+        target: str,
     ) -> None:
         super().__init__(options, *tensors)
-        self.bank = bank
+        self.bank, self.padding, self.source, self.target = bank, padding, source, target
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves the tensors; `dtype` is that of the activations, which the encoder rows and the bank take."""
@@ -214,7 +218,7 @@ class ErasePlan(DetectionPlan):
         rows = self.rows(state)
         u = ops.patch_uniform(rows.seeds, state.timesteps, rows.half, mask.shape[1])
         bank = None if self.bank is None else self.bank.index_select(0, rows.bins)
-        return ops.replace_patches(x, mask, u, height, width, self.options.padding, self.options.source, bank)
+        return ops.replace_patches(x, mask, u, height, width, self.padding, self.source, bank)
 
 
 def check_lengths(plan: DetectionPlan, images: int, prompts: int | None) -> None:

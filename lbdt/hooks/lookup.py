@@ -1,4 +1,4 @@
-"""From a pipeline and a hookpoint's name to the module, with errors that list what there is."""
+"""The way from a pipeline and a hookpoint's name to the module, with errors that list what there is."""
 
 from __future__ import annotations
 

@@ -14,9 +14,8 @@ def watch(pipe: Any, listener: Callable[[int, int, bool], None]) -> Callable[[],
     """Calls `listener(prompts, images, in_call)` whenever the pipeline encodes its prompts; returns its undo.
 
     While there is a listener, the instance carries wrappers of `check_inputs`, `encode_prompt` and
-    `maybe_free_model_hooks`; the last undo
-    removes them. `in_call` is False where a user calls `encode_prompt` directly. Pipelines without these methods
-    are left alone.
+    `maybe_free_model_hooks`; the last undo removes them. `in_call` is False where a user calls `encode_prompt`
+    directly. Pipelines without these methods are left alone.
     """
     return _join(pipe, "listeners", listener)
 

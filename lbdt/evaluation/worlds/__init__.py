@@ -62,13 +62,10 @@ class _Per:
     def __call__(self, **settings: Any) -> ConceptEraser:
         from lbdt.editors import ConceptEraser
 
-        unknown = sorted(set(settings) - {"padding", "source"})
+        unknown = sorted(set(settings) - set(ConceptEraser.SHOWN))
         if unknown:
-            raise TypeError(f"{', '.join(unknown)}: expected padding, source or neither")
-        eraser = ConceptEraser.from_pretrained(self.folder)
-        for name, value in settings.items():
-            setattr(eraser, name, value)
-        return eraser
+            raise TypeError(f"{', '.join(unknown)}: expected {', '.join(ConceptEraser.SHOWN)} or neither")
+        return ConceptEraser.from_pretrained(self.folder, **settings)
 
 
 class _Steering:

@@ -97,17 +97,10 @@ def _kind(name: str) -> Kind:
         name,
         sampling.steps,
         sampling.guidance,
-        partial(_per, name),
+        partial(canvas.load_eraser, name),
         partial(canvas.load_steering, name),
         STRENGTHS[name],
     )
-
-
-def _per(name: str, **settings: Any) -> Any:
-    eraser = canvas.load_eraser(name)
-    for key, value in settings.items():
-        setattr(eraser, key, value)
-    return eraser
 
 
 def _pipeline(device: torch.device) -> Any:
