@@ -20,12 +20,15 @@ from torch import Tensor
 
 from lbdt import canvas
 from lbdt.bench import machine
+from lbdt.editors import ConceptEraser
 from lbdt.files import write_file
 
 STYLES = ("Photo", "Sketch", "Neon")
 
 
-def pre_activations(pipe: Any, eraser: Any, objects: list[str], steps: int, seed: int) -> Iterator[tuple]:
+def pre_activations(
+    pipe: Any, eraser: ConceptEraser, objects: list[str], steps: int, seed: int
+) -> Iterator[tuple]:
     """(timestep, h [B * N, L]) of every UNet call on the prompts of these objects in three styles."""
     block = pipe.unet.get_submodule(eraser.hookpoint.removeprefix("unet."))
     seen: list[Tensor] = []
@@ -48,7 +51,7 @@ def pre_activations(pipe: Any, eraser: Any, objects: list[str], steps: int, seed
         handle.remove()
 
 
-def candidates(eraser: Any, timestep: Tensor, h: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def candidates(eraser: ConceptEraser, timestep: Tensor, h: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(h [C, L], value [C], owner [C]) of the candidates of each concept."""
     place = int(eraser.dictionary.nearest_bin(timestep.view(1)))
     for concept in eraser.concepts:

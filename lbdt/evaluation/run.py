@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lbdt.editors import UnetEditor
 from lbdt.evaluation.columns import Columns, Scorers, columns, figures, scored_clip, scored_vlm
 from lbdt.evaluation.design import Design
 from lbdt.evaluation.metrics.accuracy import average
@@ -220,12 +221,11 @@ class Evaluation:
             for editor in self._editors(plan):
                 unknown = sorted(set(self.concepts) - set(editor.concepts))
                 if unknown:
-                    what = "eraser" if hasattr(editor, "padding") else "steering"
-                    raise ValueError(f"kind {name}: its {what} does not know {', '.join(unknown)}")
+                    raise ValueError(f"kind {name}: its {editor.KIND} does not know {', '.join(unknown)}")
 
-    def _editors(self, plan: Plan) -> list[Any]:
+    def _editors(self, plan: Plan) -> list[UnetEditor]:
         """The eraser of a kind, and its baseline where it has one."""
-        editors = [plan.kind.per()]
+        editors: list[UnetEditor] = [plan.kind.per()]
         if plan.kind.steering is not None:
             swept = plan.strengths and self.sweep_seeds and self.world.judge is not None
             # Without a sweep that chooses one, it must have been saved with a strength.
@@ -246,7 +246,7 @@ class Evaluation:
         mine = tasks[self.processes.rank :: self.processes.size]
         missing = [task for task in mine if not task[0].has(task[1])]
         sizes = [len(each.series.batches(each.size)[index]) for each, index in missing]
-        editors: tuple[str, list[Any]] = ("", [])
+        editors: tuple[str, list[UnetEditor]] = ("", [])
         with tqdm(
             total=sum(sizes),
             desc=f"{label} ({self.processes.rank + 1}/{self.processes.size})",
