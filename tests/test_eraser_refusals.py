@@ -113,6 +113,7 @@ def test_sizes_must_agree():
 def test_damaged_folders_are_refused(tmp_path):
     def damaged(name):
         toy.eraser().save_pretrained(tmp_path / name)
+        (tmp_path / name / "digests.json").unlink()  # as of an older version: what it refuses comes first
         return tmp_path / name
 
     config = damaged("key") / "eraser.json"

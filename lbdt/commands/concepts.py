@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lbdt.editors import ConceptEraser, Steering
 
 
@@ -68,16 +66,9 @@ def _row(eraser: ConceptEraser, name: str) -> dict[str, Any]:
         "off": None,
     }
     if eraser.dictionary.histograms is not None:
-        rates = eraser.dictionary.detection_rates(selection)
-        row |= {"on": _mean(rates.on), "off": _mean(rates.off)}
+        rates = eraser.dictionary.detection_rates(selection).overall()
+        row |= dict(zip(("on", "off"), rates, strict=True))
     return row
-
-
-def _mean(rates: torch.Tensor) -> float | None:
-    """Of the most frequent latent of each bin [T, U]; None without any rate."""
-    best = rates.nan_to_num(-1.0).amax(dim=1)
-    best = best[best >= 0]
-    return float(best.mean()) if best.numel() else None
 
 
 def _percent(rate: float | None) -> str:
