@@ -8,7 +8,7 @@ of dead latents; ours also clips the gradient and looks for NaN, which sparsify'
 its own `SparseCoder` with what its trainer does around it; its first losses are compared with ours before anything is
 timed.
 
-Why training is not built on a library (platform.md, section 7): sparsify's and SAELens's trainers read language models'
+Why training is not built on a library: sparsify's and SAELens's trainers read language models'
 token streams and know no images, timesteps or labels; SAELens and dictionary-learning bring transformer-lens or nnsight;
 overcomplete (vision) needs torchvision, timm and OpenCV. None has BatchTopK on sharded maps, the supervised losses or a
 resume to the same bits. What they do well is kept: sparsify's file format, its AuxK and its fused-encoder idea.

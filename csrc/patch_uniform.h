@@ -1,7 +1,7 @@
 // The number of one patch, shared by csrc/cpu and csrc/cuda.
 //
 // Eq.: Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the words as in
-// method.md, "Detection mask, padding, replacement".
+// METHOD.md, 4.3.
 
 #pragma once
 

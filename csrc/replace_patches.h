@@ -1,7 +1,7 @@
 // Index arithmetic of replace_patches, shared by csrc/cpu and csrc/cuda: a test of one covers the lines of both.
 // A mask is kept as one bit a patch, 32 to a word; bits past the last patch are set, so they are never free.
 //
-// Eq.: method.md, "Detection mask, padding, replacement"; arXiv 2606.31699, section 3.
+// Eq.: METHOD.md, 4.1, 4.2 and 4.4; arXiv 2606.31699.
 
 #pragma once
 

@@ -14,6 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(path.stem for path in (ROOT / "lbdt/ops").glob("[a-z]*.py"))
 FILES = [p for folder in ("lbdt", "tests", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py"))]
 FILES += sorted((ROOT / "csrc").glob("*/*"))
+CITING = [
+    *FILES,
+    *(p for kind in ("csrc/*.h", "kernels/*/*.py", "benchmarks/*.sh") for p in sorted(ROOT.glob(kind))),
+]
+NUMBER = r"\d+(?:\.\d+)?"
+# In quotes it is the name of a file.
+CITATION = re.compile(rf"METHOD\.md(?!\")(?:, ({NUMBER}(?:(?:, | and | to ){NUMBER})*))?")
 
 
 def stems(folder: str, pattern: str = "[a-z]*.py") -> set[str]:
@@ -59,6 +66,40 @@ def test_an_op_has_the_parameters_of_its_reference(name):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_file_outgrows_four_hundred_lines(path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+def citations(text: str) -> list[list[str]]:
+    """The sections of every citation of METHOD.md, also of one that goes on in the next line of a comment."""
+    plain = re.sub(r"\s+(?:(?://|#)\s+)?", " ", text)
+    return [re.findall(NUMBER, match or "") for match in CITATION.findall(plain)]
+
+
+def test_a_citation_is_found_across_lines():
+    name = "METHOD" + ".md"
+    assert citations(f"({name}, 2.2 and 4)\n// {name},\n// 4.3.") == [["2.2", "4"], ["4.3"]]
+    assert citations(f"# {name}, 8.1 to\n# 8.3; see {name}") == [["8.1", "8.3"], []]
+
+
+def test_every_cited_document_is_in_the_repository():
+    missing = {
+        (str(path.relative_to(ROOT)), name)
+        for path in CITING
+        for name in re.findall(r"[\w./-]*\w\.md\b", path.read_text())
+        if not any((base / name).is_file() for base in (ROOT, ROOT / "lbdt", path.parent))
+    }
+    assert missing == set()
+
+
+def test_every_cited_section_of_the_method_is_there():
+    headings = re.findall(rf"^##+ ({NUMBER})\.? ", (ROOT / "lbdt/METHOD.md").read_text(), flags=re.MULTILINE)
+    assert len(set(headings)) == len(headings)
+    cited = {}
+    for path in CITING:
+        if path != Path(__file__).resolve():
+            for sections in citations(path.read_text()):
+                assert sections, f"{path}: cites METHOD.md without a section"
+                cited |= dict.fromkeys(sections, path)
+    assert len(cited) > 20 and {s: p for s, p in cited.items() if s not in headings} == {}
 
 
 def test_tolerances_come_from_the_one_table():

@@ -1,7 +1,7 @@
 // detect_patches on CPU tensors: what lbdt/reference/detect_patches.py computes, in float32.
 // Schema, checks and fake: lbdt/ops/_schema.py and lbdt/ops/detect_patches.py.
 //
-// Eq.: method.md, "The rank identity"; arXiv 2606.31699, section 3. With h = weight (x - minus) + bias,
+// Eq.: METHOD.md, 2.2; arXiv 2606.31699. With h = weight (x - minus) + bias,
 // m = max{ h_u : h_u > mu_u } over the watched latents of a patch and u* the latent that has it, the patch is
 // detected iff m > -inf and, for k > 0, #{ j != u* : h_j > m } < k.
 // 2 N U d flops for m, then 2 C L d for the C patches with m > -inf (candidates), less where counts reach k

@@ -1,7 +1,7 @@
 // encode_topk on CPU tensors: what lbdt/reference/encode_topk.py computes, in float32.
 // Schema, checks and fake: lbdt/ops/_schema.py and lbdt/ops/encode_topk.py.
 //
-// Eq.: method.md, "Activation functions", row topk; arXiv 2501.18052. With h = weight x + bias: the k
+// Eq.: METHOD.md, 2.4; arXiv 2501.18052. With h = weight x + bias: the k
 // largest h of a patch, largest first, with 0 for negative ones, and their latents. Of equal values the
 // smaller latent comes first, and NaN before all others, as in torch.topk. Neither the number of threads nor
 // the order in which they finish has a say: a product is always summed in the order of d, and the k largest

@@ -1,7 +1,7 @@
 // replace_patches on CUDA tensors: dilation, donor choice and copy in one launch, without a host read.
 // Schema, checks and fake: lbdt/ops/_schema.py and lbdt/ops/replace_patches.py.
 //
-// Eq.: method.md, "Detection mask, padding, replacement"; arXiv 2606.31699, section 3.
+// Eq.: METHOD.md, 4.1, 4.2 and 4.4; arXiv 2606.31699.
 // In place it reads and writes 2 * replaced * d * sizeof(element) bytes (6 * replaced * d for the mean of 5); the
 // functional op reads x and writes out once, 2 * B * N * d * sizeof(element); a block reads its image's N mask bytes
 // besides.

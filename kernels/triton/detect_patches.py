@@ -1,6 +1,6 @@
 """`lbdt::detect_patches` in Triton: two launches, no host sync, nothing of size N x L.
 
-Eq.: method.md, "The rank identity"; reference: lbdt/reference/detect_patches.py; arXiv 2606.31699, section 3.
+Eq.: METHOD.md, 2.2; reference: lbdt/reference/detect_patches.py; arXiv 2606.31699.
 """
 
 import torch

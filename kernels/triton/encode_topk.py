@@ -1,6 +1,6 @@
 """`lbdt::encode_topk` in Triton: encode and exact top-k in one pass over the dictionary, nothing of size N x L.
 
-Eq.: method.md, "Activation functions", row topk; reference: lbdt/reference/encode_topk.py; SAeUron, arXiv 2501.18052.
+Eq.: METHOD.md, 2.4; reference: lbdt/reference/encode_topk.py; SAeUron, arXiv 2501.18052.
 """
 
 import torch

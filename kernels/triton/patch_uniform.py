@@ -1,7 +1,7 @@
 """`lbdt::patch_uniform` in Triton: one launch.
 
-Eq.: method.md, "Detection mask, padding, replacement"; reference: lbdt/reference/patch_uniform.py; Salmon et al., "Parallel
-random numbers: as easy as 1, 2, 3", SC 2011.
+Eq.: METHOD.md, 4.3; reference: lbdt/reference/patch_uniform.py; Salmon et al., "Parallel random numbers: as
+easy as 1, 2, 3", SC 2011.
 """
 
 import torch

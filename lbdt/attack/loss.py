@@ -15,12 +15,12 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 class ReferenceLoss:
     """`MSE(prediction, target)` on `x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise`, x_0 the latent of a reference picture.
 
-    The target is what the UNet was trained to give at x_t: the noise, as published (protocols.md 4.1), and for
+    The target is what the UNet was trained to give at x_t: the noise, as published (METHOD.md, 8.7), and for
     v-prediction `sqrt(a_t) noise - sqrt(1 - a_t) x_0`, for sample prediction x_0. Only the conditional half runs.
 
     Whatever is attached to the pipeline takes part, and finds its thresholds by the timestep that the UNet is given,
     so they are those of the sampling. (The published script hands its hook a step index instead, which counts the
-    sampled timesteps upwards while the thresholds are stored downwards: protocols.md 4.1, "Quirk".)
+    sampled timesteps upwards while the thresholds are stored downwards.)
     """
 
     def __init__(self, pipe: Any, latent: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Prefix:
-    """k distributions over V tokens, found by Adam on a relaxation of one-hot vectors (protocols.md 4.1).
+    """k distributions over V tokens, found by Adam on a relaxation of one-hot vectors (METHOD.md, 8.7).
 
     Each step draws one token of each distribution, takes the loss there, hands its gradient straight through to the
     distribution (clipped to [-1, 1]), and projects the result on the simplex. It starts uniform, with the learning

@@ -42,7 +42,7 @@ _REFERENCE = 1_000_003
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the attack; the defaults are the published ones (protocols.md 4.1), but for the sampling."""
+    """Of the attack; the defaults are the published ones (METHOD.md, 8.7), but for the sampling."""
 
     tokens: int = 5
     """Of the prefix."""
@@ -128,7 +128,7 @@ class Outcome:
 
 
 class Search:
-    """UnlearnDiffAtk (Zhang et al., arXiv 2310.11868; protocols.md 4.1), mode text_grad, through an attached eraser.
+    """UnlearnDiffAtk (Zhang et al., arXiv 2310.11868; METHOD.md, 8.7), mode text_grad, through an attached eraser.
 
     First the prompt as it is: where the judge sees the concept, the eraser has failed without an attack. Else the
     timesteps one after another, each with some iterations of one optimiser, and after each (see `check_every`) a

@@ -15,7 +15,7 @@ PUBLISHED: tuple[tuple[str, float, float, float], ...] = tuple(
     for row in ATTACK
 )
 """Method, UA before, UA after, effectiveness, in percent: UnlearnCanvas, 1000 pairs, 5 tokens, 40 iterations (PER's
-project page, table 2; protocols.md 2.3). Another world than EmojiCanvas: not to be compared figure by figure."""
+project page, table 2; METHOD.md, 10.3). Another world than EmojiCanvas: not to be compared figure by figure."""
 
 
 @dataclass(frozen=True)

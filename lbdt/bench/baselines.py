@@ -1,6 +1,6 @@
 """What lbdt is compared with: the literal formula, the same compiled, and the published hooks' way.
 
-Written from descriptions of the published tools (method.md; Cassano et al., arXiv 2606.31699; Cywinski and
+Written from descriptions of the published tools (METHOD.md, 4; Cassano et al., arXiv 2606.31699; Cywinski and
 Deja, arXiv 2501.18052), not from their code.
 """
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 class Calibration:
     """Histograms of the M best-scoring latents of each concept and bin, over patches of the concept's own
-    prompts (`on`) and of all others (`off`): [C, T, M, K] int64, zero activations counted (method.md,
-    "Calibrated thresholds"). A concept's assigned latent is always a candidate: where it scores too low, in place of
+    prompts (`on`) and of all others (`off`): [C, T, M, K] int64, zero activations counted (METHOD.md,
+    3.4). A concept's assigned latent is always a candidate: where it scores too low, in place of
     the last.
     """
 

@@ -26,8 +26,7 @@ _DEFAULT_TOP_K = 2
 
 
 class ConceptDictionary:
-    """Which latents of an SAE carry a concept, per denoising timestep (method.md, "Concept-latent
-    dictionary").
+    """Which latents of an SAE carry a concept, per denoising timestep (METHOD.md, 3).
 
     Bins are keyed by timestep VALUE (what the UNet is called with), never by the number of a step, so another
     scheduler or number of steps finds its bins with `nearest_bin`.

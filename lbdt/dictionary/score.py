@@ -63,7 +63,7 @@ def score(
     seed: int = 0,
     progress: bool = True,
 ) -> ConceptDictionary:
-    """The dictionary of a site's activations (method.md, "Concept-latent dictionary"; SAeUron, arXiv 2501.18052).
+    """The dictionary of a site's activations (METHOD.md, 3; SAeUron, arXiv 2501.18052).
 
     One pass over the shards for the means, one for calibrated thresholds, and one over at most 64 shards for the bank;
     a `Generated` source runs the pipeline in each. Prompts without a label are left out everywhere. One shard is in

@@ -1,5 +1,4 @@
-"""First pass over the validation prompts: running sums of activations (method.md, "Concept-latent
-dictionary")."""
+"""First pass over the validation prompts: running sums of activations (METHOD.md, 3.1)."""
 
 from __future__ import annotations
 

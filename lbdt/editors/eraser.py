@@ -1,4 +1,4 @@
-"""`ConceptEraser`: Patch Embedding Replacement on a diffusers pipeline (arXiv 2606.31699, section 3)."""
+"""`ConceptEraser`: Patch Embedding Replacement on a diffusers pipeline (METHOD.md, 4; arXiv 2606.31699)."""
 
 from __future__ import annotations
 

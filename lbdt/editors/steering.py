@@ -1,4 +1,4 @@
-"""`Steering`: the three published rules that edit a UNet block's output by SAE latents (protocols.md, 3.1 to 3.4)."""
+"""`Steering`: the three published rules that edit a UNet block's output by SAE latents (METHOD.md, 5.1 to 5.4)."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ class Steering(Strengthened, UnetEditor):
     output), a = `dictionary.mean`, mu the selection's thresholds, c an image's concepts and i their latents selected
     at the bin of the timestep t:
 
-    - "saeuron" (SAeUron, arXiv 2501.18052; SAEmnesia, arXiv 2509.21379; protocols.md 3.1): where `z_i > mu_i(t)`,
+    - "saeuron" (SAeUron, arXiv 2501.18052; SAEmnesia, arXiv 2509.21379; METHOD.md, 5.1): where `z_i > mu_i(t)`,
       `z_i <- z_i * strength * a[c, t, i]`, decoded. Published strengths: -1 to -30; both guidance halves.
-    - "gsae" (Haerle et al., NeurIPS 2025; protocols.md 3.3): `x <- x + strength * ||x|| * sum_i D_i / ||D_i||` per
+    - "gsae" (Haerle et al., NeurIPS 2025; METHOD.md, 5.2): `x <- x + strength * ||x|| * sum_i D_i / ||D_i||` per
       patch, D the decoder's rows. Published strengths: -0.1 to -10; conditional half. For topk and topk_sigmoid SAEs.
-    - "sdxl" (Surkov et al., arXiv 2410.22366; protocols.md 3.4): `x <- x + strength * sum_i a[c, t, i] * D_i`.
+    - "sdxl" (Surkov et al., arXiv 2410.22366; METHOD.md, 5.3): `x <- x + strength * sum_i a[c, t, i] * D_i`.
 
     A latent that several concepts of an image own is edited once: by the concept whose factor (strength, times its a
     where the rule has one) is farthest from 0, under "saeuron" among those whose threshold it passes. The released

@@ -1,4 +1,4 @@
-"""`TextSteering`: Concept Steerers' rule, on the text encoder (Kim & Ghadiyaram; protocols.md 3.5)."""
+"""`TextSteering`: Concept Steerers' rule, on the text encoder (Kim & Ghadiyaram; METHOD.md, 5.5)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TextSteering(Strengthened):
 
     With x_c [N, d] the layer's state of the concept prompt's N tokens: `delta = strength * ReLU(h(x_c)) W_dec`, all
     latents, no top-k, no decoder bias. The conditional state becomes `x + delta`, the unconditional one `x - delta`,
-    token by token (protocols.md 3.5). Published: strength -0.5 for nudity, layer index 9 of SD 1.4's CLIP.
+    token by token (METHOD.md, 5.5). Published: strength -0.5 for nudity, layer index 9 of SD 1.4's CLIP.
 
     The report has one step, of timestep 0: its rows are the encoded texts, its patches their tokens, and those
     "detected" the tokens at which a latent of the concept prompt is active.

@@ -84,7 +84,7 @@ class Attack:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of SAEmnesia's table (protocols.md section 1.8); None where nothing is printed."""
+    """A row of SAEmnesia's table (METHOD.md, 10.4); None where nothing is printed."""
 
     method: str
     task: str
@@ -113,7 +113,7 @@ ERASURE = (
     Erasure("sdxl", "steering", 95.00, 5.00, None, 61.0, 50.0, 46.33),
     Erasure("sdxl", "per", 94.31, 53.41, None, 8.0, 73.86, 79.90, {"IRA": 35.41}),
 )
-"""Project page of PER, Table 1 (protocols.md section 2.2)."""
+"""Project page of PER, Table 1 (METHOD.md, 10.2)."""
 
 ATTACK = (
     Attack("saeuron", "steering", 83.7, 34.2, 49.5),
@@ -121,7 +121,7 @@ ATTACK = (
     Attack("saemnesia", "steering", 97.6, 57.5, 40.1),
     Attack("saemnesia", "per", 91.1, 56.2, 34.9),
 )
-"""Project page of PER, Table 2 (protocols.md section 2.3)."""
+"""Project page of PER, Table 2 (METHOD.md, 10.3)."""
 
 METHODS = (
     Method("ESD", "objects", 92.15, 55.78, 44.23, 64.05, 65.55, 17.8, 4.3),
@@ -138,4 +138,4 @@ METHODS = (
     Method("SAeUron", "styles", 95.80, 99.10, 99.40),
     Method("SAEmnesia", "styles", 96.60, 98.67, 99.30),
 )
-"""Project page and README of SAEmnesia (protocols.md section 1.8); the means were checked against the printed ones."""
+"""Project page and README of SAEmnesia (METHOD.md, 10.4); the means were checked against the printed ones."""

@@ -134,7 +134,7 @@ class Evaluation:
     def strength(self, kind: str) -> float | None:
         """The strength with the largest mean of UA, IRA and CRA on the sweep's pictures (of equal ones the
         weakest), one for all concepts. SAeUron's and SAEmnesia's are those of the mean of UA and IRA, one for
-        each concept (protocols.md 3.1). None: no baseline, no sweep or no judge; then the baseline is taken as
+        each concept (METHOD.md, 5.6). None: no baseline, no sweep or no judge; then the baseline is taken as
         it comes."""
         plan = self.plans[kind]
         best: tuple[float, float] | None = None

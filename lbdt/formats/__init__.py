@@ -1,6 +1,6 @@
 """Other projects' files: checkpoints, latents pickles and steering parameters, read without running any code.
 
-Layouts: protocols.md sections 3.1 to 3.5. Every reader refuses what it does not understand, by name.
+Layouts: METHOD.md, 7. Every reader refuses what it does not understand, by name.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""SAeUron's and SAEmnesia's steering parameters, `class_params.pth` {class: {percentile, multiplier}} (protocols.md
-3.1), and the same in JSON."""
+"""SAeUron's and SAEmnesia's steering parameters, `class_params.pth` {class: {percentile, multiplier}} (METHOD.md,
+7.4), and the same in JSON."""
 
 from __future__ import annotations
 

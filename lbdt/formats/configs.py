@@ -1,4 +1,4 @@
-"""Which project wrote a checkpoint folder, and its `cfg.json` as an `SAEConfig` (protocols.md 3.1 to 3.3)."""
+"""Which project wrote a checkpoint folder, and its `cfg.json` as an `SAEConfig` (METHOD.md, 7.1)."""
 
 from __future__ import annotations
 

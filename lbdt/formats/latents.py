@@ -1,7 +1,7 @@
 """SAeUron's and SAEmnesia's latents pickle, `cls_latents_dict_HOOKPOINT.pkl`, as a `ConceptDictionary`.
 
 The pickle is {class: array [samples, steps, latents]} (torch in SAeUron's own script, numpy elsewhere), float16, spatial
-means of the TopK activations (protocols.md 3.1). At 6.55 GB for 20 classes it is never held: samples are added up as
+means of the TopK activations (METHOD.md, 7.3). At 6.55 GB for 20 classes it is never held: samples are added up as
 they are read.
 """
 

@@ -1,4 +1,4 @@
-"""Checkpoints of sdxl-unbox and Concept Steerers: `config.json` + `state_dict.pth` (protocols.md 3.4, 3.5).
+"""Checkpoints of sdxl-unbox and Concept Steerers: `config.json` + `state_dict.pth` (METHOD.md, 7.2).
 
 `pre = W_enc (x - pre_bias) + latent_bias`, TopK then ReLU: lbdt's "topk" under other names. `mean.pt` and `std.pt`,
 which sdxl-unbox ships beside them, are statistics of the latents for its editing demo and are not read.

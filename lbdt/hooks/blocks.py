@@ -1,6 +1,6 @@
 """The diffusers hooks: on the timestep embedding, on the hooked block, and where needed on two more blocks.
 
-Only pre_forward and post_forward, as removing a hook with its own forward breaks others (platform.md, section 5).
+Only pre_forward and post_forward, as removing a hook with its own forward breaks others (METHOD.md, 9).
 No host sync and no count of calls: everything follows from the timestep that the UNet was called with.
 """
 

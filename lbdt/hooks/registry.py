@@ -2,7 +2,7 @@
 
 diffusers' own `HookRegistry.remove_hook` leaves `forward` in the instance's dict, disables a hook with a
 `new_forward` that was registered later on the module, and undoes whatever wrapped `forward` after it
-(platform.md, section 5).
+(METHOD.md, 9).
 """
 
 from __future__ import annotations

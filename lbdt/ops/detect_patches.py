@@ -24,9 +24,8 @@ def detect_patches(
     """Mask of the patches in which at least one enabled concept latent is detected.
 
     Latent u is detected on a patch iff its pre-activation `h_u` is above `thresholds[timestep_bin, u]` and,
-    for k > 0, fewer than k other latents of the dictionary have a strictly larger one. Eq.: method.md, "The
-    rank identity"; arXiv 2606.31699, section 3. Nothing of size N x L is held; without a candidate the
-    dictionary is not read.
+    for k > 0, fewer than k other latents of the dictionary have a strictly larger one. Eq.: METHOD.md, 2.2;
+    arXiv 2606.31699. Nothing of size N x L is held; without a candidate the dictionary is not read.
 
     Args:
         x: float32 | float16 | bfloat16 | float64, any strides.

@@ -20,7 +20,7 @@ def encode_topk(
 ) -> tuple[Tensor, Tensor]:  # [B, N, k], [B, N, k]
     """`ReLU(TopK_k(weight x + bias))` of every patch, largest first, without holding [B, N, L].
 
-    Eq.: method.md, "Activation functions", row topk (SAeUron, arXiv 2501.18052).
+    Eq.: METHOD.md, 2.4 (SAeUron, arXiv 2501.18052).
 
     Args:
         x: float32 | float16 | bfloat16 | float64, any strides.

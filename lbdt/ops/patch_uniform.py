@@ -18,9 +18,8 @@ def patch_uniform(
 ) -> Tensor:  # [B, patches]
     """Uniform numbers in [0, 1) from (seed, floor(timestep), guidance half, patch) alone, in any batch.
 
-    Eq.: method.md, "Detection mask, padding, replacement"; Philox4x32-10 of Salmon et al., SC 2011: the
-    seed's two words are the key, (patch, timestep, half, 0) the counter, the first word's upper 24 bits the
-    number.
+    Eq.: METHOD.md, 4.3; Philox4x32-10 of Salmon et al., SC 2011: the seed's two words are the key,
+    (patch, timestep, half, 0) the counter, the first word's upper 24 bits the number.
 
     Args:
         seeds: int64, one an image.

@@ -29,7 +29,7 @@ def replace_patches(
 ) -> tuple[Tensor, Tensor]:  # like x, [B, N]
     """Patch Embedding Replacement: the masked patches take embeddings of patches outside the mask.
 
-    Eq.: method.md, "Detection mask, padding, replacement"; arXiv 2606.31699, section 3.
+    Eq.: METHOD.md, 4.1, 4.2 and 4.4; arXiv 2606.31699.
 
     Args:
         x: float32 | float16 | bfloat16 | float64, any strides.

@@ -21,10 +21,10 @@ def detect_patches(
 ) -> Tensor:  # [B, N]
     """Mask of the patches in which an enabled latent is detected.
 
-    Eq. (method.md, "Activation functions"): latent u of patch p is detected iff `h_u > mu_u` and, for k > 0,
+    Eq. (METHOD.md, 2.1 and 2.2): latent u of patch p is detected iff `h_u > mu_u` and, for k > 0,
     `#{j != u : h_j > h_u} < k`, with `h = weight (x - minus) + bias`. Of the latents of a patch above their
     threshold only the largest needs the rank test, and it needs a count, so nothing of size N x L is held.
-    arXiv 2606.31699, section 3; the identity is ours.
+    arXiv 2606.31699; the identity is ours.
     """
     # Which patches need the rank test is data: elsewhere than on the CPU, reading it would wait for the device.
     select = x.device.type == "cpu"

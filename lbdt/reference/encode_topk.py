@@ -16,7 +16,7 @@ def encode_topk(
 ) -> tuple[Tensor, Tensor]:  # [B, N, k], [B, N, k]
     """`ReLU(TopK_k(weight x + bias))` of every patch, largest first, and the latents' indices.
 
-    Eq. (method.md, "Activation functions", row topk). Blocks of the dictionary are merged into a running
+    Eq. (METHOD.md, 2.4). Blocks of the dictionary are merged into a running
     top-k, so [B, N, L] is never held. Tied latents at the k-th place: any of them.
     """
     x = x.flatten(2)

@@ -16,7 +16,7 @@ def patch_uniform(
 ) -> Tensor:  # [B, patches]
     """Uniform float32 numbers in [0, 1), one a patch, from (seed, floor(timestep), half, patch) alone.
 
-    Eq. (method.md, "Detection mask, padding, replacement"): the first word of Philox4x32-10 with the seed's
+    Eq. (METHOD.md, 4.3): the first word of Philox4x32-10 with the seed's
     low and high words as key and (patch, timestep, half, 0) as counter; its upper 24 bits are the number.
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """

@@ -21,11 +21,11 @@ def replace_patches(
 ) -> tuple[Tensor, Tensor]:  # like x, [B, N]
     """`x` with the dilated mask overwritten by patches from outside it; and which were overwritten.
 
-    Eq. (method.md, "Detection mask, padding, replacement"): the mask grows by Chebyshev distance `padding`;
+    Eq. (METHOD.md, 4.1, 4.2 and 4.4): the mask grows by Chebyshev distance `padding`;
     then `src = free[floor(u * n_free)]` with `free` the image's patches outside, in order ("random"); or the
     patch of `free` at the smallest Euclidean grid distance ("nearest"); or the mean of the 5 nearest in
-    float32 ("mean"); ties go to the lowest index. A u outside of [0, 1), NaN included, picks an end. An image without free patches takes `bank[floor(u * M)]`,
-    or stays as it is when `bank` is None. arXiv 2606.31699, section 3.
+    float32 ("mean"); ties go to the lowest index. A u outside of [0, 1), NaN included, picks an end. An image without
+    free patches takes `bank[floor(u * M)]`, or stays as it is when `bank` is None. arXiv 2606.31699.
     """
     out = x.clone()
     replaced = replace_patches_(out, mask, u, height, width, padding, source, bank)

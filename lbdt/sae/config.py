@@ -33,7 +33,7 @@ class SAEConfig:
     """Latents kept per patch; needed by topk, topk_sigmoid and batch_topk (there the average), ignored
     otherwise."""
     activation: str = "topk"
-    """Activation at inference: topk | topk_sigmoid | relu | jumprelu | batch_topk (table of method.md)."""
+    """Activation at inference: topk | topk_sigmoid | relu | jumprelu | batch_topk (METHOD.md, 2.1)."""
     threshold: float | None = None
     """Of batch_topk: the pre-activation above which a latent is active."""
     update: bool = False
@@ -132,7 +132,7 @@ class SAEConfig:
         """A config from a parsed `cfg.json` (SAeUron's or lbdt's). `source` names the file in errors.
 
         A file without `activation` is SAeUron's: whatever it was trained with (`batch_topk` included),
-        inference is per-patch TopK (protocols.md 3.1).
+        inference is per-patch TopK (METHOD.md, 7.1).
 
         Raises:
             ValueError: not an object, an unknown or missing key, or a value that `SAEConfig` refuses.

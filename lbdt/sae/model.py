@@ -26,8 +26,8 @@ class SparseCode(NamedTuple):
 
 
 class SparseAutoencoder(nn.Module):
-    """`z = act(W_enc (x - b_dec) + b_enc)`, `x_hat = z W_dec + b_dec` (method.md, "Notation" and the table of
-    activation functions; arXiv 2606.31699 and SAeUron, arXiv 2501.18052).
+    """`z = act(W_enc (x - b_dec) + b_enc)`, `x_hat = z W_dec + b_dec` (METHOD.md, 1.2 and 2.1; arXiv 2606.31699 and
+    SAeUron, arXiv 2501.18052).
 
     Parameters carry the names of SAeUron's file: `encoder.weight [L, d]`, `encoder.bias [L]`, `W_dec [L, d]`,
     `b_dec [d]`, and for jumprelu `theta [L]`. A new autoencoder has tied weights with unit decoder rows.
@@ -108,7 +108,7 @@ class SparseAutoencoder(nn.Module):
         return self.decode(self.encode(x))
 
     def to_pre_activation(self, thresholds: Tensor, latents: Tensor) -> Tensor:
-        """Thresholds on activations, `z_i > mu`, as thresholds on pre-activations (the table of method.md).
+        """Thresholds on activations, `z_i > mu`, as thresholds on pre-activations (METHOD.md, 2.1).
 
         `thresholds` [T, U] (any leading shape), +inf where a latent is not selected; `latents` [U] int64.
         Returns float32 of the same shape, +inf staying +inf. For topk kinds the rank test `rank_i < rank_k`

@@ -1,4 +1,4 @@
-"""Which latent stands for which concept or style (protocols.md 3.2), and its file `assignment.json`."""
+"""Which latent stands for which concept or style (METHOD.md, 6.5), and its file `assignment.json`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Assignment:
 
     @classmethod
     def by_construction(cls, concepts: Sequence[str], styles: Sequence[str]) -> Assignment:
-        """Latent i for name i, concepts first, as G-SAE does (protocols.md 3.3)."""
+        """Latent i for name i, concepts first, as G-SAE does (METHOD.md, 6.4)."""
         names = [*concepts, *styles]
         places = {name: place for place, name in enumerate(concepts)}
         return cls(places, {name: names.index(name, len(concepts)) for name in styles})
@@ -61,7 +61,7 @@ def assign(
     concepts: Sequence[str],
     styles: Sequence[str] = (),
 ) -> Assignment:
-    """The unassigned name and free latent of the highest time-averaged score, again and again (protocols.md 3.2).
+    """The unassigned name and free latent of the highest time-averaged score, again and again (METHOD.md, 6.5).
 
     Concepts come before styles (their scores count 1 more). Equal scores: the earlier name, then the lower latent.
 

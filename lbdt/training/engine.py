@@ -53,8 +53,8 @@ def train(
 
     A new SAE has tied weights with unit decoder rows and `b_dec` at the geometric median of the first batch. Then
     Adam, learning rate decaying linearly to 0, gradient norm clipped at 1, and where `normalize_decoder` the decoder's
-    gradient kept orthogonal to its rows, which are renormalised (SAeUron's recipe, protocols.md 3.1, arXiv
-    2501.18052).
+    gradient kept orthogonal to its rows, which are renormalised (SAeUron's recipe, arXiv 2501.18052;
+    METHOD.md, 6.1).
 
     Activation topk: per-patch TopK or, where `sae_config.batch_topk`, BatchTopK (inference stays per patch, as in
     SAeUron). Activation batch_topk trains with BatchTopK and stores the mean smallest kept activation as threshold.

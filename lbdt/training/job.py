@@ -183,7 +183,7 @@ def identity(source: Source) -> str:
 
 
 def assignment_of(sae: SparseAutoencoder, source: Source, site: Site, progress: bool = False) -> Assignment:
-    """Latents for a source's concepts and styles by SAeUron's score, averaged over timesteps (protocols.md 3.1, 3.2).
+    """Latents for a source's concepts and styles by SAeUron's score, averaged over timesteps (METHOD.md, 6.5).
 
     Raises:
         ValueError: a source without labels, or a label without prompts.

@@ -88,10 +88,10 @@ class Ranked:
     """topk, batch_topk and topk_sigmoid: `reconstruction + auxk_alpha * AuxK + supervision`.
 
     Reconstruction, of the error e = x_hat - x:
-        fvu: sum e^2 / squared deviation of the batch (SAeUron, protocols.md 3.1).
-        mse: mean e^2 (SAEmnesia v1.6, 3.2).
-        scaled-mse: mean e^2 / variance of the first batch, as sdxl-unbox's trainer scales it (3.4).
-        relative: mean e^2 / (x^2 + 0.01 variance of the first batch), G-SAE's (3.3; its epsilon is not known).
+        fvu: sum e^2 / squared deviation of the batch (SAeUron; METHOD.md, 6.2).
+        mse: mean e^2 (SAEmnesia v1.6).
+        scaled-mse: mean e^2 / variance of the first batch, as sdxl-unbox's trainer scales it.
+        relative: mean e^2 / (x^2 + 0.01 variance of the first batch), G-SAE's (its epsilon is not known).
 
     AuxK (arXiv 2406.04093, appendix A.2): the most active dead latents predict the residual x - x_hat, a constant;
     squared error over the batch's squared deviation, times min(dead / auxk, 1). With scaled-mse it is over the

@@ -1,4 +1,4 @@
-"""The published recipes as data (protocols.md 3.1 to 3.4), and what this project changes for small worlds."""
+"""The published recipes as data (METHOD.md, 6.1), and what this project changes for small worlds."""
 
 from __future__ import annotations
 

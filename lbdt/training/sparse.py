@@ -116,7 +116,7 @@ def ranked_code(h: Tensor, k: int, *, batch_topk: bool = False, guess: float = 0
 
 
 def sigmoid_code(h: Tensor, k: int) -> Code:
-    """`sigmoid(TopK(h))`: all k entries of a row, whatever their sign (protocols.md 3.3)."""
+    """`sigmoid(TopK(h))`: all k entries of a row, whatever their sign (METHOD.md, 6.4)."""
     rows, cols, values = _largest(h, k)
     z = values.sigmoid()
     return Code(rows, cols, z, h.shape[0], z * (1 - z))

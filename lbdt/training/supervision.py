@@ -44,7 +44,7 @@ class Labelled(NamedTuple):
 class Supervision:
     """`weight * (assignment + decorrelation * correlation) + l1 * L1`, of pooled pre-activations v [S, A].
 
-    Variants (protocols.md 3.2, 3.3; BCE: binary cross-entropy, mean over images and latents):
+    Variants (METHOD.md, 6.3 and 6.4; BCE: binary cross-entropy, mean over images and latents):
         image: BCE with logits 8 (v / a - 1 / 2), a the first batch's mean kept pre-activation (for
             topk_sigmoid v + 4 and 4, see `SIGMOID_SPAN`). Ours, the default: where
             a concept is absent its latent goes silent (v <= 0), where present it becomes as large as those kept, so

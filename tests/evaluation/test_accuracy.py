@@ -40,7 +40,7 @@ def always(*_):
 
 
 def protocol(target, rows):
-    """protocols.md 1.5, word for word, of one request's rows (object, style or -1, seen object, seen style)."""
+    """METHOD.md, 8.3, word for word, of one request's rows (object, style or -1, seen object, seen style)."""
 
     def accuracy(pairs):
         return sum(wanted == seen for wanted, seen in pairs) / len(pairs)
@@ -128,7 +128,7 @@ def test_a_sample_of_others_stands_for_all_of_them(sampled):
 
 
 def test_shares_are_of_what_was_really_scored():
-    """protocols.md 1.5: the published script once divided by the planned number of pictures."""
+    """METHOD.md, 8.3: the published script once divided by the planned number of pictures."""
     rows = grid(2, lambda thing, style: style == 0, of=[(2, 0), (2, 1), (2, 2), (0, 0), (0, 1), (1, 0)])
     got = score(rows)[2]
     assert got.pictures == 6

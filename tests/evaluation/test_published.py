@@ -1,8 +1,13 @@
 """Published figures: they agree with themselves but for the two misprints."""
 
+from pathlib import Path
+
 import pytest
 
+import lbdt
 from lbdt.evaluation import published
+
+METHOD = (Path(lbdt.__file__).parent / "METHOD.md").read_text()
 
 
 def named(row):
@@ -54,3 +59,16 @@ def test_the_average_of_a_method_is_the_printed_one(row):
         assert row.task == "styles"
     else:
         assert abs(row.average - row.printed_average) <= 0.01
+
+
+@pytest.mark.parametrize("row", published.ERASURE, ids=named)
+def test_the_method_has_the_same_figures_of_erasure(row):
+    cra = "-" if row.CRA is None else f"{row.CRA:.2f}"
+    figures = [f"{row.UA:.2f}", f"{row.IRA:.2f}", cra, f"{row.AR:.1f}", f"{row.printed_global_average:.2f}"]
+    assert f"| {' | '.join([row.pipeline, row.method, *figures])} |" in METHOD
+
+
+@pytest.mark.parametrize("row", published.ATTACK, ids=named)
+def test_the_method_has_the_same_figures_of_the_attack(row):
+    figures = [f"{figure:.1f}" for figure in (row.before, row.after, row.printed_drop)]
+    assert f"| {' | '.join([row.pipeline, row.method, *figures])} |" in METHOD

@@ -1,6 +1,6 @@
 """Small files in the layouts that other projects publish: `python -m tests.formats.fixtures DIR` writes one of each.
 
-Layouts from protocols.md 3.1 to 3.5, written without lbdt.
+Layouts of METHOD.md, 7, written without lbdt.
 """
 
 import json

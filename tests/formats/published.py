@@ -1,4 +1,4 @@
-"""What the projects' own loaders do, written from the published descriptions (protocols.md 3.1 to 3.5), without lbdt.
+"""What the projects' own loaders do, written from the published descriptions (METHOD.md, 7.1 and 7.2), without lbdt.
 
 Each returns pre-activations [n, N], the dense code [n, N] and the reconstruction [n, D] of `x` [n, D].
 """

@@ -1,4 +1,4 @@
-"""detect_patches on real numbers: every backend decides alike wherever rounding cannot (method.md, "Ties")."""
+"""detect_patches on real numbers: every backend decides alike wherever rounding cannot (METHOD.md, 2.3)."""
 
 import hypothesis.strategies as st
 import torch

@@ -39,7 +39,7 @@ def pre_activations(x, weight, bias, minus=None):
 
 
 def literal(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None):
-    """What the published tools do, with the tie rule of method.md: all tied latents are kept."""
+    """What the published tools do, with the tie rule of METHOD.md, 2.3: all tied latents are kept."""
     h = pre_activations(x, weight, bias, minus)
     if k == 0:
         kept = torch.ones_like(h, dtype=torch.bool)

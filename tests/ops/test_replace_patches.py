@@ -23,7 +23,7 @@ def dilated(mask, H, W, padding):
 
 
 def literal(x, mask, u, height, width, padding=0, source="random", bank=None):
-    """method.md, "Detection mask, padding, replacement", patch by patch, in float64 on the CPU."""
+    """METHOD.md, 4.1, 4.2 and 4.4, patch by patch, in float64 on the CPU."""
     x, mask, u, bank = (None if t is None else t.cpu() for t in (x, mask, u, bank))
     flat = x.flatten(2).double()
     out, replaced = flat.clone(), torch.zeros_like(mask)

@@ -108,7 +108,7 @@ def test_decode_is_the_dense_product(activation):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_detection_equals_the_test_on_pre_activations(activation):
-    """z_i > mu_i iff h_i > to_pre_activation(mu)_i and rank_i < k, for every kind (table of method.md)."""
+    """z_i > mu_i iff h_i > to_pre_activation(mu)_i and rank_i < k, for every kind (METHOD.md, 2.1)."""
     sae = make(activation)
     x = torch.randn(400, D)
     h = sae.pre_activations(x)

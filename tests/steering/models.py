@@ -1,4 +1,4 @@
-"""SAEs and dictionaries for the steering tests, and the released hook written out from protocols.md 3.1 and 6."""
+"""SAEs and dictionaries for the steering tests, and the released hook written out from METHOD.md, 5.1."""
 
 import torch
 
@@ -71,7 +71,7 @@ def maps(rows: int, seed: int = 0) -> torch.Tensor:
 
 
 def dense_code(sae: SparseAutoencoder, patch: torch.Tensor) -> torch.Tensor:
-    """z [L] of one patch [d]: the table of method.md, term by term."""
+    """z [L] of one patch [d]: METHOD.md, 2.1, term by term."""
     h = sae.encoder.weight @ (patch - sae.b_dec) + sae.encoder.bias
     kind = sae.config.activation
     if kind in ("topk", "topk_sigmoid"):

@@ -26,7 +26,7 @@ def unlearning(
     seen_styles: Tensor | None,
     count: int,
 ) -> dict[int, Unlearning]:
-    """UA, IRA and CRA of every erased concept (protocols.md 1.5, SAeUron's protocol), by concept.
+    """UA, IRA and CRA of every erased concept (METHOD.md, 8.3; SAeUron's protocol), by concept.
 
     - UA: 100 minus the accuracy of the object classifier on pictures whose prompt names the erased concept.
     - IRA: its accuracy on those of every other object, averaged over the objects.
@@ -81,7 +81,7 @@ def average(scores: list[float | None]) -> float | None:
 def global_average(
     ua: float | None, ira: float | None, cra: float | None, artifact_rate: float | None
 ) -> float | None:
-    """GA: the mean of UA, IRA, CRA and 100 - AR, without CRA where there is none (protocols.md 2.2: that
+    """GA: the mean of UA, IRA, CRA and 100 - AR, without CRA where there is none (METHOD.md, 8.4: that
     reproduces all eight published rows); None where one of the other three is missing."""
     if ua is None or ira is None or artifact_rate is None:
         return None

@@ -1,5 +1,5 @@
-"""How far an edit moves a block's activations from the unedited model's (protocols.md, 2.1: the out-of-distribution
-figure of arXiv 2606.31699).
+"""How far an edit moves a block's activations from the unedited model's (METHOD.md, 8.5; after the
+out-of-distribution figure of arXiv 2606.31699).
 
 Rows are patches of a block's output, as `lbdt.evaluation.watch.Watch` keeps them. Sizes: n, m rows, d dimensions.
 """

@@ -1,6 +1,6 @@
 """Artifact rate by a vision-language model: Qwen2-VL is asked one yes/no question of every picture.
 
-The paper's rate ("Qwen2-VL-7B", protocols.md 2.4) came from a prompt, a way of reading the answers and a set of pictures
+The paper's rate ("Qwen2-VL-7B", METHOD.md, 8.4) came from a prompt, a way of reading the answers and a set of pictures
 that are not published. `QUESTION` and `parse_answer` are ours, and no rate of theirs is comparable with the paper's.
 """
 

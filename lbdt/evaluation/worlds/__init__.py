@@ -15,7 +15,7 @@ PathOrRepo = str | os.PathLike[str]
 
 _SAEURON = (-1.0, -5.0, -10.0, -15.0, -20.0, -25.0, -30.0)
 STRENGTHS = {"saeuron": _SAEURON, "saemnesia": _SAEURON, "gsae": (-5.0, -4.0, -3.0, -2.0, -1.5)}
-"""The published grids of the steering sweep, by kind (protocols.md 3.1 to 3.3)."""
+"""The published grids of the steering sweep, by kind (METHOD.md, 5.1 and 5.2)."""
 
 
 def saved_kinds(

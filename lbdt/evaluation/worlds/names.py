@@ -1,4 +1,4 @@
-"""The class names of UnlearnCanvas, in the index order of its classifiers (protocols.md 1.1), and its prompts (1.2)."""
+"""The class names of UnlearnCanvas, in the index order of its classifiers, and its prompts (METHOD.md, 8.1)."""
 
 from __future__ import annotations
 

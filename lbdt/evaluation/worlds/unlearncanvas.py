@@ -1,5 +1,5 @@
-"""The published UnlearnCanvas protocol as an evaluation's world (protocols.md 1): SD 1.5 fine-tuned on "style50", 20
-objects, 50 styles, two ViT classifiers."""
+"""The published UnlearnCanvas protocol as an evaluation's world (METHOD.md, 8.1 to 8.3): SD 1.5 fine-tuned on
+"style50", 20 objects, 50 styles, two ViT classifiers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def unlearncanvas(
       in 50 styles and in none; `PHOTO` is never asked for.
     - task "style": `objects` are the 50 styles, `styles` the 20 objects. A seed has the 1000 styled prompts, as every
       picture needs a style to be scored. A picture that the classifier calls `PHOTO` is of object -1: none of them.
-      Then UA and IRA of the evaluation are style accuracies and its CRA the object accuracy (protocols.md 1.6).
+      Then UA and IRA of the evaluation are style accuracies and its CRA the object accuracy (METHOD.md, 8.3).
 
     Args:
         base: diffusers folder or Hub repository of the fine-tuned model.

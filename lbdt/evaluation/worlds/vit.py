@@ -1,5 +1,5 @@
-"""UnlearnCanvas' classifiers: timm's `vit_large_patch16_224.augreg_in21k` with a head of 51 or 20 outputs (protocols.md
-1.4), computed by transformers' ViT, so that neither timm nor torchvision is needed."""
+"""UnlearnCanvas' classifiers: timm's `vit_large_patch16_224.augreg_in21k` with a head of 51 or 20 outputs
+(METHOD.md, 8.2), computed by transformers' ViT, so that neither timm nor torchvision is needed."""
 
 from __future__ import annotations
 
