@@ -1,5 +1,5 @@
 """Keeps the figures of a finished `lbdt evaluate`: `python -m benchmarks.evaluation FOLDER` copies values.json, table.csv, the
-trade-off plot and a grid of pictures to `benchmarks/results/evaluation`, and prints the README's tables."""
+trade-off plot and a grid of pictures to `benchmarks/results/evaluation`, and prints the table of README.md and those of benchmarks/README.md."""
 
 from __future__ import annotations
 
@@ -14,6 +14,40 @@ from lbdt.files import write_files
 
 RESULTS = Path(__file__).resolve().parent / "results/evaluation"
 KEPT = ("values.json", "times.json", "table.csv", "plots/tradeoff.svg", "plots/grid-saeuron.png")
+ABOUT = {
+    "saeuron": "TopK SAE, the best latents by score",
+    "saemnesia": "the same, fine-tuned: one latent a concept",
+    "gsae": "sigmoid SAE, trained with labels: latent i for concept i",
+    "sdxl": "TopK SAE, as for SDXL Turbo: 4 steps, no guidance",
+}
+SHORT = {
+    "UA": "object gone (UA)",
+    "IRA": "others kept (IRA)",
+    "CRA": "style kept (CRA)",
+    "AR": "artifacts (AR)",
+    "GA": "overall (GA)",
+}
+
+
+def short_lines(values: Mapping[str, Any]) -> list[str]:
+    """A row a pipeline, in Markdown: PER's means, and in brackets steering's."""
+    rows = [_line(["pipeline", *SHORT.values()]), _line(["---"] * (len(SHORT) + 1))]
+    for name, kind in cells.kinds_of(values).items():
+        per, steering = (cells.main_row(kind, method) for method in ("per", "steering"))
+        figures = [
+            f"{cells.number(cells.mean_of(per, metric), metric)} ({cells.number(cells.mean_of(steering, metric), metric)})"
+            for metric in SHORT
+        ]
+        rows.append(_line([f"`{name}`: {ABOUT[name]}" if name in ABOUT else f"`{name}`", *figures]))
+    return rows
+
+
+def others_line(values: Mapping[str, Any]) -> str:
+    """The lowest and the highest artifact rate of PER among the pictures of other objects."""
+    rates = [
+        cells.mean_of(cells.main_row(kind, "per"), "AR others") for kind in cells.kinds_of(values).values()
+    ]
+    return f"{min(rates):.0f} to {max(rates):.0f} %"
 
 
 def main_lines(values: Mapping[str, Any]) -> list[str]:
@@ -128,7 +162,14 @@ def main() -> None:
     folder = parser.parse_args().folder
     values = read_values(folder)
     write_files(RESULTS, {Path(name).name: (folder / name).read_bytes() for name in KEPT})
-    parts = [main_lines(values), style_lines(values), sweep_lines(values), inside_lines(values)]
+    parts = [
+        short_lines(values),
+        [others_line(values)],
+        main_lines(values),
+        style_lines(values),
+        sweep_lines(values),
+        inside_lines(values),
+    ]
     parts += [settings_lines(values, "padding"), settings_lines(values, "sources"), together_lines(values)]
     print("\n\n".join("\n".join(part) for part in parts))
 

@@ -1,9 +1,10 @@
-"""The README's examples."""
+"""The README and the other documents: their examples run, their links lead somewhere, their figures are those of the results."""
 
 import json
 import re
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from benchmarks import attack, evaluation, pipelines
@@ -14,42 +15,99 @@ from lbdt.evaluation.report import cells
 from lbdt.evaluation.report.table import csv_text
 from lbdt.evaluation.report.write import read_values
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+ROOT = Path(__file__).resolve().parents[1]
+README, MEASURED = ROOT / "README.md", ROOT / "benchmarks/README.md"
+EVALUATION = ROOT / "lbdt/evaluation/README.md"
+FOLDERS = ("*.md", "benchmarks/*.md", "kernels/*.md", "lbdt/**/*.md")
+DOCUMENTS = [path for pattern in FOLDERS for path in sorted(ROOT.glob(pattern))]
+every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def examples(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
+def run(example: str, path: Path) -> dict:
+    values = {}
+    exec(compile(example, str(path), "exec"), values)
+    return values
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 130
 
 
 def test_the_emojicanvas_example_erases_the_cat(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(compile(EXAMPLES[0], str(README), "exec"), {})
+    run(examples(README)[0], README)
     (objects, styles) = canvas.classify([Image.open(tmp_path / "no-cat.png")])
     assert canvas.OBJECTS[int(objects)] != "Cats" and canvas.STYLES[int(styles)] == "Sketch"
     assert "timestep" in capsys.readouterr().out
 
 
+def test_the_stable_diffusion_example_runs_on_emojicanvas_s_files():
+    example = examples(README)[1]
+    for words, others in (
+        ('"style50"', repr(str(canvas.WEIGHTS / "pipeline"))),
+        ('"eraser"', repr(str(canvas.WEIGHTS / "eraser-saeuron"))),
+        ("torch.float16", "torch.float32"),
+        ('"cuda"', '"cpu"'),
+        ("pipe(prompts)", "pipe(prompts, num_inference_steps=2)"),
+    ):
+        assert example.count(words) == 1, words
+        example = example.replace(words, others)
+    values = run(example, README)
+    assert len(values["images"]) == len(values["prompts"]) == 3
+    assert len(values["eraser"].report().steps) == 2
+
+
 def test_the_steering_example_steers(capsys):
-    exec(compile(EXAMPLES[2], str(README), "exec"), {})
+    run(examples(EVALUATION)[0], EVALUATION)
     assert "steering: rule saeuron, strength -5.0" in capsys.readouterr().out
 
 
-def test_every_example_is_python():
-    assert len(EXAMPLES) == 3
-    for example in EXAMPLES:
-        compile(example, str(README), "exec")
+def test_every_example_is_run_above():
+    assert {path: len(examples(path)) for path in DOCUMENTS if examples(path)} == {README: 2, EVALUATION: 1}
 
 
-def test_every_linked_file_is_there():
-    links = re.findall(r"\]\(([^)#]+)\)", README.read_text())
-    assert (
-        links and [link for link in links if "://" not in link and not (README.parent / link).exists()] == []
-    )
+@every_document
+def test_every_link_leads_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        name, _, heading = link.partition("#")
+        if "://" in link:
+            continue
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
-def test_its_figures_of_the_four_pipelines_are_those_of_the_linked_results():
-    text = README.read_text()
-    result = json.loads((README.parent / "benchmarks/results/pipelines.json").read_text())
+def test_the_readme_links_to_every_document():
+    linked = {(README.parent / link).resolve() for link in re.findall(r"\]\(([^)#]+)\)", README.read_text())}
+    hidden = {path for path in DOCUMENTS if "weights" not in path.parts} - linked - {README}
+    assert hidden == set()
+
+
+def test_its_table_is_that_of_the_linked_evaluation():
+    text = " ".join(README.read_text().split())
+    values = json.loads((evaluation.RESULTS / "values.json").read_text())
+    lines = evaluation.short_lines(values)
+    assert len(lines) == 2 + len(canvas.KINDS) and "\n".join(lines) in README.read_text()
+    assert f"{evaluation.others_line(values)} of the pictures of other objects" in text
+    name = re.search(r"\]\((results/cpu[\w-]+\.json)\)", MEASURED.read_text())[1]
+    rows = json.loads((MEASURED.parent / name).read_text())["rows"]
+    (row,) = (r for r in rows if (r["op"], r["shape"], r["share"]) == ("hook", "sd15-b1", 0.1))
+    ours, theirs = (table._ms(row["versions"][version]["own_ms"]) for version in ("ours", "published"))
+    assert f"the hook takes {ours} ms a step, the published hooks' way {theirs} ms" in text
+
+
+def test_the_figures_of_the_four_pipelines_are_those_of_the_linked_results():
+    text = MEASURED.read_text()
+    result = json.loads((MEASURED.parent / "results/pipelines.json").read_text())
     assert all(line in text for line in pipelines.lines(result["pipelines"]))
-    (name,) = re.findall(r"\]\((benchmarks/results/train-vs-sparsify[\w-]+\.json)\)", text)
-    for row in json.loads((README.parent / name).read_text())["rows"]:
+    (name,) = re.findall(r"\]\((results/train-vs-sparsify[\w-]+\.json)\)", text)
+    for row in json.loads((MEASURED.parent / name).read_text())["rows"]:
         times = {version: f"{1e3 * seconds:.0f}" for version, seconds in row["seconds"].items()}
         size = ", ".join(str(row["size"][key]) for key in ("d", "latents", "k", "rows"))
         cells = [size, f"{row['dead_share']:.0%}", times["sparsify"], times["ours"]]
@@ -57,9 +115,9 @@ def test_its_figures_of_the_four_pipelines_are_those_of_the_linked_results():
         assert f"| {' | '.join(cells)} |" in text
 
 
-def test_its_benchmark_figures_are_those_of_the_linked_result():
-    name = re.search(r"\]\((benchmarks/results/cpu[\w-]+\.json)\)", README.read_text())[1]
-    result = json.loads((README.parent / name).read_text())
+def test_the_benchmark_figures_are_those_of_the_linked_result():
+    name = re.search(r"\]\((results/cpu[\w-]+\.json)\)", MEASURED.read_text())[1]
+    result = json.loads((MEASURED.parent / name).read_text())
     measured = {(row["op"], row["shape"], row["share"], row["variant"]): row for row in result["rows"]}
     for share in (0.0, 0.01, 0.1, 0.5, 1.0):
         row = measured["hook", "sd15-b1", share, ""]
@@ -67,7 +125,7 @@ def test_its_benchmark_figures_are_those_of_the_linked_result():
             table._ms(row["versions"][version]["own_ms"]) for version in ("published", "compiled", "ours")
         ]
         cells = [f"{share:.0%}", *times, f"{row['ratio']['published']:.3g}x", f"{row['times_the_floor']:.3g}"]
-        assert f"| {' | '.join(cells)} |" in README.read_text()
+        assert f"| {' | '.join(cells)} |" in MEASURED.read_text()
     for key, baseline, label in (
         (("detect_patches", "sd15-b1", 0.1, ""), "literal", "`detect_patches`, 10 %"),
         (("encode_topk", "sd15-b1", None, ""), "literal", "`encode_topk`"),
@@ -81,11 +139,11 @@ def test_its_benchmark_figures_are_those_of_the_linked_result():
         row = measured[key]
         times = [table._ms(row["versions"][version]["own_ms"]) for version in (baseline, "ours")]
         cells = [label, *times, f"{row['ratio'][baseline]:.3g}x", f"{row['times_the_floor']:.3g}"]
-        assert f"| {' | '.join(cells)} |" in README.read_text(), label
+        assert f"| {' | '.join(cells)} |" in MEASURED.read_text(), label
 
 
-def test_its_erasure_figures_are_those_of_the_linked_evaluation():
-    text = README.read_text()
+def test_the_erasure_figures_are_those_of_the_linked_evaluation():
+    text = MEASURED.read_text()
     values = read_values(evaluation.RESULTS)
     about = values["about"]
     assert list(values["kinds"]) == list(canvas.KINDS) and not about["dirty"] and not about["quick"]
@@ -115,10 +173,19 @@ def test_per_beats_steering_in_the_linked_evaluation():
         assert wins >= 3, metric
 
 
-def test_its_figures_of_the_attack_are_those_of_the_linked_result():
-    result = json.loads((README.parent / "benchmarks/results/attack.json").read_text())
+def test_the_figures_of_the_attack_are_those_of_the_linked_result():
+    result = json.loads((MEASURED.parent / "results/attack.json").read_text())
     lines = attack.lines(result["runs"])
-    assert len(lines) == 6 and "\n".join(lines) in README.read_text()
+    assert len(lines) == 6 and "\n".join(lines) in MEASURED.read_text()
     for run in result["runs"]:
         outcomes = [Outcome.from_dict(outcome) for outcome in run["outcomes"]]
         assert summarise(outcomes).to_dict() == run["summary"]
+
+
+def test_the_figures_of_the_early_stop_are_those_of_the_linked_result():
+    result = json.loads((MEASURED.parent / "results/early-stop.json").read_text())
+    own, mean, counts = (f"{read:.0f}" for read in result["mean_read"].values())
+    text = " ".join(MEASURED.read_text().split())
+    assert f"{result['refuted'] / result['candidates']:.0%}".replace("%", " %") + " of the candidates" in text
+    assert f"{own} of {result['latents']:,} latents in the SAE's own order, {mean} by mean" in text
+    assert f"activation, {counts} by firing counts" in text
