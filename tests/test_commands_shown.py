@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import os
+import pickle
 import re
 import runpy
 import shlex
@@ -24,7 +25,7 @@ import typer
 from typer.testing import CliRunner
 
 from lbdt import cli
-from lbdt.editors import Steering
+from lbdt.editors import ConceptEraser, Steering
 from lbdt.evaluation.worlds.names import OBJECTS, THEMES
 from tests import toy
 from tests.evaluation.test_clip import tiny_clip
@@ -39,6 +40,7 @@ PROGRAMS = r"lbdt [a-z]+|torchrun|python -m|accelerate launch [^`]*-m|pip instal
 
 PUT = {
     "DIR_OR_HUB": "pipe",
+    "bcywinski/SAeUron": "SAeUron",
     "unet.up_blocks.1.attentions.1": toy.HOOKPOINT,
     "style50": "pipe512",
     "saeuron=DIR": "saeuron=known",
@@ -62,8 +64,11 @@ SMALL = {
     "--out activations": "--steps 2 --device cpu",
     "lbdt train --recipe saeuron --activations activations --out sae": TRAIN,
     "lbdt score --sae sae --site unet.up_blocks.1.attentions.1 --activations activations --out dictionary": "--device cpu",
-    "lbdt assemble --sae sae --dictionary dictionary --hookpoint unet.up_blocks.1.attentions.1 --top-k 2 --out eraser": "",
-    "lbdt erase 'a cat on a sofa' --concept Cats --model DIR_OR_HUB --eraser eraser": "--steps 2 --device cpu",
+    "lbdt convert bcywinski/SAeUron --hookpoint unet.up_blocks.1.attentions.1 --out sae": "",
+    "lbdt assemble --sae sae --dictionary dictionary --hookpoint unet.up_blocks.1.attentions.1 --percentile 99.99 --out "
+    "eraser": "",
+    "lbdt erase 'An image of Cats in Sketch style.' --concept Cats --model style50 --eraser eraser --steps 100 --guidance "
+    "9": "--steps 2 --device cpu",
     "lbdt evaluate": CANVAS,
     "lbdt evaluate --quick": CANVAS,
     "lbdt evaluate --out '$W/evaluation'": CANVAS,
@@ -71,13 +76,12 @@ SMALL = {
     "style50_cls.pth --style-classifier style50.pth": f"{ONE} --seed 188 --steps 2 --out unlearncanvas",
     "lbdt evaluate --world prompts.jsonl --model DIR_OR_HUB --eraser DIR --clip openai/clip-vit-large-patch14 --vlm "
     "Qwen/Qwen2-VL-7B-Instruct --nudity saemnesia": f"{ONE} --seed 0 --steps 2 --out mine",
-    "lbdt convert cls_latents_dict_unet.up_blocks.1.attentions.1.pkl --out dictionary": "--timesteps 999,700,400,100,0",
+    "lbdt convert cls_latents_dict_unet.up_blocks.1.attentions.1.pkl --out dictionary": "--timesteps 999,666,333,1",
     "lbdt train --stream": f"--recipe saeuron --model pipe --prompts prompts.jsonl --site {toy.HOOKPOINT} --out streamed "
     f"--sampling-steps 2 {TRAIN}",
     "lbdt erase ... --method steering": ERASE,
     "lbdt attack": ATTACK,
     "lbdt attack --quick": ATTACK,
-    "lbdt bench": BENCH,
     "lbdt bench --threads 2": BENCH,
     "torchrun --nproc_per_node N -m lbdt collect ...": f"--model pipe --prompts prompts.jsonl --site {toy.HOOKPOINT} "
     "--out shared --steps 2 --device cpu",
@@ -90,6 +94,8 @@ SMALL = {
 PARSED = (
     "python -m benchmarks.train_vs_sparsify --sparsify DIR",
     "python -m benchmarks.faults",
+    "python -m benchmarks.evaluation FOLDER",
+    "python -m benchmarks.sanitize --asan --fuzz-cases 10000",
     "python -m lbdt.canvas.train vae --work '$W'",
     "python -m lbdt.canvas.train latents --work '$W' --count 9000",
     "python -m lbdt.canvas.train unet --work '$W'",
@@ -111,6 +117,9 @@ ELSEWHERE = {
     "pip install --no-build-isolation .": "tests/test_packaging.py",
     "python -m benchmarks.early_stop": "tests/test_benchmarks.py",
     "pytest tests/kernels -s": "tests/kernels",
+    ".ci/versions": "tests/test_packaging.py",
+    ".ci/test --misaligned": "tests/misaligned",
+    ".ci/test --fuzz-cases 10000 -m fuzz": "tests/fuzz",
     "benchmarks/gpu.sh": "tests/test_benchmarks.py",  # its syntax: there is no GPU
 }
 
@@ -140,7 +149,7 @@ def helps() -> list[str]:
     return texts
 
 
-README = blocks(ROOT / "README.md")
+README, EVALUATION = blocks(ROOT / "README.md"), blocks(ROOT / "lbdt/evaluation/README.md")
 INLINE = [
     span for page in PAGES for span in spans(re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
 ]
@@ -149,7 +158,7 @@ SHOWN = dict.fromkeys(
     + INLINE
     + [span for text in helps() for span in spans(text)]
 )
-IN_A_BLOCK = {line for block in README for line in block}
+IN_A_BLOCK = {line for block in (*README, *EVALUATION) for line in block}
 
 
 def test_every_command_line_that_is_shown_is_in_the_table():
@@ -157,7 +166,18 @@ def test_every_command_line_that_is_shown_is_in_the_table():
     assert len(rows) == len(set(rows))
     assert sorted(set(SHOWN) - set(rows)) == [], "shown, but not run"
     assert sorted(set(rows) - set(SHOWN)) == [], "run, but not shown"
-    assert all((ROOT / place).exists() for place in ELSEWHERE.values()) and len(README) == 5
+    assert all((ROOT / place).exists() for place in ELSEWHERE.values()) and len(README) == 3
+
+
+def released(root: Path, eraser: ConceptEraser) -> None:
+    """An eraser's SAE and means in the files that SAeUron publishes and writes."""
+    folder, sizes = root / "SAeUron" / toy.HOOKPOINT, eraser.sae.config
+    eraser.sae.save_pretrained(folder)
+    config = fixtures.SAEURON | {"d_in": sizes.d_in, "num_latents": sizes.num_latents}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    means = zip(eraser.concepts, eraser.dictionary.mean.half().unsqueeze(1).numpy(), strict=True)
+    pickle_file = root / "cls_latents_dict_unet.up_blocks.1.attentions.1.pkl"
+    pickle_file.write_bytes(pickle.dumps(dict(means)))
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +203,7 @@ def models(tmp_path_factory) -> Path:
     planted(root / "style50.pth", THEMES, LOOKS)
     Path(tiny_clip(root / "c")).rename(root / "clip")
     Path(tiny_qwen(root / "q")).rename(root / "qwen")
-    fixtures.latents_pickle(root / "cls_latents_dict_unet.up_blocks.1.attentions.1.pkl")
+    released(root, eraser)
     rows = [
         {"prompt": f"a {name} {place}", "concept": concept, "style": None, "seed": seed}
         for seed, (name, concept) in enumerate((("cat", "Cats"), ("dog", "Dogs")))
@@ -228,20 +248,25 @@ def invoked(given: tuple[str, ...]) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_the_blocks_of_the_readme(home, monkeypatch, number):
+@pytest.mark.parametrize(
+    ("block", "written"),
+    [
+        pytest.param(README[1], ["erased.png"], id="published-sae"),
+        pytest.param(README[2], ["dictionary/dictionary.json"], id="own-sae"),
+        pytest.param(EVALUATION[0], ["evaluation/report.html"], id="evaluate"),
+        pytest.param(EVALUATION[1], ["unlearncanvas/report.html", "mine/report.html"], id="other-worlds"),
+    ],
+)
+def test_the_blocks(home, monkeypatch, block, written):
     """Each from its first line to its last, in one folder."""
     (home / "nudenet").mkdir()
     install(home / "nudenet", monkeypatch, RED)
     monkeypatch.syspath_prepend(home / "nudenet")
     invoked.cache_clear()
-    for line in README[number]:
+    for line in block:
         run(line)
-    if number == 1:
-        assert (home / "erased.png").is_file()
-    elif number in (2, 3):
-        for name in ("evaluation",) if number == 2 else ("unlearncanvas", "mine"):
-            assert (home / name / "report.html").stat().st_size > 10_000
+    for name in written:
+        assert (home / name).stat().st_size > (10_000 if name.endswith(".html") else 0)
 
 
 @pytest.mark.parametrize("line", [line for line in SMALL if line not in IN_A_BLOCK])
