@@ -76,7 +76,7 @@ def load(package: Path, **environment: str) -> subprocess.CompletedProcess:
     """`_build.load()` in a process of its own, as damage may end it, with the prebuilt library sought in `package`."""
     code = (
         "import pathlib, sys, torch\nfrom lbdt import _build\n"
-        "from lbdt.ops import _schema\n"
+        "from lbdt import ops\n"
         f"_build._PACKAGE = pathlib.Path({str(package)!r})\n"
         "print(_build.load(), torch._C._dispatch_has_kernel_for_dispatch_key('lbdt::encode_topk_cpp', 'CPU'))"
     )

@@ -1,5 +1,6 @@
 """Rules of the code base that a reader may rely on."""
 
+import ast
 import importlib
 import inspect
 import re
@@ -61,6 +62,50 @@ def test_an_op_has_the_parameters_of_its_reference(name):
     assert got.return_annotation == wanted.return_annotation
     assert "Eq" in getattr(module, name).__doc__ and getattr(ops, name).__doc__
     assert getattr(reference, name) is getattr(module, name)
+
+
+ORDER = ("schema", "public", "check", "fake", "backends", "implement", "triton", "cpp", "reference")
+
+
+def part_of_an_op(statement: ast.stmt) -> str | None:
+    """The part of ORDER that a statement of an op's file belongs to; None: imports and constants, which come first."""
+    match statement:
+        case ast.Expr(ast.Call(ast.Attribute(attr="define" | "define_internal"))):
+            return "schema"
+        case ast.Expr(ast.Call(ast.Attribute(attr="implement"))):
+            return "implement"
+        case ast.Expr(ast.Call(ast.Attribute(ast.Name("_triton"), "register"))):
+            return "triton"
+        case ast.Expr(
+            ast.Call(ast.Attribute(ast.Name("_dispatch"), "register"), [_, ast.Constant(backend), *_])
+        ):
+            return backend
+        case ast.FunctionDef(name="_check"):
+            return "check"
+        case ast.FunctionDef(name="_fake" | "_fake_"):
+            return "fake"
+        case ast.FunctionDef() if statement.name.startswith("_"):
+            return "backends"
+        case ast.FunctionDef() | ast.ClassDef():
+            return "public"
+        case ast.Import() | ast.ImportFrom() | ast.Assign() | ast.Expr(ast.Constant()):
+            return None
+    raise AssertionError(f"line {statement.lineno}: expected one of {', '.join(ORDER)}")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_file_reads_in_one_order(op):
+    tree = ast.parse((ROOT / f"lbdt/ops/{op}.py").read_text())
+    parts = [part_of_an_op(statement) for statement in tree.body]
+    places = [-1 if part is None else ORDER.index(part) for part in parts]
+    assert places == sorted(places), [part for part in parts if part]
+    assert set(ORDER) - {"triton"} <= set(parts)
+    defined = [
+        statement.value.args[0].value
+        for statement, part in zip(tree.body, parts, strict=True)
+        if part == "schema"
+    ]
+    assert {schema.partition("(")[0].rstrip("_").removesuffix("_cpp") for schema in defined} == {op}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -4,8 +4,17 @@ import torch
 from torch import Tensor
 
 from lbdt import reference
-from lbdt.ops import _checks, _cpu, _dispatch, _triton
-from lbdt.ops._schema import LIBRARY
+from lbdt.ops import _checks, _cpu, _dispatch, _library, _triton
+
+_library.define(
+    "detect_patches(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
+    "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus=None, *, str backend='') -> Tensor"
+)
+# Contiguous but for x, weight and minus; bias and thresholds in float32.
+_library.define_internal(
+    "detect_patches_cpp(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
+    "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus, Tensor(a!) mask) -> ()"
+)
 
 
 def detect_patches(
@@ -80,6 +89,11 @@ def _check(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus
     return batch, patches
 
 
+def _fake(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None, *, backend=""):
+    batch, patches = _check(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus)
+    return x.new_empty((batch, patches), dtype=torch.bool)
+
+
 def _run(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None, *, backend=""):
     _check(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus)
     _checks.within("latents", latents, weight.shape[0], "L, the latents of weight")
@@ -87,16 +101,6 @@ def _run(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=N
     return _dispatch.call(
         "detect_patches", backend, x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus
     )
-
-
-def _fake(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None, *, backend=""):
-    batch, patches = _check(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus)
-    return x.new_empty((batch, patches), dtype=torch.bool)
-
-
-LIBRARY.impl("detect_patches", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("lbdt::detect_patches", _fake, lib=LIBRARY)
-_dispatch.register("detect_patches", "reference", _dispatch.always, reference.detect_patches)
 
 
 def _cpp_supports(x, *args, **kwargs) -> str | None:
@@ -120,14 +124,13 @@ def _cpp(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=N
     return mask
 
 
-torch.library.register_fake("lbdt::detect_patches_cpp", lambda *args: None, lib=LIBRARY)
-_dispatch.register("detect_patches", "cpp", _cpp_supports, _cpp, _cpu.declines_product)
-
-
 def _triton_supports(
     x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None
 ) -> str | None:
     return _triton.supports_product(x, weight, minus) or _triton.supports(x)
 
 
+_library.implement("detect_patches", _run, _fake)
 _triton.register("detect_patches", _triton_supports)
+_dispatch.register("detect_patches", "cpp", _cpp_supports, _cpp, _cpu.declines_product)
+_dispatch.register("detect_patches", "reference", _dispatch.always, reference.detect_patches)

@@ -4,10 +4,17 @@ import torch
 from torch import Tensor
 
 from lbdt import reference
-from lbdt.ops import _checks, _cpu, _dispatch, _triton
-from lbdt.ops._schema import LIBRARY
+from lbdt.ops import _checks, _cpu, _dispatch, _library, _triton
 
 _MOST_K = 256  # the Triton kernel keeps them in registers
+
+_library.define(
+    "encode_topk(Tensor x, Tensor weight, Tensor bias, int k, *, str backend='') -> (Tensor, Tensor)"
+)
+# Contiguous but for x and weight; bias in float32.
+_library.define_internal(
+    "encode_topk_cpp(Tensor x, Tensor weight, Tensor bias, int k, Tensor(a!) values, Tensor(b!) indices) -> ()"
+)
 
 
 def encode_topk(
@@ -49,19 +56,14 @@ def _check(x, weight, bias, k) -> tuple[int, int]:
     return batch, patches
 
 
-def _run(x, weight, bias, k, *, backend=""):
-    _check(x, weight, bias, k)
-    return _dispatch.call("encode_topk", backend, x, weight, bias, k)
-
-
 def _fake(x, weight, bias, k, *, backend=""):
     batch, patches = _check(x, weight, bias, k)
     return x.new_empty((batch, patches, k)), x.new_empty((batch, patches, k), dtype=torch.int64)
 
 
-LIBRARY.impl("encode_topk", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("lbdt::encode_topk", _fake, lib=LIBRARY)
-_dispatch.register("encode_topk", "reference", _dispatch.always, reference.encode_topk)
+def _run(x, weight, bias, k, *, backend=""):
+    _check(x, weight, bias, k)
+    return _dispatch.call("encode_topk", backend, x, weight, bias, k)
 
 
 def _cpp_supports(x, *args, **kwargs) -> str | None:
@@ -76,10 +78,6 @@ def _cpp(x, weight, bias, k) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-torch.library.register_fake("lbdt::encode_topk_cpp", lambda *args: None, lib=LIBRARY)
-_dispatch.register("encode_topk", "cpp", _cpp_supports, _cpp, _cpu.declines_product)
-
-
 def _triton_supports(x, weight, bias, k) -> str | None:
     reason = _triton.supports_product(x, weight) or _triton.supports(x)
     if reason is None and k > _MOST_K:
@@ -87,4 +85,7 @@ def _triton_supports(x, weight, bias, k) -> str | None:
     return reason
 
 
+_library.implement("encode_topk", _run, _fake)
 _triton.register("encode_topk", _triton_supports)
+_dispatch.register("encode_topk", "cpp", _cpp_supports, _cpp, _cpu.declines_product)
+_dispatch.register("encode_topk", "reference", _dispatch.always, reference.encode_topk)

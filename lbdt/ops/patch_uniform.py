@@ -4,8 +4,14 @@ import torch
 from torch import Tensor
 
 from lbdt import _build, reference
-from lbdt.ops import _checks, _dispatch, _triton
-from lbdt.ops._schema import LIBRARY
+from lbdt.ops import _checks, _dispatch, _library, _triton
+
+_library.define(
+    "patch_uniform(Tensor seeds, Tensor timesteps, Tensor halves, int patches, *, str backend='') -> Tensor"
+)
+_library.define_internal(
+    "patch_uniform_cpp(Tensor seeds, Tensor timesteps, Tensor halves, Tensor(a!) out) -> ()"
+)
 
 
 def patch_uniform(
@@ -53,14 +59,14 @@ def _check(seeds, timesteps, halves, patches) -> None:
         raise ValueError(f"patches: expected 0 <= patches <= 2**32, got {patches}")
 
 
-def _run(seeds, timesteps, halves, patches, *, backend=""):
-    _check(seeds, timesteps, halves, patches)
-    return _dispatch.call("patch_uniform", backend, seeds, timesteps, halves, patches)
-
-
 def _fake(seeds, timesteps, halves, patches, *, backend=""):
     _check(seeds, timesteps, halves, patches)
     return seeds.new_empty((seeds.shape[0], patches), dtype=torch.float32)
+
+
+def _run(seeds, timesteps, halves, patches, *, backend=""):
+    _check(seeds, timesteps, halves, patches)
+    return _dispatch.call("patch_uniform", backend, seeds, timesteps, halves, patches)
 
 
 def _cpp_supports(seeds, timesteps, halves, patches) -> str | None:
@@ -78,9 +84,7 @@ def _triton_supports(seeds, *args, **kwargs) -> str | None:
     return _triton.supports(seeds)
 
 
-LIBRARY.impl("patch_uniform", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("lbdt::patch_uniform", _fake, lib=LIBRARY)
-torch.library.register_fake("lbdt::patch_uniform_cpp", lambda *args: None, lib=LIBRARY)
+_library.implement("patch_uniform", _run, _fake)
 _triton.register("patch_uniform", _triton_supports)
 _dispatch.register("patch_uniform", "cpp", _cpp_supports, _cpp)
 _dispatch.register("patch_uniform", "reference", _dispatch.always, reference.patch_uniform)

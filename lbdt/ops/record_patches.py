@@ -6,11 +6,19 @@ import torch
 from torch import Tensor
 
 from lbdt import reference
-from lbdt.ops import _checks, _cpu, _dispatch, _triton
-from lbdt.ops._schema import LIBRARY
+from lbdt.ops import _checks, _cpu, _dispatch, _library, _triton
 
 FIELDS = 4
 """Columns of a row: detected, replaced, the timestep's float32 bits, sizes; with sums one more."""
+
+_library.define(
+    "record_patches(Tensor mask, Tensor replaced, Tensor timesteps, int sizes, Tensor(a!) rows, "
+    "Tensor(b!) cells, Tensor(c!) written, Tensor? sums=None, *, str backend='') -> ()"
+)
+_library.define_internal(
+    "record_patches_cpp(Tensor mask, Tensor replaced, Tensor timesteps, int sizes, Tensor(a!) rows, "
+    "Tensor(b!) cells, Tensor(c!) written, Tensor? sums) -> ()"
+)
 
 
 def record_patches(
@@ -80,13 +88,13 @@ def _check(mask, replaced, timesteps, sizes, rows, cells, written, sums) -> None
         raise ValueError(f"sizes: expected 0 <= sizes < 2**63, got {sizes}")
 
 
+def _fake(mask, replaced, timesteps, sizes, rows, cells, written, sums=None, *, backend="") -> None:
+    _check(mask, replaced, timesteps, sizes, rows, cells, written, sums)
+
+
 def _run(mask, replaced, timesteps, sizes, rows, cells, written, sums=None, *, backend="") -> None:
     _check(mask, replaced, timesteps, sizes, rows, cells, written, sums)
     _dispatch.call("record_patches", backend, mask, replaced, timesteps, sizes, rows, cells, written, sums)
-
-
-def _fake(mask, replaced, timesteps, sizes, rows, cells, written, sums=None, *, backend="") -> None:
-    _check(mask, replaced, timesteps, sizes, rows, cells, written, sums)
 
 
 def _cpp_supports(mask, *args, **kwargs) -> str | None:
@@ -115,9 +123,7 @@ def _alone(run: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
-LIBRARY.impl("record_patches", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("lbdt::record_patches", _fake, lib=LIBRARY)
-torch.library.register_fake("lbdt::record_patches_cpp", lambda *args: None, lib=LIBRARY)
+_library.implement("record_patches", _run, _fake)
 _triton.register("record_patches", _triton_supports, _alone)
 _dispatch.register("record_patches", "cpp", _cpp_supports, _cpp)
 _dispatch.register("record_patches", "reference", _dispatch.always, _alone(reference.record_patches))

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from lbdt import _build, reference
-from lbdt.ops import _checks, _dispatch
-from lbdt.ops._schema import LIBRARY
+from lbdt.ops import _checks, _dispatch, _library
 
 SOURCES = ("random", "nearest", "mean")
 
@@ -13,6 +12,24 @@ SOURCES = ("random", "nearest", "mean")
 # beside it in the 48 KB that every GPU has.
 _FIXED_BYTES = 16 << 10
 _ANY_GPU = 1 << 17
+
+_library.define(
+    "replace_patches(Tensor x, Tensor mask, Tensor u, int height, int width, int padding=0, "
+    "str source='random', Tensor? bank=None, *, str backend='') -> (Tensor, Tensor)"
+)
+_library.define(
+    "replace_patches_(Tensor(a!) x, Tensor mask, Tensor u, int height, int width, int padding=0, "
+    "str source='random', Tensor? bank=None, *, str backend='') -> Tensor"
+)
+# x is [B, d, H, W]; source is an index into SOURCES.
+_library.define_internal(
+    "replace_patches_cpp(Tensor x, Tensor mask, Tensor u, Tensor? bank, int padding, int source, "
+    "Tensor(a!) out, Tensor(b!) replaced) -> ()"
+)
+_library.define_internal(
+    "replace_patches_cpp_(Tensor(a!) x, Tensor mask, Tensor u, Tensor? bank, int padding, int source, "
+    "Tensor(b!) replaced) -> ()"
+)
 
 
 def replace_patches(
@@ -140,6 +157,16 @@ def _check(x, mask, u, height, width, padding, source, bank) -> None:
             )
 
 
+def _fake(x, mask, u, height, width, padding=0, source="random", bank=None, *, backend=""):
+    _check(x, mask, u, height, width, padding, source, bank)
+    return torch.empty_like(x), torch.empty_like(mask, memory_format=torch.contiguous_format)
+
+
+def _fake_(x, mask, u, height, width, padding=0, source="random", bank=None, *, backend=""):
+    _check(x, mask, u, height, width, padding, source, bank)
+    return torch.empty_like(mask, memory_format=torch.contiguous_format)
+
+
 def _run(x, mask, u, height, width, padding=0, source="random", bank=None, *, backend=""):
     _check(x, mask, u, height, width, padding, source, bank)
     return _dispatch.call("replace_patches", backend, x, mask, u, height, width, padding, source, bank)
@@ -153,16 +180,6 @@ def _run_(x, mask, u, height, width, padding=0, source="random", bank=None, *, b
             "pass x.clone(), or call replace_patches"
         )
     return _dispatch.call("replace_patches_", backend, x, mask, u, height, width, padding, source, bank)
-
-
-def _fake(x, mask, u, height, width, padding=0, source="random", bank=None, *, backend=""):
-    _check(x, mask, u, height, width, padding, source, bank)
-    return torch.empty_like(x), torch.empty_like(mask, memory_format=torch.contiguous_format)
-
-
-def _fake_(x, mask, u, height, width, padding=0, source="random", bank=None, *, backend=""):
-    _check(x, mask, u, height, width, padding, source, bank)
-    return torch.empty_like(mask, memory_format=torch.contiguous_format)
 
 
 def _cpp_supports(x, mask, u, height, width, padding=0, source="random", bank=None) -> str | None:
@@ -214,15 +231,9 @@ def _cpp(x, mask, u, height, width, padding=0, source="random", bank=None) -> tu
     return out, replaced
 
 
-LIBRARY.impl("replace_patches", _run, "CompositeExplicitAutograd")
-LIBRARY.impl("replace_patches_", _run_, "CompositeExplicitAutograd")
-torch.library.register_fake("lbdt::replace_patches", _fake, lib=LIBRARY)
-torch.library.register_fake("lbdt::replace_patches_", _fake_, lib=LIBRARY)
-torch.library.register_fake("lbdt::replace_patches_cpp", lambda *args: None, lib=LIBRARY)
-torch.library.register_fake("lbdt::replace_patches_cpp_", lambda *args: None, lib=LIBRARY)
-for _op, _reference, _run_cpp in (
-    ("replace_patches", reference.replace_patches, _cpp),
-    ("replace_patches_", reference.replace_patches_, _cpp_),
-):
-    _dispatch.register(_op, "cpp", _cpp_supports, _run_cpp)
-    _dispatch.register(_op, "reference", _dispatch.always, _reference)
+_library.implement("replace_patches", _run, _fake)
+_library.implement("replace_patches_", _run_, _fake_)
+_dispatch.register("replace_patches", "cpp", _cpp_supports, _cpp)
+_dispatch.register("replace_patches_", "cpp", _cpp_supports, _cpp_)
+_dispatch.register("replace_patches", "reference", _dispatch.always, reference.replace_patches)
+_dispatch.register("replace_patches_", "reference", _dispatch.always, reference.replace_patches_)
