@@ -4,11 +4,12 @@ import pytest
 
 from benchmarks.timed import time_version
 from lbdt.bench.cases import Spec
+from lbdt.donors import SOURCES
 
 _ROWS = [
     (f"{layout}, {source}", version)
     for layout in ("NCHW", "channels_last")
-    for source in ("random", "nearest", "mean")
+    for source in SOURCES
     for version in ("ours", "reference", *(["published"] * (source == "random")))
 ]
 

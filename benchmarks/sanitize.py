@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from lbdt import _build, ops
-from lbdt.ops.replace_patches import SOURCES
+from lbdt.donors import SOURCES
 from lbdt.testing import DTYPES, assert_close, layouts
 
 BATCH, WIDTH, HEIGHT, GRID_WIDTH, LATENTS, K = 3, 40, 5, 7, 130, 4

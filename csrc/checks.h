@@ -93,7 +93,8 @@ inline Span check_feature_map(const torch::stable::Tensor& x, bool flat) {
 // The patches of an image of `x`.
 inline int64_t patches(const torch::stable::Tensor& x) { return x.dim() == 4 ? x.size(2) * x.size(3) : x.size(2); }
 
-// The spans of x and an encoder for it: weight [L, d] of its dtype, any strides, and bias [L] float32; `k` of its latents, or `least`.
+// The spans of x and an encoder for it: weight [L, d] of its dtype, any strides, and bias [L] float32; `k` of its
+// latents, or `least`.
 inline std::array<Span, 3> check_encoder(
     const torch::stable::Tensor& x,
     const torch::stable::Tensor& weight,

@@ -15,7 +15,7 @@
 
 namespace lbdt {
 
-enum Source : int { kRandom = 0, kNearest = 1, kMean = 2 };  // lbdt.ops.replace_patches.SOURCES
+enum DonorSource : int { kRandom = 0, kNearest = 1, kMean = 2 };  // as in lbdt/donors.py
 constexpr int kMeanOf = 5;
 constexpr int64_t kNever = INT64_MAX;  // the key of a donor that does not exist
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lbdt import ops, reference
+from lbdt import donors, ops, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(path.stem for path in (ROOT / "lbdt/ops").glob("[a-z]*.py"))
@@ -106,6 +106,17 @@ def test_an_op_file_reads_in_one_order(op):
         if part == "schema"
     ]
     assert {schema.partition("(")[0].rstrip("_").removesuffix("_cpp") for schema in defined} == {op}
+
+
+def test_python_the_command_line_and_csrc_take_donors_from_the_same_sources():
+    header = (ROOT / "csrc/replace_patches.h").read_text()
+    numbered = re.findall(r"k(\w+) = (\d)", re.search(r"enum DonorSource : int {(.*)}", header)[1])
+    assert [(name.lower(), int(number)) for name, number in numbered] == [
+        (s, i) for i, s in enumerate(donors.SOURCES)
+    ]
+    assert int(re.search(r"kMeanOf = (\d+);", header)[1]) == donors.MEAN_OF
+    spelt = re.compile(r"""["']random["'],\s*["']nearest["']|\bnearest = ["']nearest["']""")
+    assert [p.name for p in (ROOT / "lbdt").rglob("*.py") if spelt.search(p.read_text())] == ["donors.py"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -15,12 +15,12 @@ from lbdt import ops, reference, testing
 from lbdt.bench import baselines, shapes
 from lbdt.bench.baselines import compiled
 from lbdt.bench.shapes import Place, Shape
+from lbdt.donors import MEAN_OF, DonorSource
 from lbdt.ops.record_patches import FIELDS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTSIDE = "none in the first k"
 PLAIN = "NCHW, random"
-_MEAN_OF = 5
 _LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 # One share for these: they differ in how much a patch costs, not in how that grows with the share.
 _OTHERS_AT = 0.1
@@ -154,7 +154,7 @@ def _replace(spec: Spec, shape: Shape, place: Place) -> Case:
         }
     if spec.variant == PLAIN:
         versions["compiled"] = in_place(compiled(reference.replace_patches_))
-    if source == "random":
+    if source == DonorSource.random:
         versions["published"] = published
     expected, replaced = reference.replace_patches(**arguments)
 
@@ -164,7 +164,7 @@ def _replace(spec: Spec, shape: Shape, place: Place) -> Case:
             _require(torch.equal(where, replaced), spec, f"other patches were replaced: {name}")
             if name == "published":  # other donors: its draws come from the global generator
                 _require(torch.equal(changed(x, out), replaced), spec, f"other patches were written: {name}")
-            elif source == "mean":
+            elif source == DonorSource.mean:
                 _close(out, expected, "replace_mean", spec, name)
             else:
                 _require(torch.equal(out, expected), spec, f"the embeddings differ: {name}")
@@ -330,7 +330,7 @@ def replacement_floor(
 ) -> tuple[int, int]:
     """Bytes and flops of reading the mask, writing the `replaced` patches [B, N] and their flags, and
     reading each donor once; all patches are read and written where the result is a new tensor."""
-    each = _MEAN_OF if source == "mean" else 1
+    each = MEAN_OF if source == DonorSource.mean else 1
     taken = replaced.sum(dim=1)
     free = replaced.shape[1] - taken
     donors = torch.minimum(each * taken, torch.where(free > 0, free, shapes.BANK))

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from lbdt.cli.erase import Source
 from lbdt.cli.options import (
     MOST_PADDING,
     AsJson,
@@ -21,6 +20,7 @@ from lbdt.cli.options import (
     print_result,
     reported,
 )
+from lbdt.donors import DonorSource
 
 
 class Target(enum.StrEnum):
@@ -58,7 +58,7 @@ def command(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the eraser.")],
     padding: Annotated[int, counted(min=0, most=MOST_PADDING, help="Patches around the mask.")] = 1,
-    source: Annotated[Source, typer.Option(help="Donor patches.")] = Source.random,
+    source: Annotated[DonorSource, typer.Option(help="Donor patches.")] = DonorSource.random,
     target: Annotated[
         Target, typer.Option(help="Replace the block's output, or what it adds to its input.")
     ] = Target.output,

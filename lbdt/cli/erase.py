@@ -22,14 +22,7 @@ from lbdt.cli.options import (
     print_result,
     reported,
 )
-
-
-class Source(enum.StrEnum):
-    """Where donors come from."""
-
-    random = "random"
-    nearest = "nearest"
-    mean = "mean"
+from lbdt.donors import DonorSource
 
 
 class Method(enum.StrEnum):
@@ -62,7 +55,7 @@ def command(
     padding: Annotated[
         int | None, counted(min=0, most=MOST_PADDING, help="Patches around the mask. Default: the eraser's.")
     ] = None,
-    source: Annotated[Source | None, typer.Option(help="Donor patches. Default: the eraser's.")] = None,
+    source: Annotated[DonorSource | None, typer.Option(help="Donor patches. Default: the eraser's.")] = None,
     steps: Annotated[
         int | None, counted(most=MOST_STEPS, help="Denoising steps. Default: 20, for kind sdxl 4.")
     ] = None,

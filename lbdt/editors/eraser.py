@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lbdt.dictionary import ConceptDictionary
+from lbdt.donors import SOURCES
 from lbdt.editors.attachment import LatentColumns, check_hookpoint, choice
 from lbdt.editors.editor import UnetEditor
 from lbdt.hooks import lookup
 from lbdt.hooks.detection_plan import MOST_PADDING, TARGETS, CallState, DetectionOptions, ErasePlan
 from lbdt.hooks.recorder import Recorder
-from lbdt.ops.replace_patches import SOURCES
 from lbdt.reading import brief
 from lbdt.sae import SparseAutoencoder
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from lbdt.donors import SOURCES
 from lbdt.evaluation.design import Design, Job, erased_together, targets, together
 from lbdt.evaluation.series import Series
 from lbdt.evaluation.world import Kind, World
 from lbdt.text import slug
 
 PADDINGS = (0, 1, 2, 3)
-SOURCES = ("random", "nearest", "mean")
 ORDERS = ("at once", "one after another")
 
 

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbdt.donors import SOURCES
 from lbdt.evaluation.columns import Columns, Figures, figures, labels
 from lbdt.evaluation.design import Job
 from lbdt.evaluation.metrics.accuracy import average, mean_by
 from lbdt.evaluation.metrics.activations import Watched, compare_settings
 from lbdt.evaluation.metrics.intervals import estimate
-from lbdt.evaluation.plan import PADDINGS, SOURCES, Plan, unedited
+from lbdt.evaluation.plan import PADDINGS, Plan, unedited
 from lbdt.evaluation.run import Evaluation
 from lbdt.evaluation.series import Series, generate
 from lbdt.files import write_files

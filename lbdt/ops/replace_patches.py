@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from lbdt import _build, reference
+from lbdt.donors import SOURCES, DonorSource
 from lbdt.ops import _checks, _dispatch, _library
-
-SOURCES = ("random", "nearest", "mean")
 
 # csrc/cuda/replace_patches.cu: its fixed part of a block's shared memory, and the number of patches whose mask fits
 # beside it in the 48 KB that every GPU has.
@@ -143,7 +142,7 @@ def _check(x, mask, u, height, width, padding, source, bank) -> None:
         raise ValueError(f"padding: expected >= 0, got {padding}")
     if source not in SOURCES:
         raise ValueError(f"source: expected one of {', '.join(SOURCES)}, got {source!r}")
-    if source != "random" and (height**2 + width**2) * patches >= 1 << 63:
+    if source != DonorSource.random and (height**2 + width**2) * patches >= 1 << 63:
         raise ValueError(
             f"source: {source!r} orders squared distances times patches, which on a grid of {height} x {width} "
             "exceed an int64; use 'random', or height and width that are closer to each other"

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lbdt.donors import MEAN_OF, DonorSource
+
 # Entries that one block of the patch-to-patch distance table may hold (4 MiB in int32).
 _BLOCK = 1 << 20
-_MEAN_OF = 5
 
 
 def replace_patches(
@@ -51,12 +52,12 @@ def replace_patches_(
     has_free = free_count > 0
     rows = x.flatten(2)
 
-    if source == "random":
+    if source == DonorSource.random:
         # A stable sort puts the free patches first, in patch order.
         free = masked.to(torch.uint8).argsort(dim=1, stable=True)
         donors = _gather(rows, free.gather(1, _pick(u, free_count.clamp(min=1))))
     else:
-        donors = _near(rows, masked, height, width, 1 if source == "nearest" else _MEAN_OF)
+        donors = _near(rows, masked, height, width, 1 if source == DonorSource.nearest else MEAN_OF)
     if bank is None:
         replaced = masked & has_free
     else:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lbdt import ops
-from lbdt.ops.replace_patches import SOURCES
+from lbdt.donors import SOURCES
 from lbdt.testing import DTYPES
 from tests.backends import DEVICE
 from tests.fuzz.calls import ODD, agree, bools, equal, feature_map, floats, integers, laid_out, spoiled

@@ -1,0 +1,16 @@
+"""Where a replaced patch takes its embedding from: one list for the ops, the erasers and the command line."""
+
+import enum
+
+
+class DonorSource(enum.StrEnum):
+    """Which patches outside the mask serve as donors; csrc/replace_patches.h numbers them in this order."""
+
+    random = "random"
+    nearest = "nearest"
+    mean = "mean"
+
+
+SOURCES = tuple(source.value for source in DonorSource)
+MEAN_OF = 5
+"""The nearest donors whose mean `DonorSource.mean` takes."""
