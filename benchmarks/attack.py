@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lbdt.attack import Outcome, summarise
-from lbdt.bench import machine
+from lbdt.bench import hardware
 from lbdt.files import json_bytes, read_json, write_files
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     table = rows(args.work)
     print("\n".join(lines(table)))
     if args.out:
-        about = {"command": f"benchmarks/attack.sh {args.work}", **machine.describe(torch.device("cpu"))}
+        about = {"command": f"benchmarks/attack.sh {args.work}", **hardware.describe(torch.device("cpu"))}
         write_files(args.out.parent, {args.out.name: json_bytes(about | {"runs": table})})
 
 

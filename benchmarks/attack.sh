@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Attacks PER and steering on EmojiCanvas (8 pairs of object and style a seed), and its control of random prefixes: attack.sh
-# WORK keeps the outcomes in WORK, continues where it was stopped, and prints the table of `python -m benchmarks.attack`.
+# Attacks PER and steering on EmojiCanvas (8 pairs of object and style a seed), and its control of random prefixes:
+# attack.sh WORK keeps the outcomes in WORK, continues where it was stopped, and prints the table of
+# `python -m benchmarks.attack`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 work="$1"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lbdt import canvas
-from lbdt.bench import machine
+from lbdt.bench import hardware
 from lbdt.editors import ConceptEraser
 from lbdt.files import write_file
 
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     objects = options.object or ["Cats", "Dogs", "Trees", "Sea", "Human"]
-    result = measure(objects, options.steps) | machine.describe(torch.device("cpu"))
+    result = measure(objects, options.steps) | hardware.describe(torch.device("cpu"))
     print(
         f"{result['candidates']} candidates, {result['refuted']} refuted (not among the {result['k']} largest "
         f"of {result['latents']} latents)\n\n| latents in order | read per refuted candidate | share |\n|---|---|---|"

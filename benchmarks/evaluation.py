@@ -1,5 +1,6 @@
-"""Keeps the figures of a finished `lbdt evaluate`: `python -m benchmarks.evaluation FOLDER` copies values.json, table.csv, the
-trade-off plot and a grid of pictures to `benchmarks/results/evaluation`, and prints the table of README.md and those of benchmarks/README.md."""
+"""Keeps the figures of a finished `lbdt evaluate`: `python -m benchmarks.evaluation FOLDER` copies values.json,
+table.csv, the trade-off plot and a grid of pictures to `benchmarks/results/evaluation`, and prints the table of README.md
+and those of benchmarks/README.md."""
 
 from __future__ import annotations
 

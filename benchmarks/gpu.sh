@@ -63,7 +63,7 @@ build='from pathlib import Path; from lbdt import _build
 _build.compile_extension(Path("lbdt/_C.abi3.so").resolve())
 reason = _build.load()
 assert reason is None, reason'
-slug='import torch; from lbdt.bench import machine; print(machine.slug(machine.cuda(torch.device("cuda"))))'
+slug='import torch; from lbdt.bench import hardware; print(hardware.slug(hardware.cuda(torch.device("cuda"))))'
 
 export -f versions
 export python

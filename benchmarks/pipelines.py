@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lbdt.bench import machine
+from lbdt.bench import hardware
 from lbdt.canvas import KINDS, WEIGHTS
 from lbdt.files import json_bytes, write_files
 from lbdt.folders import replaced
@@ -49,7 +49,8 @@ def row(work: Path, kind: str) -> dict[str, Any]:
 def lines(rows: list[dict[str, Any]]) -> list[str]:
     """A Markdown table."""
     table = [
-        "| pipeline | FVU | L0 | dead latents | patches detected with / without the concept, % | assigned latent scores best |",
+        "| pipeline | FVU | L0 | dead latents | patches detected with / without the concept, % "
+        "| assigned latent scores best |",
         "|---|---|---|---|---|---|",
     ]
     for r in rows:
@@ -81,7 +82,7 @@ def main() -> None:
     print("\n".join(lines(rows)))
     if args.out:
         command = f"benchmarks/pipelines.sh {args.work}"
-        about = machine.describe(torch.device("cpu")) | {"command": command}
+        about = hardware.describe(torch.device("cpu")) | {"command": command}
         write_files(args.out.parent, {args.out.name: json_bytes(about | {"pipelines": rows})})
     if args.release:
         release(args.work)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to four erasers on EmojiCanvas: collects activations, trains the SAEs, scores their dictionaries, puts the
-# erasers together, and erases a cat with each, by patch replacement and by its steering baseline. Under 40 minutes on
-# two CPU cores. Killed at any moment, the same call goes on. The embedded erasers were made by this script; then
+# From nothing to four erasers on EmojiCanvas: collects activations, trains the SAEs, scores their dictionaries, puts
+# the erasers together, and erases a cat with each, by patch replacement and by its steering baseline. Under 40 minutes
+# on two CPU cores. Killed at any moment, the same call goes on. The embedded erasers were made by this script; then
 # `python -m benchmarks.pipelines WORK --release` copied them.
 #   benchmarks/pipelines.sh [WORK]      default: build/pipelines; VENV: virtual environment, default .venv
 set -euo pipefail
@@ -14,7 +14,9 @@ mkdir -p "$work"
 lbdt() { echo "+ lbdt $*" >&2; "$python" -m lbdt "$@"; }
 
 # collect NAME CANVAS_SEEDS [OPTION...]
-collect() { lbdt collect --site "$block:update" --out "$work/$1" --canvas-seeds "$2" --threads 2 --prompts-per-shard 70 "${@:3}"; }
+collect() {
+  lbdt collect --site "$block:update" --out "$work/$1" --canvas-seeds "$2" --threads 2 --prompts-per-shard 70 "${@:3}"
+}
 
 # train KIND ACTIVATIONS HELDOUT OPTION...
 train() { lbdt train --recipe "$1" --activations "$work/$2" --heldout "$work/$3" --out "$work/$1/sae" "${@:4}"; }
@@ -27,8 +29,8 @@ finish() {
   lbdt score --json --sae "$folder/sae" --site "$block:update" --bank-site "$block:update" --activations "$work/$2" \
     --heldout "$work/$3" --out "$folder/dictionary" $scored >"$folder/score.json.partial"
   mv "$folder/score.json.partial" "$folder/score.json"
-  lbdt assemble --sae "$folder/sae" --dictionary "$folder/dictionary" --hookpoint "$block" --target update --source nearest \
-    "${select[@]}" --steering "$5" --strength "$6" --dtype float16 --out "$folder/eraser"
+  lbdt assemble --sae "$folder/sae" --dictionary "$folder/dictionary" --hookpoint "$block" --target update \
+    --source nearest "${select[@]}" --steering "$5" --strength "$6" --dtype float16 --out "$folder/eraser"
   for method in per steering; do
     lbdt erase "An image of Cats in Sketch style." --concept Cats --seed 7 --kind "$1" --eraser "$folder/eraser" \
       --method "$method" --out "$folder/$method.png"

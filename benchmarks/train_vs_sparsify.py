@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbdt.bench import machine
+from lbdt.bench import hardware
 from lbdt.files import write_file
 from lbdt.sae import SAEConfig
 from lbdt.training.objectives import Ranked
@@ -149,10 +149,10 @@ def measure(size: Size, dead_share: float, rounds: int, device: torch.device) ->
     for turn in range(rounds):
         order = list(runners)
         for name in order[turn % 3 :] + order[: turn % 3]:
-            machine.synchronize(device)
+            hardware.synchronize(device)
             start = time.perf_counter()
             last[name] = runners[name]()
-            machine.synchronize(device)
+            hardware.synchronize(device)
             times[name].append(time.perf_counter() - start)
     ratios = [theirs / mine for mine, theirs in zip(times["ours"], times["sparsify"], strict=True)]
     return {
@@ -198,16 +198,16 @@ def main(arguments: list[str] | None = None) -> int:
             f"{row['speedup']:.2f} | {seconds['ours, bfloat16'] * 1e3:.0f} ms |"
         )
     if options.out:
-        about = machine.cuda(device) if device.type == "cuda" else machine.cpu()
-        folder = machine.ROOT / "benchmarks" / "results"
-        auto = folder / f"train-vs-sparsify-{machine.slug(about)}.json"
+        about = hardware.cuda(device) if device.type == "cuda" else hardware.cpu()
+        folder = hardware.ROOT / "benchmarks" / "results"
+        auto = folder / f"train-vs-sparsify-{hardware.slug(about)}.json"
         result = {
             "benchmark": "train_vs_sparsify",
             "command": " ".join(["python -m benchmarks.train_vs_sparsify", *(arguments or sys.argv[1:])]),
             "sparsify": "eai-sparsify 1.3.3, eager decoder",
             "threads": torch.get_num_threads(),
             "rows": rows,
-        } | machine.describe(device)
+        } | hardware.describe(device)
         path = auto if options.out == "auto" else Path(options.out)
         write_file(path, (json.dumps(result, indent=1) + "\n").encode())
     return 0 if all(row["speedup"] >= 1 for row in rows) else 1

@@ -52,11 +52,6 @@ def assert_close(actual: Tensor, expected: Tensor, quantity: str) -> None:
     )
 
 
-def integers(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, high: int = 3) -> Tensor:
-    """Small integers in [-high, high]: every dot product is exact in every order, and ties are frequent."""
-    return torch.randint(-high, high + 1, shape, generator=generator).to(dtype)
-
-
 def layouts(x: Tensor) -> dict[str, Tensor]:
     """The values of `x` [B, d, H, W] under every layout that the ops must take, by name."""
     wide = x.new_full((x.shape[0], x.shape[1] + 2, x.shape[2] + 1, x.shape[3] + 3), float("nan"))

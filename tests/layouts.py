@@ -1,7 +1,12 @@
-"""Feature maps in memory: equality of bits, and layouts that rule out 16-byte access."""
+"""Feature maps and their layouts: exact values, equality of bits, and memory that rules out 16-byte access."""
 
 import torch
 from torch import Tensor
+
+
+def integers(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, high: int = 3) -> Tensor:
+    """Small integers in [-high, high]: every dot product is exact in every order, and ties are frequent."""
+    return torch.randint(-high, high + 1, shape, generator=generator).to(dtype)
 
 
 def bits(x: Tensor) -> Tensor:

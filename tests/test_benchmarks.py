@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import early_stop, sanitize
-from lbdt.bench import baselines, cases, hook, machine, run, shapes, table, targets
+from lbdt.bench import baselines, cases, hardware, hook, runner, shapes, targets, timing_table
 from lbdt.bench.shapes import Place
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +19,7 @@ TINY = shapes.Shape("tiny", 1, 1, 10, 2, 5, latents=100, k=3, union=2)
 RESULTS = [
     path
     for path in sorted((ROOT / "benchmarks/results").glob("*.json"))
-    if json.loads(path.read_text()).get("benchmark") == run.BENCHMARK
+    if json.loads(path.read_text()).get("benchmark") == runner.BENCHMARK
 ]
 
 
@@ -45,8 +45,8 @@ def check(result):
 @pytest.fixture(scope="module")
 def quick():
     """Every op at the small sizes."""
-    options = run.Options(quick=True, rounds=2, shares=(0.0, 0.1, 1.0), budget=0.1)
-    return run.run(options)
+    options = runner.BenchOptions(quick=True, rounds=2, shares=(0.0, 0.1, 1.0), budget=0.1)
+    return runner.run(options)
 
 
 def test_a_quick_run_measures_every_op_against_its_baselines(quick):
@@ -74,7 +74,7 @@ def test_the_table_has_a_row_for_every_case_and_a_line_for_every_target(quick):
         {"target": "so fast", "got": 2.0, "met": True},
         {"target": "so small", "got": 9.0, "met": False},
     ]
-    lines = table.lines(quick | {"targets": wanted, "skipped": {"hook": "no diffusers"}})
+    lines = timing_table.lines(quick | {"targets": wanted, "skipped": {"hook": "no diffusers"}})
     assert sum(line.startswith("| quick ") for line in lines) == len(quick["rows"])
     assert [line for line in lines if line in cases.OPS] == list(cases.OPS)
     assert lines[-2:] == ["met: so fast, got 2", "MISSED: so small, got 9"]
@@ -86,7 +86,9 @@ def test_a_compiled_baseline_that_cannot_be_compiled_is_left_out_and_named(monke
         raise RuntimeError("no compiler\nat all")
 
     monkeypatch.setattr(cases, "compiled", lambda function: fails)
-    result = run.run(run.Options(quick=True, rounds=2, ops=["detect_patches"], shares=[0.1], budget=0.1))
+    result = runner.run(
+        runner.BenchOptions(quick=True, rounds=2, ops=["detect_patches"], shares=[0.1], budget=0.1)
+    )
     check(result)
     assert result["skipped"] == {"detect_patches, compiled": "no compiler"}
     assert all("compiled" not in row["versions"] for row in result["rows"])
@@ -164,9 +166,9 @@ def test_published_donors_are_free_patches_of_the_same_image():
 
 def test_the_floor_of_detection_counts_what_has_to_be_read_and_multiplied():
     limits = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
-    none = run.floor_of(*cases.detection_floor(TINY, 0, 4), limits)
+    none = runner.floor_of(*cases.detection_floor(TINY, 0, 4), limits)
     assert none == {"bytes": 480, "flops": 400, "ms": pytest.approx(480e-6), "bound": "memory"}
-    some = run.floor_of(*cases.detection_floor(TINY, 7, 4), limits)
+    some = runner.floor_of(*cases.detection_floor(TINY, 7, 4), limits)
     assert some == {"bytes": 4480, "flops": 14400, "ms": pytest.approx(0.0144), "bound": "product"}
     assert cases.detection_floor(TINY._replace(update=True), 0, 2)[0] == 2 * (2 * 100 + 20)
 
@@ -184,18 +186,18 @@ def test_the_floor_of_replacement_counts_donors_once():
 def test_peaks_see_a_buffer_and_not_what_was_there_before():
     kept = torch.ones(1 << 20)
     megabytes = 64
-    peak = machine.allocated_peak(lambda: torch.ones(megabytes << 18).sum() + kept[0])
+    peak = hardware.allocated_peak(lambda: torch.ones(megabytes << 18).sum() + kept[0])
     assert megabytes << 20 <= peak < (megabytes + 1) << 20
-    resident = machine.resident_peak(lambda: torch.ones(megabytes << 18).sum())
+    resident = hardware.resident_peak(lambda: torch.ones(megabytes << 18).sum())
     assert resident is None or (megabytes - 2) << 20 <= resident < 2 * megabytes << 20
 
 
 def test_a_slug_is_a_file_name():
     name = "Intel(R) Xeon(R) Platinum 8370C CPU @ 2.80GHz"
     device = {"type": "cpu", "name": name, "cpu family": "6", "model": "106"}
-    assert machine.slug(device) == "cpu-intel-xeon-platinum-8370c-cpu-6-106"
-    assert machine.slug({"type": "cuda", "name": "NVIDIA H100 80GB HBM3"}) == "nvidia-h100-80gb-hbm3"
-    assert machine.cpu()["name"]
+    assert hardware.slug(device) == "cpu-intel-xeon-platinum-8370c-cpu-6-106"
+    assert hardware.slug({"type": "cuda", "name": "NVIDIA H100 80GB HBM3"}) == "nvidia-h100-80gb-hbm3"
+    assert hardware.cpu()["name"]
 
 
 def row(op, share, variant="", mb=0.0, floor=1.0, graph=None, **ratio):
@@ -247,7 +249,7 @@ def test_a_unet_step_is_timed_with_the_hook_in_it():
     step = measure(torch.device("cpu"), quick=True, rounds=2, seed=0, budget=0.05)
     assert 0.03 < step["present"]["share"] < 0.15 and step["absent"]["share"] == 0
     assert step["present"]["step_ms"]["median"] > 0
-    assert len(table.lines({**_EMPTY, "unet": step})) >= 4
+    assert len(timing_table.lines({**_EMPTY, "unet": step})) >= 4
 
 
 _EMPTY = {

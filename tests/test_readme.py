@@ -10,7 +10,7 @@ from PIL import Image
 from benchmarks import attack, evaluation, pipelines
 from lbdt import canvas
 from lbdt.attack import Outcome, summarise
-from lbdt.bench import table
+from lbdt.bench import timing_table
 from lbdt.evaluation.report import cells
 from lbdt.evaluation.report.table import csv_text
 from lbdt.evaluation.report.write import read_values
@@ -122,7 +122,8 @@ def test_the_benchmark_figures_are_those_of_the_linked_result():
     for share in (0.0, 0.01, 0.1, 0.5, 1.0):
         row = measured["hook", "sd15-b1", share, ""]
         times = [
-            table._ms(row["versions"][version]["own_ms"]) for version in ("published", "compiled", "ours")
+            timing_table._ms(row["versions"][version]["own_ms"])
+            for version in ("published", "compiled", "ours")
         ]
         cells = [f"{share:.0%}", *times, f"{row['ratio']['published']:.3g}x", f"{row['times_the_floor']:.3g}"]
         assert f"| {' | '.join(cells)} |" in MEASURED.read_text()
@@ -137,7 +138,7 @@ def test_the_benchmark_figures_are_those_of_the_linked_result():
         (("patch_uniform", "sd15-b1", None, ""), "literal", "`patch_uniform`"),
     ):
         row = measured[key]
-        times = [table._ms(row["versions"][version]["own_ms"]) for version in (baseline, "ours")]
+        times = [timing_table._ms(row["versions"][version]["own_ms"]) for version in (baseline, "ours")]
         cells = [label, *times, f"{row['ratio'][baseline]:.3g}x", f"{row['times_the_floor']:.3g}"]
         assert f"| {' | '.join(cells)} |" in MEASURED.read_text(), label
 

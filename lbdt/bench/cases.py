@@ -45,7 +45,7 @@ class Spec(NamedTuple):
     op: str
     shape: str
     share: float | None
-    """Of the patches: above the threshold, or in the mask before padding. None: the op has none."""
+    """Share of the patches: above the threshold, or in the mask before padding. None: the op has none."""
     variant: str
     dtype: str
 
@@ -61,7 +61,7 @@ class Spec(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Case:
+class TimedCase:
     """What is timed."""
 
     spec: Spec
@@ -71,7 +71,7 @@ class Case:
     """Runs the given ones of them once; returns how many patches were detected or replaced. Raises
     Mismatch."""
     bytes: int
-    """That have to be read and written at least."""
+    """The least that has to be read and written."""
     flops: int
     backend: str
     bare: str | None = None
@@ -100,13 +100,13 @@ def specs(
     return found
 
 
-def build(spec: Spec, device: torch.device | None = None, seed: int = 0) -> Case:
+def build(spec: Spec, device: torch.device | None = None, seed: int = 0) -> TimedCase:
     """The case with its inputs on the device (default: CPU)."""
     shape = (shapes.SHAPES | shapes.QUICK)[spec.shape]
     return _BUILD[spec.op](spec, shape, Place(device or torch.device("cpu"), DTYPES[spec.dtype], seed))
 
 
-def _detect(spec: Spec, shape: Shape, place: Place) -> Case:
+def _detect(spec: Spec, shape: Shape, place: Place) -> TimedCase:
     inside = spec.variant != OUTSIDE
     arguments = shapes.detection(shape, spec.share, inside, place)
     wanted = round(spec.share * shape.patches) if inside else 0
@@ -125,10 +125,10 @@ def _detect(spec: Spec, shape: Shape, place: Place) -> Case:
         "compiled": partial(compiled(baselines.literal), **arguments),
     }
     backend = ops.explain("detect_patches", **arguments).backend
-    return Case(spec, versions, check, *detection_floor(shape, wanted, place.dtype.itemsize), backend)
+    return TimedCase(spec, versions, check, *detection_floor(shape, wanted, place.dtype.itemsize), backend)
 
 
-def _replace(spec: Spec, shape: Shape, place: Place) -> Case:
+def _replace(spec: Spec, shape: Shape, place: Place) -> TimedCase:
     layout, source, *functional = spec.variant.split(", ")
     arguments = shapes.replacement(shape, spec.share, _LAYOUTS[layout], place) | {"source": source}
     x = arguments["x"]
@@ -172,10 +172,10 @@ def _replace(spec: Spec, shape: Shape, place: Place) -> Case:
 
     op = spec.op.rstrip("_") if functional else spec.op
     size = replacement_floor(shape, replaced, place.dtype.itemsize, source, bool(functional))
-    return Case(spec, versions, check, *size, ops.explain(op, **arguments).backend)
+    return TimedCase(spec, versions, check, *size, ops.explain(op, **arguments).backend)
 
 
-def _topk(spec: Spec, shape: Shape, place: Place) -> Case:
+def _topk(spec: Spec, shape: Shape, place: Place) -> TimedCase:
     given = shapes.detection(shape, _OTHERS_AT, place=place)
     arguments = {name: given[name] for name in ("x", "weight", "bias", "k")}
     versions = {
@@ -200,10 +200,10 @@ def _topk(spec: Spec, shape: Shape, place: Place) -> Case:
     flops = 2 * shape.patches * shape.latents * shape.width
     size = place.dtype.itemsize
     moved = size * shape.width * (shape.patches + shape.latents) + (size + 8) * shape.patches * shape.k
-    return Case(spec, versions, check, moved, flops, ops.explain("encode_topk", **arguments).backend)
+    return TimedCase(spec, versions, check, moved, flops, ops.explain("encode_topk", **arguments).backend)
 
 
-def _uniform(spec: Spec, shape: Shape, place: Place) -> Case:
+def _uniform(spec: Spec, shape: Shape, place: Place) -> TimedCase:
     row = torch.arange(shape.batch, device=place.device)
     arguments = {
         "seeds": place.seed + row % shape.images,
@@ -226,10 +226,10 @@ def _uniform(spec: Spec, shape: Shape, place: Place) -> Case:
             _require(torch.equal(drawn[name], drawn["ours"]), spec, f"the numbers differ: {name} and ours")
 
     moved = 4 * shape.patches + 3 * 8 * shape.batch
-    return Case(spec, versions, check, moved, 0, ops.explain("patch_uniform", **arguments).backend)
+    return TimedCase(spec, versions, check, moved, 0, ops.explain("patch_uniform", **arguments).backend)
 
 
-def _record(spec: Spec, shape: Shape, place: Place) -> Case:
+def _record(spec: Spec, shape: Shape, place: Place) -> TimedCase:
     g = torch.Generator().manual_seed(place.seed)
     mask, replaced = (
         (torch.rand(shape.batch, shape.patches // shape.batch, generator=g) < _OTHERS_AT).to(place.device)
@@ -266,10 +266,10 @@ def _record(spec: Spec, shape: Shape, place: Place) -> Case:
     given = (mask, replaced, times, 0, rows.to(place.device), mask.new_zeros(0, dtype=torch.uint8), written)
     backend = ops.explain("record_patches", *given).backend
     moved = 2 * shape.patches + (8 * FIELDS + 4) * shape.batch
-    return Case(spec, versions, check, moved, 0, backend)
+    return TimedCase(spec, versions, check, moved, 0, backend)
 
 
-def _hook(spec: Spec, shape: Shape, place: Place) -> Case:
+def _hook(spec: Spec, shape: Shape, place: Place) -> TimedCase:
     from lbdt.bench.hook import Stand
 
     stand = Stand(shape, spec.share, place)
@@ -294,7 +294,7 @@ def _hook(spec: Spec, shape: Shape, place: Place) -> Case:
         "replace_patches": ops.explain("replace_patches", **stand.replacement),
     }
     backend = ", ".join(sorted({choice.backend for choice in used.values()}))
-    return Case(spec, stand.versions(), check, read + written, flops + more, backend, bare="bare")
+    return TimedCase(spec, stand.versions(), check, read + written, flops + more, backend, bare="bare")
 
 
 _BUILD = {

@@ -112,7 +112,7 @@ class Stand:
         self.replacement = shapes.replacement(shape, 0.0, place=place)
 
     def versions(self) -> dict[str, Any]:
-        """By name, a call of the block with its hook."""
+        """A call of the block with its hook, by name."""
         return {name: partial(pipe.unet, *self.call) for name, pipe in self.pipes.items()}
 
     def _compiled(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor]) -> tuple[Tensor]:

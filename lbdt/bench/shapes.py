@@ -43,7 +43,7 @@ class Shape(NamedTuple):
 
     @property
     def patches(self) -> int:
-        """Of all rows."""
+        """Patches of all rows."""
         return self.batch * self.height * self.grid_width
 
 

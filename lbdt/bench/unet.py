@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbdt.bench import hook, machine, shapes, timing
+from lbdt.bench import hardware, hook, shapes, timing
 from lbdt.bench.shapes import Place, Shape
 
 HOOKPOINT = "unet.up_blocks.1.attentions.1"
@@ -63,7 +63,7 @@ def measure(
     def time(function: Callable[[], Any]) -> dict[str, Any]:
         for _ in range(3):
             function()
-        machine.synchronize(device)
+        hardware.synchronize(device)
         return timing.in_turn({"it": function}, device, rounds, budget)["it"]["ms"]
 
     def step() -> Any:

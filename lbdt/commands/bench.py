@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lbdt.bench import machine, table
+from lbdt.bench import hardware, timing_table
 from lbdt.bench.cases import Spec
-from lbdt.bench.run import Options
-from lbdt.bench.run import run as run_cases
+from lbdt.bench.runner import BenchOptions
+from lbdt.bench.runner import run as run_cases
 from lbdt.commands.device import usable_device
 from lbdt.files import write_file
 from lbdt.out import check_out
@@ -22,12 +22,12 @@ from lbdt.out import check_out
 AUTO = "auto"
 
 
-def options_of(*, device: str, **settings: Any) -> Options:
+def options_of(*, device: str, **settings: Any) -> BenchOptions:
     """The options of a command line; `device` may be "auto". ValueError where it is not usable here."""
-    return Options(device=usable_device(device), **settings)
+    return BenchOptions(device=usable_device(device), **settings)
 
 
-def run(options: Options, *, threads: int | None, out: str | None) -> tuple[dict[str, Any], list[str]]:
+def run(options: BenchOptions, *, threads: int | None, out: str | None) -> tuple[dict[str, Any], list[str]]:
     """The result and its table; written to `out` too.
 
     Raises Mismatch, a RuntimeError, where a version disagrees with another, before any of its times is shown.
@@ -40,7 +40,7 @@ def run(options: Options, *, threads: int | None, out: str | None) -> tuple[dict
         result = run_cases(options, _bar)
     finally:
         torch.set_num_threads(before)
-    lines = table.lines(result)
+    lines = timing_table.lines(result)
     if path is not None:
         write_file(path, (json.dumps(result, indent=1) + "\n").encode())
         lines.append(f"written: {path}")
@@ -54,18 +54,18 @@ def _bar(specs: list[Spec]) -> Iterator[Spec]:
             yield spec
 
 
-def _path(out: str, options: Options) -> Path:
+def _path(out: str, options: BenchOptions) -> Path:
     """Where the result goes, refused before anything is measured if it cannot be written."""
     if out == AUTO:
-        folder = machine.ROOT / "benchmarks" / "results"
+        folder = hardware.ROOT / "benchmarks" / "results"
         if not folder.parent.is_dir():
             raise ValueError(
                 "--out auto: means benchmarks/results of a checkout, but this is an installation"
             )
         if options.quick:
             raise ValueError("--out auto: results of --quick are not kept there; name a file")
-        about = machine.cuda(options.device) if options.device.type == "cuda" else machine.cpu()
-        path = folder / f"{machine.slug(about)}.json"
+        about = hardware.cuda(options.device) if options.device.type == "cuda" else hardware.cpu()
+        path = folder / f"{hardware.slug(about)}.json"
     else:
         path = Path(out)
     check_out(path, "result")

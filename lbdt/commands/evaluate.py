@@ -261,7 +261,7 @@ def _child(rank: int, parent: int, count: int, port: int, settings: Settings, co
 
 def _work(settings: Settings, command: str) -> dict[str, Any]:
     """This process's share; the first process puts the report together. Other processes return nothing."""
-    from lbdt.bench import machine
+    from lbdt.bench import hardware
 
     with contextlib.ExitStack() as stack:
         processes, device = stack.enter_context(joined_on(settings.device))
@@ -291,7 +291,7 @@ def _work(settings: Settings, command: str) -> dict[str, Any]:
                 **evaluation.about(),
                 "quick": settings.quick,
                 "command": command,
-                **machine.describe(device),
+                **hardware.describe(device),
                 "threads": settings.threads,
                 "processes": processes.size,
             },

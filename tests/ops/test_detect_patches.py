@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 
 from lbdt import ops
-from lbdt.bench.machine import allocated_peak
+from lbdt.bench.hardware import allocated_peak
 from lbdt.reference.detect_patches import _detect
-from lbdt.testing import DTYPES, integers, layouts
+from lbdt.testing import DTYPES, layouts
 from tests.backends import DEVICE, HAS_CPP, every_backend, on_device
+from tests.layouts import integers
 
 INF = float("inf")
 backends = every_backend("cpp", "triton")

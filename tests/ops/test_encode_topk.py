@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lbdt import ops
-from lbdt.bench.machine import allocated_peak
-from lbdt.testing import DTYPES, assert_close, integers, layouts
+from lbdt.bench.hardware import allocated_peak
+from lbdt.testing import DTYPES, assert_close, layouts
 from tests.backends import DEVICE, HAS_CPP, every_backend
+from tests.layouts import integers
 
 backends = every_backend("cpp", "triton")
 needs_cpp = pytest.mark.skipif(DEVICE.type != "cpu" or not HAS_CPP, reason="needs the C++ version")

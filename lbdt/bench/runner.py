@@ -10,32 +10,32 @@ from typing import Any
 
 import torch
 
-from lbdt.bench import cases, machine, shapes, timing
-from lbdt.bench.cases import Case, Spec
+from lbdt.bench import cases, hardware, shapes, timing
+from lbdt.bench.cases import Spec, TimedCase
 from lbdt.bench.targets import targets
 
 BENCHMARK = "lbdt bench"
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """What to measure. Empty sequences: everything."""
 
     ops: Sequence[str] = ()
     shapes: Sequence[str] = ()
     shares: Sequence[float] = ()
     dtypes: Sequence[str] = ()
-    """Empty: float32 on the CPU, float16 on a GPU."""
+    """Names of DTYPES; empty: float32 on the CPU, float16 on a GPU."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     quick: bool = False
     """Small sizes instead of real ones; no targets."""
     rounds: int | None = None
-    """At most; None: 15, on a GPU 50, quick 3."""
+    """The most rounds of a case; None: 15, on a GPU 50, quick 3."""
     budget: float = 2.5
     """Seconds for the rounds of a case; at least 3 rounds are made."""
     unet: bool = False
-    """Time a UNet step too."""
+    """Times a UNet step too."""
 
     def specs(self) -> list[Spec]:
         """The cases, in the order in which they are measured; ValueError for what cannot be asked for."""
@@ -80,11 +80,11 @@ class Options:
 
     @property
     def most_rounds(self) -> int:
-        """Of a case."""
+        """The most rounds of a case."""
         return self.rounds or (3 if self.quick else 50 if self.device.type == "cuda" else 15)
 
 
-def run(options: Options, progress: Callable[[list[Spec]], Iterator[Spec]] = iter) -> dict[str, Any]:
+def run(options: BenchOptions, progress: Callable[[list[Spec]], Iterator[Spec]] = iter) -> dict[str, Any]:
     """The result as plain values; `progress` may wrap the list of cases.
 
     Raises:
@@ -92,10 +92,10 @@ def run(options: Options, progress: Callable[[list[Spec]], Iterator[Spec]] = ite
         ValueError: what cannot be asked for.
     """
     wanted = options.specs()
-    about = machine.describe(options.device)
+    about = hardware.describe(options.device)
     quick = shapes.QUICK["quick"] if options.quick else shapes.SHAPES["sd15-b1"]
     limits = {
-        name: machine.limits(options.device, cases.DTYPES[name], quick, options.quick)
+        name: hardware.limits(options.device, cases.DTYPES[name], quick, options.quick)
         for name in dict.fromkeys(spec.dtype for spec in wanted)
     }
     skipped: dict[str, str] = {}
@@ -136,7 +136,7 @@ def run(options: Options, progress: Callable[[list[Spec]], Iterator[Spec]] = ite
 
 @torch.inference_mode()
 def measure(
-    spec: Spec, options: Options, limits: dict[str, Any], skipped: dict[str, str]
+    spec: Spec, options: BenchOptions, limits: dict[str, Any], skipped: dict[str, str]
 ) -> dict[str, Any] | None:
     """Times, peak memory and floor of one case, or None with an entry in `skipped`."""
     try:
@@ -147,7 +147,7 @@ def measure(
     versions = _usable(case, skipped)
     count = case.check(versions)
     measured: dict[str, dict[str, Any]] = {
-        name: machine.peaks(function, options.device) for name, function in versions.items()
+        name: hardware.peaks(function, options.device) for name, function in versions.items()
     }
     times = timing.in_turn(versions, options.device, options.most_rounds, options.budget)
     for name in versions:
@@ -158,7 +158,7 @@ def measure(
 
 
 def row(
-    case: Case, measured: dict[str, dict[str, Any]], count: int | None, limits: dict[str, Any]
+    case: TimedCase, measured: dict[str, dict[str, Any]], count: int | None, limits: dict[str, Any]
 ) -> dict[str, Any]:
     """A row of the result. `own_ms` is a version's median without the bare call's; ratios are of those."""
     bare = measured[case.bare]["ms"]["median"] if case.bare else 0.0
@@ -189,7 +189,7 @@ def floor_of(size: int, flops: int, limits: dict[str, Any]) -> dict[str, Any]:
     return {"bytes": size, "flops": flops, "ms": 1e3 * parts[bound], "bound": bound}
 
 
-def _usable(case: Case, skipped: dict[str, str]) -> dict[str, Callable[[], Any]]:
+def _usable(case: TimedCase, skipped: dict[str, str]) -> dict[str, Callable[[], Any]]:
     """The versions without the compiled one where it cannot be compiled here (no compiler, no Triton)."""
     versions = dict(case.versions)
     if "compiled" in versions:
