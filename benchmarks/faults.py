@@ -32,7 +32,7 @@ from lbdt.files import json_bytes, read_json, write_file
 
 FAULTS = ("kill -9", "SIGINT", "full disk", "read-only", "two at once")
 _KILLS_EACH = 4
-"""Of one SIGINT."""
+"""Kills for one SIGINT."""
 _SPARE = 1 << 16
 _TIMED = ("speed.jsonl", "times.json")
 """What runs measure about themselves."""
@@ -128,8 +128,8 @@ class Trial:
 
 
 def killed(trial: Trial, moments: int) -> None:
-    """Ended at once at `moments`: in the middle of the last write and of others, before changes of every kind, and, where
-    there are not as many, after some of the time."""
+    """Ended at once at `moments`: in the middle of the last write and of others, before changes of every kind, and,
+    where there are not as many, after some of the time."""
     torn = [trial.writes[-1 - at] for at in _spread(len(trial.writes), moments // 2)]
     places = _spread(len(trial.changes), moments - len(torn))
     late = moments - len(torn) - len(places)
@@ -160,8 +160,8 @@ def interrupted(trial: Trial, moments: int) -> None:
 
 
 def full(trial: Trial, moments: int) -> None:
-    """A disk without a free byte, where one can be mounted; and one that is full from a write in the middle on, and from
-    the last."""
+    """A disk without a free byte, where one can be mounted; and one that is full from a write in the middle on, and
+    from the last."""
     line, words = trial.line(trial.command.arguments), "make room|are free"
     with disk(trial.place, sum(map(_rounded, trial.before.values())) + _SPARE) as mounted:
         if mounted:

@@ -33,7 +33,7 @@ class Fault:
     at: int = 0
     """It comes before so many changes and one more: files opened to write, renamed, removed, made."""
     powerless: bool = False
-    """Without root's right to write where the permissions forbid it."""
+    """It runs without root's right to write where the permissions forbid it."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Ended:
     """How a command ended."""
 
     code: int
-    """Of its exit; negative: the signal that ended it."""
+    """The exit code; negative: the signal that ended it."""
     changes: str
-    """To files below the folder that was watched: "w" for each that was opened to write, "." for another."""
+    """Changes to files below the folder that was watched: "w" for each that was opened to write, "." for another."""
     errors: str
     """What it said on stderr."""
 
@@ -82,7 +82,7 @@ class Running:
         os.kill(self._pid, signal.SIGKILL)
 
     def wait(self) -> Ended:
-        """Until it has ended."""
+        """Waits until it has ended."""
         with os.fdopen(self._errors, "rb") as errors, os.fdopen(self._changes, "rb") as changes:
             said, changed = errors.read().decode(errors="replace"), changes.read().decode()
         status = os.waitpid(self._pid, 0)[1]

@@ -3,8 +3,8 @@ benchmarks.sanitize`. For the CPU's ops `python -m benchmarks.sanitize --asan`: 
 targets (`--fuzz-cases N` of each), with a library that g++ built with AddressSanitizer and UndefinedBehaviorSanitizer.
 
 That build goes into the cache of builds (minutes, once). A finding ends the run with its report and exit code 1 or
-that of the signal. `--device cpu` (no sanitizer) shows that the script itself works. Ragged sizes, every source, layout and
-dtype; answers are compared with the reference's, as a kernel that reads too far may still answer.
+that of the signal. `--device cpu` (no sanitizer) shows that the script itself works. Ragged sizes, every source, layout
+and dtype; answers are compared with the reference's, as a kernel that reads too far may still answer.
 """
 
 import argparse
@@ -193,7 +193,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 _ROOT = Path(__file__).resolve().parents[1]
-_WATCHED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS -g"
+_WATCHED = (
+    "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer "
+    "-D_GLIBCXX_ASSERTIONS -g"
+)
 _OPS = {
     "replace_patches": replace_patches,
     "detect_patches": detect_patches,

@@ -17,7 +17,7 @@ class Command:
 
     arguments: tuple[str, ...]
     older: tuple[str, ...] | None = None
-    """Of the result that is there before; None: it goes on with what is there, from an empty folder at first."""
+    """The command line of the result that is there before; None: it goes on with what is there, at first nothing."""
     out: str = "out"
     again: tuple[str, ...] = ()
     """What is added to replace something."""
@@ -26,7 +26,7 @@ class Command:
 
 
 def commands(inputs: Path) -> dict[str, Command]:
-    """By name, on the inputs of `prepare`."""
+    """The commands by name, on the inputs of `prepare`."""
     pipe, eraser = ("--model", str(inputs / "pipe")), ("--eraser", str(inputs / "eraser"))
     cpu, site = ("--device", "cpu"), "unet.up_blocks.0.attentions.0:output"
     sampling = ("--prompts", str(inputs / "prompts.jsonl"), "--steps", "2", "--threads", "1")

@@ -59,7 +59,7 @@ def sources() -> list[Path]:
 
 
 def compile_extension(output: Path) -> None:
-    """Compile `sources()` into the shared library `output`, moved there whole.
+    """Compiles `sources()` into the shared library `output`, moved there whole.
 
     Raises RuntimeError with the compiler's own words, or naming what is missing.
     """
@@ -229,7 +229,7 @@ def _run(command: list[str]) -> None:
 
 @functools.cache
 def load() -> str | None:
-    """Load the C++ ops once; None when they are there, else the reason why not.
+    """Loads the C++ ops once; None when they are there, else the reason why not.
 
     Raises ImportError if a prebuilt library is present and damaged, or does not load: broken is not absent;
     ValueError as `check_variables` does.

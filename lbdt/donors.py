@@ -4,7 +4,7 @@ import enum
 
 
 class DonorSource(enum.StrEnum):
-    """Which patches outside the mask serve as donors; csrc/replace_patches.h numbers them in this order."""
+    """Patches outside the mask that serve as donors; csrc/replace_patches.h numbers them in this order."""
 
     random = "random"
     nearest = "nearest"

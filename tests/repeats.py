@@ -1,7 +1,7 @@
 """Whether two runs of one computation gave the same: in their bits, but for tensors misaligned on purpose.
 
-torch aligns whatever it allocates to 64 bytes, and no product depends on an address any further, so that a run repeats in
-its bits. With `.ci/test --misaligned` no two products agree so far; then TOLERANCES hold.
+torch aligns whatever it allocates to 64 bytes, and no product depends on an address any further, so that a run repeats
+in its bits. With `.ci/test --misaligned` no two products agree so far; then TOLERANCES hold.
 """
 
 import json
@@ -25,7 +25,7 @@ _NUMBER = r"-?\d+\.\d+(?:e-?\d+)?"
 
 
 def repeats(actual: Any, expected: Any) -> bool:
-    """Whether tensors, numbers, text, pictures, a file's bytes, or lists and dicts of them, are those of another run."""
+    """Whether tensors, numbers, text, pictures, a file's bytes, or lists and dicts of them, are another run's."""
     return _close(actual, expected) if MISALIGNED else _equal(actual, expected)
 
 

@@ -1,7 +1,7 @@
-"""Every command line that a README or a `--help` text shows is run, in small, from a folder with nothing but its inputs.
+"""Every command line that a README or a `--help` text shows is run, in small, from a folder with its inputs alone.
 
-`SMALL` has a row for each: what is appended to it, or put in place of its `...`. Words such as DIR_OR_HUB stand for what
-`PUT` says. A line without a row, and a row without a line, fail.
+`SMALL` has a row for each: what is appended to it, or put in place of its `...`. Words such as DIR_OR_HUB stand for
+what `PUT` says. A line without a row, and a row without a line, fail.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ from tests.formats import fixtures
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [path for path in sorted(ROOT.glob("**/*.md")) if not {".venv", "shared", "build"} & set(path.parts)]
-PROGRAMS = r"lbdt [a-z]+|torchrun|python -m|accelerate launch [^`]*-m|pip install|pytest|benchmarks/\w+\.sh|\.ci/\w+(?![\w.])"
+PROGRAMS = (
+    r"lbdt [a-z]+|torchrun|python -m|accelerate launch [^`]*-m|pip install|pytest|benchmarks/\w+\.sh|"
+    r"\.ci/\w+(?![\w.])"
+)
 
 PUT = {
     "DIR_OR_HUB": "pipe",
@@ -63,22 +66,24 @@ SMALL = {
     "lbdt collect --model DIR_OR_HUB --prompts prompts.jsonl --site unet.up_blocks.1.attentions.1 --patches 64 "
     "--out activations": "--steps 2 --device cpu",
     "lbdt train --recipe saeuron --activations activations --out sae": TRAIN,
-    "lbdt score --sae sae --site unet.up_blocks.1.attentions.1 --activations activations --out dictionary": "--device cpu",
+    "lbdt score --sae sae --site unet.up_blocks.1.attentions.1 --activations activations "
+    "--out dictionary": "--device cpu",
     "lbdt convert bcywinski/SAeUron --hookpoint unet.up_blocks.1.attentions.1 --out sae": "",
-    "lbdt assemble --sae sae --dictionary dictionary --hookpoint unet.up_blocks.1.attentions.1 --percentile 99.99 --out "
-    "eraser": "",
-    "lbdt erase 'An image of Cats in Sketch style.' --concept Cats --model style50 --eraser eraser --steps 100 --guidance "
-    "9": "--steps 2 --device cpu",
+    "lbdt assemble --sae sae --dictionary dictionary --hookpoint unet.up_blocks.1.attentions.1 --percentile 99.99 "
+    "--out eraser": "",
+    "lbdt erase 'An image of Cats in Sketch style.' --concept Cats --model style50 --eraser eraser --steps 100 "
+    "--guidance 9": "--steps 2 --device cpu",
     "lbdt evaluate": CANVAS,
     "lbdt evaluate --quick": CANVAS,
     "lbdt evaluate --out '$W/evaluation'": CANVAS,
-    "lbdt evaluate --world unlearncanvas --model style50 --eraser saeuron=DIR --steering saeuron=DIR --object-classifier "
-    "style50_cls.pth --style-classifier style50.pth": f"{ONE} --seed 188 --steps 2 --out unlearncanvas",
+    "lbdt evaluate --world unlearncanvas --model style50 --eraser saeuron=DIR --steering saeuron=DIR "
+    "--object-classifier style50_cls.pth --style-classifier style50.pth": f"{ONE} --seed 188 --steps 2 "
+    "--out unlearncanvas",
     "lbdt evaluate --world prompts.jsonl --model DIR_OR_HUB --eraser DIR --clip openai/clip-vit-large-patch14 --vlm "
     "Qwen/Qwen2-VL-7B-Instruct --nudity saemnesia": f"{ONE} --seed 0 --steps 2 --out mine",
     "lbdt convert cls_latents_dict_unet.up_blocks.1.attentions.1.pkl --out dictionary": "--timesteps 999,666,333,1",
-    "lbdt train --stream": f"--recipe saeuron --model pipe --prompts prompts.jsonl --site {toy.HOOKPOINT} --out streamed "
-    f"--sampling-steps 2 {TRAIN}",
+    "lbdt train --stream": f"--recipe saeuron --model pipe --prompts prompts.jsonl --site {toy.HOOKPOINT} "
+    f"--out streamed --sampling-steps 2 {TRAIN}",
     "lbdt erase ... --method steering": ERASE,
     "lbdt attack": ATTACK,
     "lbdt attack --quick": ATTACK,

@@ -24,6 +24,25 @@ NUMBER = r"\d+(?:\.\d+)?"
 CITATION = re.compile(rf"METHOD\.md(?!\")(?:, ({NUMBER}(?:(?:, | and | to ){NUMBER})*))?")
 
 
+# The rules of prose hold here; other places join as they are done.
+WRITTEN = (
+    *("lbdt/ops", "lbdt/reference", "lbdt/bench", "lbdt/sae", "kernels", "csrc", "benchmarks"),
+    *("lbdt/_build.py", "lbdt/donors.py", "lbdt/env.py", "lbdt/testing.py"),
+)
+PROSE = [
+    file
+    for path in (ROOT / name for name in WRITTEN)
+    for file in ([path] if path.is_file() else sorted(path.rglob("*")))
+    if file.suffix in (".py", ".h", ".cpp", ".cu", ".sh")
+]
+IN_THE_MIDDLE = frozenset(
+    "About Above According Across After Against Along Also Among And Are As At Because Before Below Between But By "
+    "During For From If In Inside Instead Into Is Like Nor Of On Or Out Over Per Same Since So Such Than That Then "
+    "Though Through To Toward Under Unless Until Up Upon Via Was Were Which While Who Whom Whose With Within Without "
+    "Yet".split()
+)
+
+
 def stems(folder: str, pattern: str = "[a-z]*.py") -> set[str]:
     return {path.stem for path in (ROOT / folder).glob(pattern)}
 
@@ -156,6 +175,55 @@ def test_every_cited_section_of_the_method_is_there():
                 assert sections, f"{path}: cites METHOD.md without a section"
                 cited |= dict.fromkeys(sections, path)
     assert len(cited) > 20 and {s: p for s, p in cited.items() if s not in headings} == {}
+
+
+def docstrings(path: Path) -> list[str]:
+    """Every string that stands alone: under a module, a class, a function or a field."""
+    bodies = [getattr(node, "body", None) for node in ast.walk(ast.parse(path.read_text()))]
+    return [
+        statement.value.value
+        for body in bodies
+        if isinstance(body, list)
+        for statement in body
+        if isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    ]
+
+
+def begins_in_the_middle(text: str) -> bool:
+    return re.match(r"\w*", text.lstrip())[0] in IN_THE_MIDDLE
+
+
+@pytest.mark.parametrize(
+    "text", ["Of the rank test; 0: none.", "That are scored, if none are given.", "As above."]
+)
+def test_a_docstring_that_begins_in_the_middle_is_told(text):
+    assert begins_in_the_middle(text) and not begins_in_the_middle(f"Whether {text}")
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PROSE if p.suffix == ".py"], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_docstrings_are_sentences_or_noun_phrases(path):
+    assert [text for text in docstrings(path) if begins_in_the_middle(text)] == []
+
+
+@pytest.mark.parametrize(
+    "path", [*PROSE, *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_no_line_is_longer_than_120_columns(path):
+    assert [line for line in path.read_text().splitlines() if len(line) > 120] == []
+
+
+def test_no_class_of_these_places_has_the_name_of_another():
+    own = {str(path.relative_to(ROOT)) for path in PROSE}
+    places: dict[str, list[str]] = {}
+    for path in [p for folder in ("lbdt", "kernels") for p in sorted((ROOT / folder).rglob("*.py"))]:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: files for name, files in places.items() if len(files) > 1 and set(files) & own} == {}
 
 
 def test_tolerances_come_from_the_one_table():

@@ -78,7 +78,8 @@ def test_without_room_the_old_files_stay_and_the_file_is_named(tmp_path, size):
         write_files(tmp_path, {"a.bin": b"new", "b.bin": data})
     name = "b.bin" if size else "a.bin"
     assert str(caught.value) == (
-        f"{tmp_path / name}: cannot be written: the file would be larger than is allowed there; make room there, or write to another disk"
+        f"{tmp_path / name}: cannot be written: the file would be larger than is allowed there; make room there, or "
+        "write to another disk"
     )
     assert caught.value.errno == errno.EFBIG
     assert names(tmp_path) == ["a.bin", "b.bin"] and (tmp_path / "a.bin").read_bytes() == b"old"

@@ -26,7 +26,7 @@ class Config(NamedTuple):
 
 @triton.jit
 def load(pointers, mask):
-    """Load under `mask`, 0 elsewhere; None: everywhere. The interpreter would compute with bfloat16's bits."""
+    """Loads under `mask`, 0 elsewhere; None: everywhere. The interpreter would compute with bfloat16's bits."""
     if mask is None:
         values = tl.load(pointers)
     else:

@@ -23,12 +23,12 @@ _FEW_ROWS = 1024
 
 
 def candidates_config(x: Tensor) -> Config:
-    """Of the first launch: little work, so many small programs, each with its loads well ahead."""
+    """Tiles of the first launch: little work, so many small programs, each with its loads well ahead."""
     return Config(16, 16, 32, 4, 3) if x.dtype == torch.float32 else Config(16, 16, 128, 4, 4)
 
 
 def count_config(x: Tensor, rows: int, update: bool) -> Config:
-    """Of the second launch: few rows are bound by reading the dictionary, many by the products.
+    """Tiles of the second launch: few rows are bound by reading the dictionary, many by the products.
 
     A tile has more than 32 candidates, or the warps of a program would decide on copies of `count` of their own.
     """
@@ -89,7 +89,7 @@ def detect_patches_candidates_kernel(
     BLOCK_U: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Per patch `max{ h_u : h_u > mu_u }`, and a list of the patches that have one (items 1 and 2 of the identity).
+    """`max{ h_u : h_u > mu_u }` of each patch, and a list of those that have one (items 1 and 2 of the identity).
 
     Reads x, the U encoder rows once per BLOCK_P patches, and their thresholds; writes N bytes and 16 bytes a
     candidate. The list's order is that in which programs arrive; no result depends on it.
@@ -192,7 +192,7 @@ def detect_patches_count_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Per candidate `#{ j != owner : h_j > value }`, until it reaches k (items 3 and 5 of the identity).
+    """`#{ j != owner : h_j > value }` of each candidate, until it reaches k (items 3 and 5 of the identity).
 
     A grid of fixed size walks over the tiles of BLOCK_L latents x BLOCK_P candidates, latents slowest, so that
     later tiles find the counts of earlier ones and are skipped where all their candidates are refuted. Reads the
@@ -219,7 +219,7 @@ def detect_patches_count_kernel(
                 minus_pointers += patch_offset(patch, width, minus_stride_h, minus_stride_w, FLAT)
             latent = tile // across * BLOCK_L + tl.arange(0, BLOCK_L)
             known = latent < latents
-            # What lies past the end of a list computes on its first or last member and is dropped by `known` and `limit`.
+            # Past the end of a list its first or last member is computed on, and dropped by `known` and `limit`.
             rows = tl.minimum(latent, latents - 1).to(tl.int64)
             h = accumulate(
                 tl.zeros([BLOCK_L, BLOCK_P], tl.float32),

@@ -1,4 +1,4 @@
-"""Which backend serves a call: chosen from its arguments, with a reason for every other one."""
+"""The backend that serves a call: chosen from its arguments, with a reason against every other one."""
 
 import contextlib
 import contextvars
@@ -47,7 +47,7 @@ def register(
     run: Callable[..., Any],
     declines: Callable[..., str | None] = always,
 ) -> None:
-    """Make `run` the implementation of `op` by `backend`; a second one for the same pair is a KeyError."""
+    """Makes `run` the implementation of `op` by `backend`; a second one for the same pair is a KeyError."""
     implementations = _registry.setdefault(op, {})
     if backend in implementations:
         raise KeyError(f"op {op!r} already has a backend {backend!r}")
@@ -56,7 +56,7 @@ def register(
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force `name` ("auto", "reference", "cpp" or "triton") for the ops called in the block, in this thread.
+    """Forces `name` ("auto", "reference", "cpp" or "triton") for the ops called in the block, in this thread.
 
     The keyword `backend=` of an op goes before it; the environment variable LBDT_BACKEND comes after it.
     Raises ValueError for an unknown name.
@@ -69,7 +69,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def explain(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> Choice:
-    """Which backend would serve `op` (a name in `lbdt.ops`) with these arguments, and why not the others.
+    """The backend that would serve `op` (a name in `lbdt.ops`) with these arguments, and why no other one would.
 
     Runs nothing but each backend's own check. Raises ValueError for an unknown op or backend, or where a
     backend is forced that cannot serve the call.
@@ -80,7 +80,7 @@ def explain(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> C
 
 
 def call(op: str, backend: str, *args: Any) -> Any:
-    """Run `op` on the chosen backend."""
+    """Runs `op` on the chosen backend."""
     if _LOG.isEnabledFor(logging.DEBUG):
         _log_once(_choose(op, backend, args, {}))
     wanted = _requested(backend)

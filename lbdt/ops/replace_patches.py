@@ -1,4 +1,4 @@
-"""`lbdt::replace_patches`: overwrite the masked patches' embeddings with others of the same feature map."""
+"""`lbdt::replace_patches`: overwrites the masked patches' embeddings with others of the same feature map."""
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def replace_patches_(
     )
 
 
-# Not by torch.library.register_autograd: that costs 4.4 us a call without a gradient, which is every call of a pipeline.
+# Not by torch.library.register_autograd: that costs 4.4 us a call without a gradient, as are all calls of a pipeline.
 class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mask, u, height, width, padding, source, bank, backend):

@@ -35,7 +35,7 @@ class SAEConfig:
     activation: str = "topk"
     """Activation at inference: topk | topk_sigmoid | relu | jumprelu | batch_topk (METHOD.md, 2.1)."""
     threshold: float | None = None
-    """Of batch_topk: the pre-activation above which a latent is active."""
+    """The pre-activation above which a latent is active; batch_topk alone has it."""
     update: bool = False
     """The SAE was trained on the block's update (output - input) instead of its output."""
     expansion_factor: int | None = None
@@ -43,13 +43,13 @@ class SAEConfig:
     normalize_decoder: bool = True
     """Decoder rows are kept at unit norm while training."""
     batch_topk: bool = False
-    """Trained with the k * rows largest latents of a batch (BatchTopK); inference is by `activation`."""
+    """The training kept the k * rows largest latents of a batch (BatchTopK); inference is by `activation`."""
     sample_topk: bool = False
-    """Trained with the k largest latents of a sample (SAeUron's option); inference is by `activation`."""
+    """The training kept the k largest latents of a sample (SAeUron's option); inference is by `activation`."""
     multi_topk: bool = False
-    """Trained with SAeUron's Multi-TopK loss."""
+    """The training used SAeUron's Multi-TopK loss."""
     input_unit_norm: bool = False
-    """Inputs normalised patch by patch. Refused: detection is defined on an affine encoder."""
+    """Inputs are normalised patch by patch. Refused, as detection is defined on an affine encoder."""
     encoder_only: bool = False
     """The file holds no `W_dec`; decoding raises."""
 

@@ -69,8 +69,16 @@ def test_draw_writes_a_file_a_figure(tmp_path, kinds, drawn):
         pytest.param({}, [], id="nothing"),
         pytest.param({"sweep": None, "ratio": {}, "grid": []}, [], id="null-and-empty"),
         pytest.param({"sweep": [sample.row("steering", 1, 1, 1, 1, 1) | {"IRA": None}]}, ["sweep"], id="no-IRA"),
-        pytest.param({"per concept": {"steering": None, "per": {"a": {"UA": 0.0, "AR": None}}}}, ["concepts-ua"], id="UA-of-zero"),
-        pytest.param({"activations": [{"method": "base", "settings": {}, "norms": None}]}, ["activations"], id="numbers-only"),
+        pytest.param(
+            {"per concept": {"steering": None, "per": {"a": {"UA": 0.0, "AR": None}}}},
+            ["concepts-ua"],
+            id="UA-of-zero",
+        ),
+        pytest.param(
+            {"activations": [{"method": "base", "settings": {}, "norms": None}]},
+            ["activations"],
+            id="numbers-only",
+        ),
     ],
 )  # fmt: skip
 def test_only_what_was_measured_is_drawn(kind, expected):

@@ -1,4 +1,5 @@
-"""What an evaluation must not get wrong in silence: labels that cannot differ, pictures that are not comparable, late errors."""
+"""What an evaluation must not get wrong in silence: labels that cannot differ, pictures that are not comparable, late
+errors."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""For each parser of files: a function that writes valid ones into a folder, and one that reads them and asks what a user
-of them would."""
+"""For each parser of files: a function that writes valid ones into a folder, and one that reads them and asks what a
+user of them would."""
 
 from __future__ import annotations
 

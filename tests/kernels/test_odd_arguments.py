@@ -1,4 +1,4 @@
-"""Arguments that few would pass: memory shared with what an op writes, numbers outside of their range, extreme sizes."""
+"""Arguments that few would pass: memory shared with what an op writes, numbers out of range, extreme sizes."""
 
 import math
 
