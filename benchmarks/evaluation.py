@@ -1,6 +1,6 @@
 """Keeps the figures of a finished `lbdt evaluate`: `python -m benchmarks.evaluation FOLDER` copies values.json,
-table.csv, the trade-off plot and a grid of pictures to `benchmarks/results/evaluation`, and prints the table of README.md
-and those of benchmarks/README.md."""
+table.csv, the trade-off plot and a grid of pictures to `benchmarks/results/evaluation`, and prints the table of
+README.md and those of benchmarks/README.md."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def short_lines(values: Mapping[str, Any]) -> list[str]:
     rows = [_line(["pipeline", *SHORT.values()]), _line(["---"] * (len(SHORT) + 1))]
     for name, kind in cells.kinds_of(values).items():
         per, steering = (cells.main_row(kind, method) for method in ("per", "steering"))
-        figures = [
-            f"{cells.number(cells.mean_of(per, metric), metric)} ({cells.number(cells.mean_of(steering, metric), metric)})"
-            for metric in SHORT
+        means = [
+            [cells.number(cells.mean_of(row, metric), metric) for row in (per, steering)] for metric in SHORT
         ]
+        figures = [f"{ours} ({theirs})" for ours, theirs in means]
         rows.append(_line([f"`{name}`: {ABOUT[name]}" if name in ABOUT else f"`{name}`", *figures]))
     return rows
 

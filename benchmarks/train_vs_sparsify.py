@@ -9,9 +9,10 @@ its own `SparseCoder` with what its trainer does around it; its first losses are
 timed.
 
 Why training is not built on a library: sparsify's and SAELens's trainers read language models'
-token streams and know no images, timesteps or labels; SAELens and dictionary-learning bring transformer-lens or nnsight;
-overcomplete (vision) needs torchvision, timm and OpenCV. None has BatchTopK on sharded maps, the supervised losses or a
-resume to the same bits. What they do well is kept: sparsify's file format, its AuxK and its fused-encoder idea.
+token streams and know no images, timesteps or labels; SAELens and dictionary-learning bring transformer-lens or
+nnsight; overcomplete (vision) needs torchvision, timm and OpenCV. None has BatchTopK on sharded maps, the supervised
+losses or a resume to the same bits. What they do well is kept: sparsify's file format, its AuxK and its fused-encoder
+idea.
 """
 
 from __future__ import annotations

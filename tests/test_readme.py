@@ -1,4 +1,4 @@
-"""The README and the other documents: their examples run, their links lead somewhere, their figures are those of the results."""
+"""The README and the other documents: examples run, links lead somewhere, figures are those of the results."""
 
 import json
 import re
@@ -98,7 +98,7 @@ def test_its_table_is_that_of_the_linked_evaluation():
     name = re.search(r"\]\((results/cpu[\w-]+\.json)\)", MEASURED.read_text())[1]
     rows = json.loads((MEASURED.parent / name).read_text())["rows"]
     (row,) = (r for r in rows if (r["op"], r["shape"], r["share"]) == ("hook", "sd15-b1", 0.1))
-    ours, theirs = (table._ms(row["versions"][version]["own_ms"]) for version in ("ours", "published"))
+    ours, theirs = (timing_table._ms(row["versions"][version]["own_ms"]) for version in ("ours", "published"))
     assert f"the hook takes {ours} ms a step, the published hooks' way {theirs} ms" in text
 
 
