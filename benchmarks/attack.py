@@ -13,7 +13,7 @@ import torch
 
 from lbdt.attack import Outcome, summarise
 from lbdt.bench import hardware
-from lbdt.files import json_bytes, read_json, write_files
+from lbdt.runs.files import json_bytes, read_json, write_files
 
 
 def rows(work: Path) -> list[dict[str, Any]]:

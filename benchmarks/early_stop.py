@@ -21,7 +21,7 @@ from torch import Tensor
 from lbdt import canvas
 from lbdt.bench import hardware
 from lbdt.editors import ConceptEraser
-from lbdt.files import write_file
+from lbdt.runs.files import write_file
 
 STYLES = ("Photo", "Sketch", "Neon")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lbdt.evaluation.report import cells, table
 from lbdt.evaluation.report.write import read_values
-from lbdt.files import write_files
+from lbdt.runs.files import write_files
 
 RESULTS = Path(__file__).resolve().parent / "results/evaluation"
 KEPT = ("values.json", "times.json", "table.csv", "plots/tradeoff.svg", "plots/grid-saeuron.png")

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from benchmarks.faulty import Ended, Fault, Running, disk, run
 from benchmarks.writers import COMMANDS, Command, commands, prepare, without_numbers
-from lbdt.files import json_bytes, read_json, write_file
+from lbdt.runs.files import json_bytes, read_json, write_file
 
 FAULTS = ("kill -9", "SIGINT", "full disk", "read-only", "two at once")
 _KILLS_EACH = 4

@@ -16,8 +16,8 @@ import torch
 
 from lbdt.bench import hardware
 from lbdt.canvas import KINDS, WEIGHTS
-from lbdt.files import json_bytes, write_files
-from lbdt.folders import replaced
+from lbdt.runs.files import json_bytes, write_files
+from lbdt.runs.folder import replaced
 
 
 def row(work: Path, kind: str) -> dict[str, Any]:

@@ -34,11 +34,11 @@ import torch
 from torch import Tensor
 
 from lbdt.bench import hardware
-from lbdt.files import write_file
+from lbdt.runs.files import write_file
+from lbdt.runs.processes import World
 from lbdt.sae import SAEConfig
 from lbdt.training.objectives import Ranked
 from lbdt.training.run import Run
-from lbdt.training.world import World
 
 LR = 4e-4
 

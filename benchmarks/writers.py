@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faulty import run
-from lbdt.files import write_file
+from lbdt.runs.files import write_file
 
 
 @dataclass(frozen=True)

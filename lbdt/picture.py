@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lbdt.files import write_file
-from lbdt.out import check_out
-from lbdt.reading import open_regular, reason
+from lbdt.runs.files import write_file
+from lbdt.runs.out import check_out
+from lbdt.runs.reading import open_regular, reason
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -14,8 +14,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lbdt import cli, out, reasons
+from lbdt import cli
 from lbdt.cli import options
+from lbdt.runs import out, reasons
 from tests import toy
 
 COMMANDS = typer.main.get_command(cli.app).commands

@@ -1,4 +1,4 @@
-"""`lbdt.files`: files are whole or absent, and nothing of a killed process stays."""
+"""`lbdt.runs.files`: files are whole or absent, and nothing of a killed process stays."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lbdt.files import read_json, read_tensors, tensor_bytes, write_file, write_files, writing
+from lbdt.runs.files import read_json, read_tensors, tensor_bytes, write_file, write_files, writing
 from tests.repeats import MISALIGNED
 
 

@@ -1,4 +1,4 @@
-"""`lbdt.folders`: held by one run at a time, replaced whole or never mixed, and erasers whose parts belong together."""
+"""`lbdt.runs.folder`: held by one run at a time, replaced whole or never mixed, and erasers whose parts belong together."""
 
 import errno
 import os
@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
-from lbdt import ConceptEraser, Steering, folders
-from lbdt.files import write_files
-from lbdt.folders import held, replaced, write_folder
+from lbdt import ConceptEraser, Steering
+from lbdt.runs import folder as folders
+from lbdt.runs.files import write_files
+from lbdt.runs.folder import held, replaced, write_folder
 from tests import toy
 
 OWN = ("a.json", "part")
@@ -135,7 +136,7 @@ def test_killed_before_any_change_it_is_old_or_new_but_never_both(tmp_path, monk
 
 
 def test_a_held_folder_refuses_others_until_its_process_ends(tmp_path):
-    code = "import sys, time; from pathlib import Path; from lbdt.folders import held\n"
+    code = "import sys, time; from pathlib import Path; from lbdt.runs.folder import held\n"
     code += "with held(Path(sys.argv[1]), 'x'): print(flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "a/b"], stdout=subprocess.PIPE)
     try:

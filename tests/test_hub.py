@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from lbdt.hub import resolve_folder
+from lbdt.runs.hub import resolve_folder
 from lbdt.sae import SparseAutoencoder
 from tests import toy
 from tests.formats import fixtures

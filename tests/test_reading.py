@@ -1,4 +1,4 @@
-"""`lbdt.reading`: strict JSON, and files that are no files, on every way into the library."""
+"""`lbdt.runs.reading`: strict JSON, and files that are no files, on every way into the library."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from lbdt.formats.latents import read_latents
 from lbdt.formats.pickles import read_pickle
 from lbdt.formats.pth import read_pth
 from lbdt.picture import read_picture
-from lbdt.reading import parse_json, read_bytes, read_json
+from lbdt.runs.reading import parse_json, read_bytes, read_json
 from lbdt.sae import SparseAutoencoder
 from lbdt.training.assignment import load_assignment
 from tests.fuzz import inputs
@@ -161,7 +161,7 @@ def test_a_file_without_a_size_is_read_to_its_end():
     ],
 )
 def test_a_prompt_file_is_refused_by_its_line(tmp_path, monkeypatch, name, data, message):
-    monkeypatch.setattr("lbdt.reading._MAX_LINES", 4000)
+    monkeypatch.setattr("lbdt.runs.reading._MAX_LINES", 4000)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=f"{name}, line") as refused:
         read_prompts(tmp_path / name)

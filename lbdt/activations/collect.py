@@ -17,8 +17,8 @@ from lbdt.activations.prompts import prompt_lines
 from lbdt.activations.sites import Site
 from lbdt.activations.source import Shard
 from lbdt.activations.stored import Stored, read_settings
-from lbdt.files import json_bytes, remove_leftovers, write_files
-from lbdt.folders import held
+from lbdt.runs.files import json_bytes, remove_leftovers, write_files
+from lbdt.runs.folder import held
 
 _SPARE = 1 << 20
 

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from lbdt.activations.prompts import MAX_PROMPTS
 from lbdt.activations.sites import Site
-from lbdt.reading import brief, listed, open_regular, parse_json
-from lbdt.text import require_unicode
+from lbdt.runs.reading import brief, listed, open_regular, parse_json
+from lbdt.runs.wording import require_unicode
 
 FORMAT = 1
 SHA256 = re.compile("[0-9a-f]{64}")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lbdt.reading import brief, listed, parse_json, read_bytes, read_lines
-from lbdt.text import require_unicode
+from lbdt.runs.reading import brief, listed, parse_json, read_bytes, read_lines
+from lbdt.runs.wording import require_unicode
 
 _FIELDS = ("prompt", "concept", "style", "seed")
 MAX_BYTES = 1 << 28

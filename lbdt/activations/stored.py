@@ -15,7 +15,7 @@ from lbdt.activations.layout import SHA256, Layout, digest_of
 from lbdt.activations.prompts import MAX_BYTES, read_prompts
 from lbdt.activations.sites import Site
 from lbdt.activations.source import Shard, require_site
-from lbdt.reading import open_regular, parse_json, read_bytes, read_json
+from lbdt.runs.reading import open_regular, parse_json, read_bytes, read_json
 
 
 class Stored:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lbdt.attack.search import Outcome
 from lbdt.dictionary.state import differing, plain
-from lbdt.files import json_bytes, read_json, write_files
-from lbdt.reading import brief
+from lbdt.runs.files import json_bytes, read_json, write_files
+from lbdt.runs.reading import brief
 
 if TYPE_CHECKING:
     from lbdt.activations.prompts import Prompt

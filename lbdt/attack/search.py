@@ -14,7 +14,7 @@ from lbdt.activations.capture import quiet
 from lbdt.attack.loss import ReferenceLoss, frozen, latent_of, spread
 from lbdt.attack.prefix import Prefix
 from lbdt.attack.text import PrefixedText, check_pipeline
-from lbdt.reading import brief
+from lbdt.runs.reading import brief
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -79,10 +79,10 @@ def main() -> None:
 
     import torch
 
-    from ..commands.processes import joined_on
     from ..evaluation.metrics.artifacts import FeatureJudge
     from ..evaluation.reference import unedited_features
     from ..evaluation.worlds.canvas import CanvasJudge, canvas_world
+    from ..runs.processes import joined_on
 
     torch.set_num_threads(1)  # as `lbdt evaluate`, whose pictures it judges
     with joined_on("cpu") as (processes, device):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lbdt.files import write_files
+from lbdt.runs.files import write_files
 
 from .scenes import OBJECTS, STYLES, prompt
 

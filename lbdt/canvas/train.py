@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from lbdt.files import write_file
+from lbdt.runs.files import write_file
 
 from . import models
 from .scenes import OBJECTS, STYLES, prompt

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from lbdt.files import write_files
+from lbdt.runs.files import write_files
 
 from .scenes import render_batch
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lbdt.reasons import unwritable, worded
-from lbdt.text import printable
+from lbdt.runs.reasons import unwritable, worded
+from lbdt.runs.wording import printable
 
 
 class Kind(enum.StrEnum):

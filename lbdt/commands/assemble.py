@@ -12,9 +12,9 @@ from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.score import DONE_FILE, sae_settings
 from lbdt.editors import ConceptEraser, Steering
 from lbdt.editors.editor import FOLDER
-from lbdt.files import read_json
-from lbdt.folders import replaced
-from lbdt.out import check_out_folder
+from lbdt.runs.files import read_json
+from lbdt.runs.folder import replaced
+from lbdt.runs.out import check_out_folder
 from lbdt.sae import SparseAutoencoder
 
 _BEGUN = ".assembling"

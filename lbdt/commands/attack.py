@@ -20,12 +20,12 @@ from lbdt.attack import PUBLISHED, Folder, Outcome, Search, Settings, summarise
 from lbdt.attack.text import PrefixedText
 from lbdt.commands.concepts import load_eraser, load_steering
 from lbdt.commands.pipeline import CANVAS, canvas_prompts, load_pipeline
-from lbdt.commands.processes import launched_on
 from lbdt.editors import UnetEditor
 from lbdt.evaluation.worlds.names import prompt_text
-from lbdt.folders import held
-from lbdt.out import check_out_folder
-from lbdt.text import printable, require_unicode
+from lbdt.runs.folder import held
+from lbdt.runs.out import check_out_folder
+from lbdt.runs.processes import launched_on
+from lbdt.runs.wording import printable, require_unicode
 
 _POLL_SECONDS = 0.2
 _STEPS = 20

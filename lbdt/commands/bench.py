@@ -15,9 +15,9 @@ from lbdt.bench import hardware, timing_table
 from lbdt.bench.cases import Spec
 from lbdt.bench.runner import BenchOptions
 from lbdt.bench.runner import run as run_cases
-from lbdt.commands.device import usable_device
-from lbdt.files import write_file
-from lbdt.out import check_out
+from lbdt.runs.files import write_file
+from lbdt.runs.out import check_out
+from lbdt.runs.processes import usable_device
 
 AUTO = "auto"
 

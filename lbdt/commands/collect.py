@@ -12,8 +12,8 @@ from lbdt.activations.collect import Files, collect, human
 from lbdt.activations.sites import Site
 from lbdt.activations.stored import Stored
 from lbdt.commands.pipeline import CANVAS, Sampling, load_pipeline
-from lbdt.commands.processes import joined_on
-from lbdt.out import check_out_folder
+from lbdt.runs.out import check_out_folder
+from lbdt.runs.processes import joined_on
 
 
 def run(

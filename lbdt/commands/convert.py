@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from lbdt.dictionary.files import INFO_FILE, TENSORS_FILE
-from lbdt.files import write_files
-from lbdt.folders import replaced
 from lbdt.formats import class_params, unbox
 from lbdt.formats.latents import SPACINGS, read_latents
-from lbdt.hub import check_subfolder, resolve_folder
-from lbdt.out import check_out_folder
+from lbdt.runs.files import write_files
+from lbdt.runs.folder import replaced
+from lbdt.runs.hub import check_subfolder, resolve_folder
+from lbdt.runs.out import check_out_folder
 from lbdt.sae import SparseAutoencoder, checkpoint
 
 _PICKLES = "cls_latents_dict_*.pkl"

@@ -12,9 +12,9 @@ import torch
 
 from lbdt import picture
 from lbdt.commands.concepts import load_eraser, load_steering
-from lbdt.commands.device import usable_device
 from lbdt.commands.pipeline import CANVAS, load_pipeline
 from lbdt.editors import Report, UnetEditor
+from lbdt.runs.processes import usable_device
 
 _STEPS = 20
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from lbdt.commands.processes import end_with, joined_on
 from lbdt.evaluation.columns import Scorers
 from lbdt.evaluation.design import Design
 from lbdt.evaluation.plan import unedited
@@ -24,10 +23,10 @@ from lbdt.evaluation.report.write import read_values, write
 from lbdt.evaluation.run import Evaluation
 from lbdt.evaluation.values import kind_values, measured_cost
 from lbdt.evaluation.world import World
-from lbdt.folders import held
-from lbdt.out import check_out_folder
-from lbdt.text import printable
-from lbdt.training.world import launched
+from lbdt.runs.folder import held
+from lbdt.runs.out import check_out_folder
+from lbdt.runs.processes import end_with, joined_on, launched
+from lbdt.runs.wording import printable
 
 _MOST = 8
 SAMPLED = Design(others=6)

@@ -10,12 +10,12 @@ from lbdt.activations import Site, Source
 from lbdt.activations.source import require_site
 from lbdt.activations.stored import Stored
 from lbdt.commands.pipeline import Sampling, load_pipeline
-from lbdt.commands.processes import launched_on
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.encoding import check_fit
 from lbdt.dictionary.score import score
 from lbdt.dictionary.selectivity import selectivity
-from lbdt.out import check_out_folder
+from lbdt.runs.out import check_out_folder
+from lbdt.runs.processes import launched_on
 from lbdt.sae.checkpoint import read
 
 

@@ -12,8 +12,8 @@ from lbdt.activations import Site, Source
 from lbdt.activations.batches import Batches, Stream
 from lbdt.activations.stored import Stored
 from lbdt.commands.pipeline import Sampling, load_pipeline
-from lbdt.commands.processes import joined_on
-from lbdt.out import check_out_folder
+from lbdt.runs.out import check_out_folder
+from lbdt.runs.processes import joined_on
 from lbdt.sae import SparseAutoencoder
 from lbdt.training.assignment import Assignment, assign, load_assignment
 from lbdt.training.heldout import split, split_prompts

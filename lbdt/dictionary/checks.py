@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lbdt.reading import brief, listed
-from lbdt.text import require_unicode
+from lbdt.runs.reading import brief, listed
+from lbdt.runs.wording import require_unicode
 
 if TYPE_CHECKING:
     from lbdt.sae import SparseCode

@@ -9,10 +9,10 @@ import torch
 
 from lbdt.dictionary.concepts import ConceptDictionary
 from lbdt.dictionary.histograms import Histograms
-from lbdt.files import json_bytes, read_json, read_tensors, tensor_bytes
-from lbdt.folders import write_folder
-from lbdt.hub import resolve_folder
-from lbdt.reading import MAX_FLOAT, brief, listed
+from lbdt.runs.files import json_bytes, read_json, read_tensors, tensor_bytes
+from lbdt.runs.folder import write_folder
+from lbdt.runs.hub import resolve_folder
+from lbdt.runs.reading import MAX_FLOAT, brief, listed
 
 INFO_FILE = "dictionary.json"
 TENSORS_FILE = "dictionary.safetensors"

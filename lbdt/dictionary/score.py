@@ -22,8 +22,8 @@ from lbdt.dictionary.files import INFO_FILE
 from lbdt.dictionary.passes import BankPass, CalibrationPass, Pass, StatisticsPass, run_pass
 from lbdt.dictionary.selection import check_criteria
 from lbdt.dictionary.state import Finished, State, differing, digest, plain
-from lbdt.files import json_bytes, read_json, write_files
-from lbdt.folders import held
+from lbdt.runs.files import json_bytes, read_json, write_files
+from lbdt.runs.folder import held
 
 if TYPE_CHECKING:
     from lbdt.activations import Source

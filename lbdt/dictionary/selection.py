@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lbdt.reading import brief
+from lbdt.runs.reading import brief
 
 _EPS = 1e-8
 

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lbdt.files import open_tensors, read_tensors, remove_leftovers, write_files
-from lbdt.reading import parse_json
+from lbdt.runs.files import open_tensors, read_tensors, remove_leftovers, write_files
+from lbdt.runs.reading import parse_json
 
 _PREFIX = "score.state"
 _POLL_SECONDS = 0.2

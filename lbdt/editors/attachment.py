@@ -16,7 +16,7 @@ from lbdt.editors.report import Blind, Report, StepMask, step_masks, warn_not_fi
 from lbdt.hooks import lookup
 from lbdt.hooks.detection_plan import CallState, DetectionPlan, check_lengths
 from lbdt.hooks.recorder import Call, Recorder
-from lbdt.reading import brief, listed
+from lbdt.runs.reading import brief, listed
 
 if TYPE_CHECKING:
     from diffusers.hooks import ModelHook

@@ -30,11 +30,11 @@ from lbdt.editors.attachment import (
     window,
 )
 from lbdt.editors.report import Blind, Report, summarise
-from lbdt.folders import DIGESTS_FILE, PARTS, check_digests, replaced, write_digests
 from lbdt.hooks import lookup
 from lbdt.hooks.detection_plan import ROWS, CallState, DetectionOptions, DetectionPlan
 from lbdt.hooks.recorder import Call, Recorder
-from lbdt.reading import brief, listed
+from lbdt.runs.folder import DIGESTS_FILE, PARTS, check_digests, replaced, write_digests
+from lbdt.runs.reading import brief, listed
 from lbdt.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ class UnetEditor(Editor):
     def save_settings(self, directory: str | os.PathLike[str]) -> None:
         """Writes `eraser.json` or `steering.json` alone, into the folder of another editor with the same SAE and
         dictionary; a steering needs the SAE's decoder there."""
-        from lbdt.files import json_bytes, write_files
+        from lbdt.runs.files import json_bytes, write_files
 
         self._check()
         write_files(Path(directory), {self.FILE: json_bytes({"version": _VERSION, **self.settings})})
@@ -264,7 +264,7 @@ class UnetEditor(Editor):
             ValueError: anything absent, unreadable or contradictory, or an SAE or dictionary other than those it was
                 saved with (where it says which); the text names the file.
         """
-        from lbdt.hub import resolve_folder
+        from lbdt.runs.hub import resolve_folder
 
         files = (cls.FILE, *cls._OTHERWISE, DIGESTS_FILE, *PARTS)
         folder = resolve_folder(path_or_repo, None, marker=cls.FILE, files=files)
@@ -280,7 +280,7 @@ class UnetEditor(Editor):
     @classmethod
     def _stored(cls, folder: Path, given: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
         """The file of the settings, and what it says where nothing else is given."""
-        from lbdt.files import read_json
+        from lbdt.runs.files import read_json
 
         path, keys = folder / cls.FILE, ("version", *cls.SETTINGS)
         values = read_json(path)

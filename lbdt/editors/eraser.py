@@ -15,7 +15,7 @@ from lbdt.editors.editor import UnetEditor
 from lbdt.hooks import lookup
 from lbdt.hooks.detection_plan import MOST_PADDING, TARGETS, CallState, DetectionOptions, ErasePlan
 from lbdt.hooks.recorder import Recorder
-from lbdt.reading import brief
+from lbdt.runs.reading import brief
 from lbdt.sae import SparseAutoencoder
 
 if TYPE_CHECKING:

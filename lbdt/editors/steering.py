@@ -18,7 +18,7 @@ from lbdt.editors.eraser import ConceptEraser
 from lbdt.editors.steer_plan import Decoder, LatentPlan, SteerPlan, VectorPlan
 from lbdt.hooks.detection_plan import CallState, DetectionOptions
 from lbdt.hooks.recorder import Recorder
-from lbdt.reading import MAX_FLOAT, brief
+from lbdt.runs.reading import MAX_FLOAT, brief
 from lbdt.sae import SparseAutoencoder
 
 if TYPE_CHECKING:

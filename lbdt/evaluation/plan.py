@@ -11,7 +11,7 @@ from lbdt.donors import SOURCES
 from lbdt.evaluation.design import Design, Job, erased_together, targets, together
 from lbdt.evaluation.series import Series
 from lbdt.evaluation.world import Kind, World
-from lbdt.text import slug
+from lbdt.runs.wording import slug
 
 PADDINGS = (0, 1, 2, 3)
 ORDERS = ("at once", "one after another")

@@ -17,8 +17,8 @@ from torch import Tensor
 from lbdt.editors import UnetEditor
 from lbdt.evaluation.design import Job
 from lbdt.evaluation.world import Judge, Kind, Verdicts
-from lbdt.files import json_bytes, open_tensors, read_json, tensor_bytes, write_files
-from lbdt.text import slug
+from lbdt.runs.files import json_bytes, open_tensors, read_json, tensor_bytes, write_files
+from lbdt.runs.wording import slug
 
 WATCHED_PATCHES, WATCHED_TIMESTEPS = 4, 10
 _NO_STYLE = -2

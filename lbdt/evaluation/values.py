@@ -28,7 +28,7 @@ from lbdt.evaluation.metrics.intervals import estimate
 from lbdt.evaluation.plan import PADDINGS, Plan, unedited
 from lbdt.evaluation.run import Evaluation
 from lbdt.evaluation.series import Series, generate
-from lbdt.files import write_files
+from lbdt.runs.files import write_files
 
 
 def kind_values(evaluation: Evaluation, kind: str, strength: float | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lbdt.reading import open_regular
+from lbdt.runs.reading import open_regular
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lbdt.files import json_bytes, read_json
 from lbdt.formats.pth import read_pth
-from lbdt.reading import MAX_FLOAT, brief, listed
-from lbdt.text import require_unicode
+from lbdt.runs.files import json_bytes, read_json
+from lbdt.runs.reading import MAX_FLOAT, brief, listed
+from lbdt.runs.wording import require_unicode
 
 PTH_FILE = "class_params.pth"
 JSON_FILE = "class_params.json"

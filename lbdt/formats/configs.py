@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lbdt.files import read_json
 from lbdt.formats import unbox
-from lbdt.reading import brief
+from lbdt.runs.files import read_json
+from lbdt.runs.reading import brief
 from lbdt.sae.config import SAEConfig
 
 _SPARSIFY_OFF = {

@@ -20,8 +20,8 @@ from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.checks import checked_timesteps
 from lbdt.formats.arrays import StoredArray
 from lbdt.formats.pickles import read_pickle
-from lbdt.reading import MAX_FLOAT, listed
-from lbdt.text import require_unicode
+from lbdt.runs.reading import MAX_FLOAT, listed
+from lbdt.runs.wording import require_unicode
 
 SPACINGS = ("leading", "trailing", "linspace")
 _TRAINED = 1000

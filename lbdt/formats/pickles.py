@@ -25,7 +25,7 @@ from lbdt.formats.machine import (
     Text,
     UnsafePickle,
 )
-from lbdt.reading import open_regular
+from lbdt.runs.reading import open_regular
 
 __all__ = ["UnsafePickle", "read_pickle"]
 

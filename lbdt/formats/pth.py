@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lbdt.formats.machine import STORAGES, Call, Machine, Storage
-from lbdt.reading import brief, open_regular, reason
+from lbdt.runs.reading import brief, open_regular, reason
 
 _MAX_ENTRIES = 256
 _MAX_PICKLE = 1 << 20

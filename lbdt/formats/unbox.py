@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbdt.files import check_tensors, json_bytes, read_json, require_floats
-from lbdt.folders import write_folder
 from lbdt.formats.pth import read_pth
-from lbdt.reading import brief, listed
+from lbdt.runs.files import check_tensors, json_bytes, read_json, require_floats
+from lbdt.runs.folder import write_folder
+from lbdt.runs.reading import brief, listed
 from lbdt.sae.config import SAEConfig
 from lbdt.sae.model import SparseAutoencoder
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from lbdt.files import json_bytes, read_json, read_tensors, require_floats, tensor_bytes
-from lbdt.folders import write_folder
 from lbdt.formats import FORMATS, configs, unbox
-from lbdt.hub import resolve_folder
+from lbdt.runs.files import json_bytes, read_json, read_tensors, require_floats, tensor_bytes
+from lbdt.runs.folder import write_folder
+from lbdt.runs.hub import resolve_folder
 from lbdt.sae.model import SparseAutoencoder
 
 CONFIG_FILE = "cfg.json"

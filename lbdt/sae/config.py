@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-from lbdt.reading import MAX_FLOAT, brief
+from lbdt.runs.reading import MAX_FLOAT, brief
 
 ACTIVATIONS = ("topk", "topk_sigmoid", "relu", "jumprelu", "batch_topk")
 _LARGEST = 1 << 24

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lbdt.files import json_bytes, read_json, write_files
-from lbdt.reading import brief, listed
+from lbdt.runs.files import json_bytes, read_json, write_files
+from lbdt.runs.reading import brief, listed
 
 ASSIGNMENT_FILE = "assignment.json"
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lbdt.dictionary.state import digest as digest_of
-from lbdt.files import open_tensors, read_tensors, write_files
-from lbdt.reading import parse_json
+from lbdt.runs.files import open_tensors, read_tensors, write_files
+from lbdt.runs.reading import parse_json
 from lbdt.sae import SparseAutoencoder
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

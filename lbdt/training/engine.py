@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbdt.runs.processes import World
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training.checkpoint import digest, read_checkpoint, write_checkpoint
 from lbdt.training.metrics import MetricsFile, Writer
 from lbdt.training.objectives import PRECISIONS, Objective, default_objective
 from lbdt.training.run import BatchSource, Labels, Run
-from lbdt.training.world import World
 
 ADAM_EPS = 6.25e-10
 DEAD_ROWS = 10_000_000
@@ -73,7 +73,7 @@ def train(
         labels: of a supervised objective.
         precision: "bfloat16" computes the encoder's product so; weights, optimiser and all else stay float32.
         device: None: the batches' own.
-        world: the processes that share every batch (see `lbdt.training.world.join`). Each makes the whole batch and
+        world: the processes that share every batch (see `lbdt.runs.processes.joined`). Each makes the whole batch and
             takes its part; gradients, dead latents and metrics are those of the whole; only BatchTopK ranks within
             a process's own rows.
         log: called after each step with `lr`, `fvu`, `auxk`, `l0` (active latents a row), `dead` (latents) and the

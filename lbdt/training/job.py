@@ -17,8 +17,9 @@ from lbdt.activations import Site, Source
 from lbdt.activations.batches import Batches
 from lbdt.activations.source import require_site
 from lbdt.dictionary.score import score
-from lbdt.files import json_bytes, read_json, write_files
-from lbdt.folders import held
+from lbdt.runs.files import json_bytes, read_json, write_files
+from lbdt.runs.folder import held
+from lbdt.runs.processes import World
 from lbdt.sae import SparseAutoencoder
 from lbdt.training.assignment import Assignment, assign, load_assignment, save_assignment
 from lbdt.training.checkpoint import require_same_settings
@@ -27,7 +28,6 @@ from lbdt.training.evaluate import explain_variance
 from lbdt.training.metrics import writers
 from lbdt.training.recipes import Recipe
 from lbdt.training.run import BatchSource, Labels
-from lbdt.training.world import World
 
 CHECKPOINT_FILE = "training.ckpt"
 REPORT_FILE = "report.json"

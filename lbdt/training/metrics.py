@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from lbdt.files import writing
-from lbdt.reading import open_regular, parse_json
+from lbdt.runs.files import writing
+from lbdt.runs.reading import open_regular, parse_json
 
 METRICS_FILE = "metrics.jsonl"
 SPEED_FILE = "speed.jsonl"

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lbdt.runs.processes import World
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training.sparse import Code, add_pre_gradient, project, ranked_code, sigmoid_code
 from lbdt.training.supervision import Labelled, Supervision
-from lbdt.training.world import World
 
 RECONSTRUCTIONS = ("fvu", "mse", "scaled-mse", "relative")
 PRECISIONS = ("float32", "bfloat16")

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lbdt.runs.processes import World
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training.assignment import Assignment
 from lbdt.training.checkpoint import load_state
 from lbdt.training.evaluate import geometric_median
 from lbdt.training.objectives import Context, Objective, Rows, Scales
 from lbdt.training.supervision import SIGMOID_SPAN, Labelled
-from lbdt.training.world import World
 
 CLIP_NORM = 1.0
 _THRESHOLD_DECAY = 0.99

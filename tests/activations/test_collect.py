@@ -18,7 +18,7 @@ from lbdt.activations.batches import Batches
 from lbdt.activations.collect import Files, collect
 from lbdt.activations.generated import Generated
 from lbdt.activations.stored import Stored
-from lbdt.folders import held
+from lbdt.runs.folder import held
 from tests import toy
 from tests.repeats import repeats
 

@@ -6,7 +6,7 @@ import torch
 from scipy.spatial.distance import mahalanobis
 
 from lbdt.evaluation.metrics.artifacts import FeatureJudge
-from lbdt.files import tensor_bytes
+from lbdt.runs.files import tensor_bytes
 from lbdt.testing import assert_close
 
 WIDTH = 8

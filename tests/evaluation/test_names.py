@@ -17,7 +17,7 @@ from lbdt.evaluation.report.table import csv_text, lines
 from lbdt.evaluation.report.write import write
 from lbdt.evaluation.run import check_kind_name
 from lbdt.evaluation.values import kind_values
-from lbdt.text import legible, printable, short
+from lbdt.runs.wording import legible, printable, short
 from tests import toy
 from tests.evaluation import sample_values as sample
 from tests.evaluation import small

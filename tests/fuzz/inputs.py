@@ -27,9 +27,9 @@ from lbdt.evaluation.series import Files, Series
 from lbdt.evaluation.world import Verdicts
 from lbdt.evaluation.worlds.unlearncanvas import judge_pictures, read_pictures
 from lbdt.evaluation.worlds.vit import load_vit, preprocess
-from lbdt.files import json_bytes
 from lbdt.formats.class_params import load_class_params
 from lbdt.formats.latents import read_latents
+from lbdt.runs.files import json_bytes
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training.assignment import Assignment, load_assignment, save_assignment
 from lbdt.training.checkpoint import read_checkpoint, write_checkpoint

@@ -107,7 +107,7 @@ def test_a_parser_of_any_bytes(target, data):
     | st.text()
 )
 def test_json_of_any_kind(tmp_path_factory, text):
-    from lbdt.reading import parse_json
+    from lbdt.runs.reading import parse_json
 
     try:
         parsed = parse_json(text, "FILE")

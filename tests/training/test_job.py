@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lbdt.activations.batches import Batches
-from lbdt.folders import held
+from lbdt.runs.folder import held
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training import explain_variance
 from lbdt.training.assignment import Assignment, load_assignment

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lbdt.activations.batches import Batches
+from lbdt.runs.processes import launched
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.testing import assert_close
 from lbdt.training import explain_variance, train
-from lbdt.training.world import launched
 from tests.training import planted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +21,7 @@ CODE = """
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from lbdt.training.world import joined
+from lbdt.runs.processes import joined
 from lbdt.training.job import Options, train_recipe
 from lbdt.training.recipes import RECIPES
 from tests.training import planted

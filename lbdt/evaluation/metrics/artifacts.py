@@ -71,7 +71,7 @@ class FeatureJudge:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all."""
-        from lbdt.files import tensor_bytes, write_files
+        from lbdt.runs.files import tensor_bytes, write_files
 
         path = Path(path)
         tensors = {
@@ -84,7 +84,7 @@ class FeatureJudge:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FeatureJudge:
         """From a file of `save`; ValueError naming what is wrong with it."""
-        from lbdt.files import read_tensors
+        from lbdt.runs.files import read_tensors
 
         path = Path(path)
         got = read_tensors(

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lbdt.text import legible
+from lbdt.runs.wording import legible
 
 PERCENT = ("UA", "IRA", "CRA", "RA", "AR", "AR others", "GA", "replaced")
 OTHER = ("FD", "CLIP")

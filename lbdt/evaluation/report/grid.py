@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lbdt.evaluation.report import cells
 from lbdt.picture import read_picture
-from lbdt.text import short, slug
+from lbdt.runs.wording import short, slug
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw

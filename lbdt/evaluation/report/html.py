@@ -14,7 +14,7 @@ from lbdt.evaluation.report import cells, table, theme
 from lbdt.evaluation.report.cells import Table
 from lbdt.evaluation.report.page import SECTIONS, page
 from lbdt.evaluation.report.plots import drawable
-from lbdt.text import legible
+from lbdt.runs.wording import legible
 
 UNMEASURED = '<p class="none">not measured</p>'
 NOT_DRAWN = f"not drawn: {theme.NEEDS.replace(': ', ', ')}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbdt.evaluation.report import cells, curves, distributions, theme
-from lbdt.files import write_files
+from lbdt.runs.files import write_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

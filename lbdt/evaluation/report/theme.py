@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lbdt.text import short
+from lbdt.runs.wording import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

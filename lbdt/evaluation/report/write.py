@@ -8,7 +8,7 @@ from typing import Any
 
 from lbdt.evaluation.report import grid, plots, table, theme
 from lbdt.evaluation.report.html import html
-from lbdt.files import json_bytes, read_json, write_files
+from lbdt.runs.files import json_bytes, read_json, write_files
 
 _VALUES, _TIMES = "values.json", "times.json"
 _MOMENT = ("date", "load_average_before")

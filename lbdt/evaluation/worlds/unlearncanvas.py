@@ -217,7 +217,7 @@ def ddim(pipe: Any) -> Any:
 
 def find_classifier(path_or_repo: PathOrRepo, stem: str) -> Path:
     """A file as it is; of a folder or Hub repository, its `stem`.safetensors or `stem`.pth. ValueError: neither."""
-    from lbdt.hub import resolve_folder
+    from lbdt.runs.hub import resolve_folder
 
     if Path(path_or_repo).is_file():
         return Path(path_or_repo)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lbdt.evaluation.world import Verdicts
-from lbdt.files import check_tensors, open_tensors, read_tensors, require_floats
 from lbdt.formats.pth import read_pth
-from lbdt.reading import listed
+from lbdt.runs.files import check_tensors, open_tensors, read_tensors, require_floats
+from lbdt.runs.reading import listed
 
 if TYPE_CHECKING:
     from PIL import Image

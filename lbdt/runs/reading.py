@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from lbdt.text import require_unicode
+from lbdt.runs.wording import require_unicode
 
 _MAX_JSON = 1 << 25
 _MAX_LINES = 1 << 21

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from lbdt.files import json_bytes, read_json, remove_leftovers, temporary_folder, write_files, writing
-from lbdt.reading import listed, open_regular
+from lbdt.runs.files import json_bytes, read_json, remove_leftovers, temporary_folder, write_files, writing
+from lbdt.runs.reading import listed, open_regular
 
 DIGESTS_FILE = "digests.json"
 PARTS = (

@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lbdt.reading import listed, open_regular, reason
-from lbdt.reading import read_json as read_json
-from lbdt.reasons import unwritable
+from lbdt.runs.reading import listed, open_regular, reason
+from lbdt.runs.reading import read_json as read_json
+from lbdt.runs.reasons import unwritable
 
 _TEMPORARY = ".lbdt-"
 _FOLDER = ".new"

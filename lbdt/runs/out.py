@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from lbdt.reasons import unwritable
+from lbdt.runs.reasons import unwritable
 
 _PROBE = 1 << 16  # bytes: a disk with less room than that is full
 

@@ -1,10 +1,12 @@
-"""One process, or those of `accelerate launch`, which share every batch."""
+"""The processes of a command that `accelerate launch` or torchrun started (one where none did), and each one's device."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -13,6 +15,8 @@ from torch import Tensor
 
 # The others wait while the first process evaluates and writes, however long it takes.
 _PATIENCE = datetime.timedelta(days=365)
+_ANY = ("auto", "cuda")
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -84,3 +88,42 @@ def joined(device: Callable[[], torch.device], auto: bool) -> Iterator[tuple[Wor
         yield World(state.process_index, state.num_processes), where
     finally:
         state.destroy_process_group()
+
+
+def end_with(parent: int) -> None:
+    """Ends this process as soon as `parent`, the id of the one that started it, has ended in whatever way (Linux)."""
+    # Not SIGINT, which what a shell runs in the background ignores, and with it what that starts.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
+
+
+def joined_on(device: str) -> contextlib.AbstractContextManager[tuple[World, torch.device]]:
+    """The processes that `accelerate launch` or torchrun started, as one group, and this one's device: for "auto" and
+    "cuda" a CUDA device of its own."""
+    return joined(lambda: usable_device(device), device in _ANY)
+
+
+def launched_on(device: str) -> tuple[World, torch.device]:
+    """The same without a group, for processes that meet by files."""
+    world = launched()
+    if world.size > 1 and device in _ANY and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK') or world.rank}"
+    return world, usable_device(device)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name; "auto": CUDA where there is one. ValueError where it is not usable here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        if device.type == "meta":
+            raise NotImplementedError("its tensors have no values")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {name}: not usable here ({first}); `lbdt env` lists the devices"
+        ) from error
+    return device
