@@ -35,10 +35,10 @@ from torch import Tensor
 
 from lbdt.bench import hardware
 from lbdt.runs.files import write_file
-from lbdt.runs.processes import World
+from lbdt.runs.processes import Processes
 from lbdt.sae import SAEConfig
 from lbdt.training.objectives import Ranked
-from lbdt.training.run import Run
+from lbdt.training.training_run import TrainingRun
 
 LR = 4e-4
 
@@ -68,7 +68,7 @@ class Ours:
         from lbdt.training.engine import new_autoencoder
 
         config = SAEConfig(size.d, size.latents, size.k)
-        self.run = Run(config, Ranked(), precision, World(), None)
+        self.run = TrainingRun(config, Ranked(), precision, Processes(), None)
         self.run.prepare(new_autoencoder(config, 0, None), (x, None), 6.25e-10, False, None)
         self.dead = dead
         self.x = x

@@ -8,7 +8,7 @@ import torch
 from lbdt import ConceptEraser, Steering
 from lbdt.commands.assemble import run
 from lbdt.dictionary import ConceptDictionary
-from lbdt.dictionary.score import sae_settings
+from lbdt.dictionary.scoring import sae_settings
 from tests import toy
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lbdt.activations.fingerprint import digest_of_module
-from lbdt.dictionary.state import digest
+from lbdt.dictionary.score_state import digest
 from lbdt.editors import ConceptEraser, Editor, Steering, TextSteering, UnetEditor
 from tests import toy
 

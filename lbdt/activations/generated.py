@@ -16,9 +16,9 @@ from torch import Tensor
 from lbdt import ops
 from lbdt.activations.capture import Stop, capture, denoiser_of, of_text, quiet
 from lbdt.activations.fingerprint import fingerprint
-from lbdt.activations.layout import DTYPES
 from lbdt.activations.prompts import Prompt, prompt_lines
 from lbdt.activations.schedule import Schedule, choose
+from lbdt.activations.shard_layout import DTYPES
 from lbdt.activations.shuffle import mix
 from lbdt.activations.sites import Site
 from lbdt.activations.source import Shard, require_site, shard_count

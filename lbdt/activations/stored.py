@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from lbdt.activations.generated import places
-from lbdt.activations.layout import SHA256, Layout, digest_of
 from lbdt.activations.prompts import MAX_BYTES, read_prompts
+from lbdt.activations.shard_layout import SHA256, Layout, digest_of
 from lbdt.activations.sites import Site
 from lbdt.activations.source import Shard, require_site
 from lbdt.runs.reading import open_regular, parse_json, read_bytes, read_json
 
 
 class Stored:
-    """A complete folder of activations (`lbdt.activations.layout`).
+    """A complete folder of activations (`lbdt.activations.shard_layout`).
 
     Shards are mapped into memory, not copied; each is compared with its SHA-256 in the manifest when it is first used.
     """

@@ -1,6 +1,6 @@
 """UnlearnDiffAtk (arXiv 2310.11868) in text_grad mode: a learned prefix that brings an erased concept back."""
 
-from lbdt.attack.files import Folder
+from lbdt.attack.attack_folder import Folder
 from lbdt.attack.prefix import Prefix, project_simplex
 from lbdt.attack.search import Outcome, Search, Settings
 from lbdt.attack.summary import PUBLISHED, Summary, summarise

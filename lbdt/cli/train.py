@@ -177,7 +177,7 @@ def command(
     if (activations is None) != stream:
         raise typer.BadParameter("give either --activations DIR or --stream", param_hint="--activations")
     from lbdt.commands.train import Live, run
-    from lbdt.training.job import Options
+    from lbdt.training.recipe_training import RecipeOptions
 
     live = None
     if stream:
@@ -196,7 +196,7 @@ def command(
             window=window,
             steps_per_shard=steps_per_shard,
         )
-    options = Options(
+    options = RecipeOptions(
         variant=variant,
         expansion=expansion,
         k=k,

@@ -9,7 +9,7 @@ import torch
 
 from lbdt.activations import Site
 from lbdt.dictionary import ConceptDictionary
-from lbdt.dictionary.score import DONE_FILE, sae_settings
+from lbdt.dictionary.scoring import DONE_FILE, sae_settings
 from lbdt.editors import ConceptEraser, Steering
 from lbdt.editors.editor import FOLDER
 from lbdt.runs.files import read_json

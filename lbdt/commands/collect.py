@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lbdt.activations.collect import Files, collect, human
+from lbdt.activations.collecting import ActivationFiles, collect, human
 from lbdt.activations.sites import Site
 from lbdt.activations.stored import Stored
 from lbdt.commands.pipeline import CANVAS, Sampling, load_pipeline
@@ -29,7 +29,7 @@ def run(
     labelled = sampling.labelled()
     with joined_on(device) as (world, where):
         source = sampling.source(load_pipeline(sampling.model, where), labelled, wanted, where, seed)
-        files = Files(source, out)
+        files = ActivationFiles(source, out)
         files.check_space()
         resumed = files.present()
         if world.main:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lbdt.dictionary.files import INFO_FILE, TENSORS_FILE
+from lbdt.dictionary.dictionary_files import INFO_FILE, TENSORS_FILE
 from lbdt.formats import class_params, unbox
 from lbdt.formats.latents import SPACINGS, read_latents
 from lbdt.runs.files import write_files

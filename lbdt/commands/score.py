@@ -12,7 +12,7 @@ from lbdt.activations.stored import Stored
 from lbdt.commands.pipeline import Sampling, load_pipeline
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.encoding import check_fit
-from lbdt.dictionary.score import score
+from lbdt.dictionary.scoring import score
 from lbdt.dictionary.selectivity import selectivity
 from lbdt.runs.out import check_out_folder
 from lbdt.runs.processes import launched_on

@@ -17,7 +17,7 @@ from lbdt.runs.processes import joined_on
 from lbdt.sae import SparseAutoencoder
 from lbdt.training.assignment import Assignment, assign, load_assignment
 from lbdt.training.heldout import split, split_prompts
-from lbdt.training.job import Options, train_recipe
+from lbdt.training.recipe_training import RecipeOptions, train_recipe
 from lbdt.training.recipes import recipe_named
 
 
@@ -43,7 +43,7 @@ def run(
     heldout_share: float,
     start: str | None,
     assignment: str | None,
-    options: Options,
+    options: RecipeOptions,
     device: str,
     progress: bool = True,
 ) -> tuple[dict[str, Any], list[str]]:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lbdt.dictionary.activation_histograms import Histograms, spaced_edges
 from lbdt.dictionary.checks import check_place, checked_code, require_same
-from lbdt.dictionary.concepts import ConceptDictionary
-from lbdt.dictionary.histograms import Histograms, spaced_edges
+from lbdt.dictionary.concept_dictionary import ConceptDictionary
 
 if TYPE_CHECKING:
     from lbdt.sae import SparseCode

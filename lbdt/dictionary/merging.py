@@ -9,7 +9,7 @@ import torch
 from lbdt.dictionary.checks import require_same_bins
 
 if TYPE_CHECKING:
-    from lbdt.dictionary.concepts import ConceptDictionary
+    from lbdt.dictionary.concept_dictionary import ConceptDictionary
 
 
 def merge(first: ConceptDictionary, second: ConceptDictionary) -> ConceptDictionary:

@@ -14,7 +14,7 @@ from lbdt.dictionary.encoding import Encoder, check_fit, detected, labels, label
 
 if TYPE_CHECKING:
     from lbdt.activations import Site, Source
-    from lbdt.dictionary.concepts import ConceptDictionary
+    from lbdt.dictionary.concept_dictionary import ConceptDictionary
     from lbdt.sae import SparseAutoencoder
 
 

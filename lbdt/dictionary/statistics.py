@@ -17,7 +17,7 @@ from lbdt.dictionary.checks import (
 )
 
 if TYPE_CHECKING:
-    from lbdt.dictionary.concepts import ConceptDictionary
+    from lbdt.dictionary.concept_dictionary import ConceptDictionary
     from lbdt.sae import SparseCode
 
 _UNIT = 2.0**-30
@@ -92,7 +92,7 @@ class ConceptStatistics:
 
     def build(self) -> ConceptDictionary:
         """The dictionary of means. Places without patches keep a count of 0 and can still be merged in."""
-        from lbdt.dictionary.concepts import ConceptDictionary
+        from lbdt.dictionary.concept_dictionary import ConceptDictionary
 
         mean = torch.empty(self.units.shape)
         for row, units, counts in zip(mean, self.units, self.counts, strict=True):

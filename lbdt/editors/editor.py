@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lbdt.activations.fingerprint import digest_of_module
 from lbdt.dictionary import ConceptDictionary
-from lbdt.dictionary.state import digest
+from lbdt.dictionary.score_state import digest
 from lbdt.editors.attachment import (
     EXAMPLE,
     Attachment,

@@ -13,7 +13,7 @@ from lbdt.evaluation.design import Design, Job
 from lbdt.evaluation.run import Evaluation
 from lbdt.evaluation.series import Series
 from lbdt.evaluation.world import Judge, World
-from lbdt.runs.processes import World as Processes
+from lbdt.runs.processes import Processes
 
 
 def unedited_features(

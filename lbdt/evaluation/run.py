@@ -22,7 +22,7 @@ from lbdt.evaluation.metrics.artifacts import SMALLEST, FeatureJudge
 from lbdt.evaluation.plan import Plan
 from lbdt.evaluation.series import Files, Series, generate
 from lbdt.evaluation.world import World
-from lbdt.runs.processes import World as Processes
+from lbdt.runs.processes import Processes
 from lbdt.runs.wording import require_unicode, short, slug
 
 _LONGEST = 100

@@ -20,7 +20,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
-class World:
+class Processes:
     """Process `rank` of `size`. Sums are over all processes, in the same order on each, so all see the same bits."""
 
     rank: int = 0
@@ -63,29 +63,29 @@ class World:
             torch.distributed.barrier()
 
 
-def launched() -> World:
+def launched() -> Processes:
     """This process among those that `accelerate launch` or torchrun started (one where none did), by what they set in
     the environment; no process group is made, so only `rank`, `size`, `main` and `part` are of use."""
     rank, size = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    return World(rank, size) if size > 1 else World()
+    return Processes(rank, size) if size > 1 else Processes()
 
 
 @contextlib.contextmanager
-def joined(device: Callable[[], torch.device], auto: bool) -> Iterator[tuple[World, torch.device]]:
+def joined(device: Callable[[], torch.device], auto: bool) -> Iterator[tuple[Processes, torch.device]]:
     """The processes that `accelerate launch` or torchrun started (one where none did), and this one's device.
 
     `device()` is the one asked for; `auto`: any CUDA device of it will do, so each process takes its own. The process
     group is made by accelerate: gloo on CPUs, NCCL on CUDA.
     """
     if launched().size == 1:
-        yield World(), device()
+        yield Processes(), device()
         return
     from accelerate import PartialState
 
     state = PartialState(cpu=device().type == "cpu", timeout=_PATIENCE)
     try:
         where = state.device if auto else device()
-        yield World(state.process_index, state.num_processes), where
+        yield Processes(state.process_index, state.num_processes), where
     finally:
         state.destroy_process_group()
 
@@ -98,13 +98,13 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
-def joined_on(device: str) -> contextlib.AbstractContextManager[tuple[World, torch.device]]:
+def joined_on(device: str) -> contextlib.AbstractContextManager[tuple[Processes, torch.device]]:
     """The processes that `accelerate launch` or torchrun started, as one group, and this one's device: for "auto" and
     "cuda" a CUDA device of its own."""
     return joined(lambda: usable_device(device), device in _ANY)
 
 
-def launched_on(device: str) -> tuple[World, torch.device]:
+def launched_on(device: str) -> tuple[Processes, torch.device]:
     """The same without a group, for processes that meet by files."""
     world = launched()
     if world.size > 1 and device in _ANY and torch.cuda.is_available():

@@ -2,10 +2,10 @@
 
 from lbdt.training.assignment import Assignment, assign, load_assignment, save_assignment
 from lbdt.training.engine import train
-from lbdt.training.evaluate import explain_variance, geometric_median
+from lbdt.training.explained_variance import explain_variance, geometric_median
 from lbdt.training.objectives import Dense, Ranked
-from lbdt.training.run import Labels
 from lbdt.training.supervision import Supervision
+from lbdt.training.training_run import Labels
 
 __all__ = [
     "Assignment",

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbdt.runs.processes import World
+from lbdt.runs.processes import Processes
 from lbdt.sae import SAEConfig, SparseAutoencoder
-from lbdt.training.checkpoint import digest, read_checkpoint, write_checkpoint
-from lbdt.training.metrics import MetricsFile, Writer
 from lbdt.training.objectives import PRECISIONS, Objective, default_objective
-from lbdt.training.run import BatchSource, Labels, Run
+from lbdt.training.training_checkpoint import digest, read_checkpoint, write_checkpoint
+from lbdt.training.training_metrics import MetricsFile, Writer
+from lbdt.training.training_run import BatchSource, Labels, TrainingRun
 
 ADAM_EPS = 6.25e-10
 DEAD_ROWS = 10_000_000
@@ -39,7 +39,7 @@ def train(
     precision: str = "float32",
     seed: int = 0,
     device: torch.device | str | None = None,
-    world: World | None = None,
+    world: Processes | None = None,
     progress: bool = True,
     log: Callable[[int, dict[str, float]], None] | None = None,
     metrics: str | os.PathLike[str] | None = None,
@@ -89,7 +89,7 @@ def train(
         ValueError: settings that contradict each other, a batch of the wrong shape or with NaN, a loss that is not
             finite, a checkpoint of other settings.
     """
-    world = world or World()
+    world = world or Processes()
     objective = objective or default_objective(sae_config, auxk_alpha)
     _validate(sae_config, objective, steps, lr, checkpoint_every, precision, start, labels, batches)
     settings = run_settings(
@@ -106,7 +106,7 @@ def train(
         labels=labels,
         data=data,
     )
-    run = Run(sae_config, objective, precision, world, labels)
+    run = TrainingRun(sae_config, objective, precision, world, labels)
     path = None if checkpoint is None else Path(checkpoint)
     saved = None
     if path is not None and path.exists():

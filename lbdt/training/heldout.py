@@ -16,7 +16,7 @@ _STRIDE = 7
 _T = TypeVar("_T")
 
 
-class Part:
+class SourcePart:
     """A source with some prompts of every shard of another one: the same places in each but for a turn by `_STRIDE`,
     so that prompts in an order of concepts or styles are drawn from all of them."""
 
@@ -78,7 +78,7 @@ def split(source: Source, share: float) -> tuple[Source, Source]:
             f"held-out share: expected one in (0, 1) that leaves prompts on both sides of shards of {size}; got "
             f"{share}. Give held-out activations of their own instead"
         )
-    parts = Part(source, held, keep=True), Part(source, held, keep=False)
+    parts = SourcePart(source, held, keep=True), SourcePart(source, held, keep=False)
     if not parts[1].prompts or not parts[0].prompts:
         raise ValueError(
             f"held-out share: {source.prompts} prompts are too few to hold some out; give held-out activations of "

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lbdt.runs.processes import World
+from lbdt.runs.processes import Processes
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training.sparse import Code, add_pre_gradient, project, ranked_code, sigmoid_code
-from lbdt.training.supervision import Labelled, Supervision
+from lbdt.training.supervision import BatchLabels, Supervision
 
 RECONSTRUCTIONS = ("fvu", "mse", "scaled-mse", "relative")
 PRECISIONS = ("float32", "bfloat16")
@@ -36,7 +36,7 @@ class Scales(NamedTuple):
     """Mean norm of a decoder row, before the first step."""
 
 
-class Rows(NamedTuple):
+class BatchRows(NamedTuple):
     """This process's rows of a batch, and what all processes know of the whole."""
 
     x: Tensor
@@ -44,8 +44,8 @@ class Rows(NamedTuple):
     variance: Tensor
     """Summed squared deviation from the mean row, over the whole batch; scalar."""
     count: int
-    """Rows of the whole batch."""
-    labelled: Labelled | None = None
+    """BatchRows of the whole batch."""
+    labelled: BatchLabels | None = None
 
 
 @dataclass
@@ -59,10 +59,10 @@ class Context:
     """Of BatchTopK: see `ranked_code`."""
     precision: str = "float32"
     scales: Scales = field(default_factory=Scales)
-    world: World = field(default_factory=World)
+    world: Processes = field(default_factory=Processes)
 
 
-class Outcome(NamedTuple):
+class ObjectiveOutcome(NamedTuple):
     """What a step measured, to be summed over the processes."""
 
     terms: dict[str, Tensor]
@@ -79,7 +79,7 @@ class Objective(Protocol):
     def check(self, config: SAEConfig) -> None:
         """ValueError where an SAE of this configuration cannot be trained so."""
 
-    def accumulate(self, sae: SparseAutoencoder, rows: Rows, context: Context) -> Outcome:
+    def accumulate(self, sae: SparseAutoencoder, rows: BatchRows, context: Context) -> ObjectiveOutcome:
         """Adds the gradient of the loss to the parameters' `.grad`."""
 
 
@@ -120,7 +120,7 @@ class Ranked:
                 "decoder's rows carry the data's scale) and batch_topk false"
             )
 
-    def accumulate(self, sae: SparseAutoencoder, rows: Rows, context: Context) -> Outcome:
+    def accumulate(self, sae: SparseAutoencoder, rows: BatchRows, context: Context) -> ObjectiveOutcome:
         config, x = sae.config, rows.x
         with torch.no_grad():
             centred = x - sae.b_dec
@@ -150,9 +150,11 @@ class Ranked:
         if supervision is not None:
             terms |= supervision.accumulate(sae, centred, h, code, rows.labelled, rows.count, context)
         smallest = code.values.detach().min() if code.cols.numel() else h.new_zeros(())
-        return Outcome(terms, code.cols, smallest)
+        return ObjectiveOutcome(terms, code.cols, smallest)
 
-    def _auxk(self, sae, centred: Tensor, h: Tensor, error: Tensor, rows: Rows, context: Context) -> Tensor:
+    def _auxk(
+        self, sae, centred: Tensor, h: Tensor, error: Tensor, rows: BatchRows, context: Context
+    ) -> Tensor:
         own = self.reconstruction == "scaled-mse"
         if own:
             moments = torch.stack([error.double().sum(0), error.double().square().sum(0)])
@@ -218,7 +220,7 @@ def _dense_auxk(
     return miss
 
 
-def _reconstruction(kind: str, error: Tensor, rows: Rows, scales: Scales) -> tuple[Tensor, Tensor]:
+def _reconstruction(kind: str, error: Tensor, rows: BatchRows, scales: Scales) -> tuple[Tensor, Tensor]:
     """Gradient with respect to x_hat [n, d], and the loss."""
     elements = rows.count * error.shape[1]
     if kind == "fvu":
@@ -256,18 +258,18 @@ class Dense:
                 f"expected sparsity >= 0 and bandwidth > 0; got {self.sparsity}, {self.bandwidth}"
             )
 
-    def accumulate(self, sae: SparseAutoencoder, rows: Rows, context: Context) -> Outcome:
+    def accumulate(self, sae: SparseAutoencoder, rows: BatchRows, context: Context) -> ObjectiveOutcome:
         chunk = max(1, _CHUNK_ELEMENTS // 4 // sae.config.num_latents)
         fired = torch.zeros(sae.config.num_latents, dtype=torch.bool, device=rows.x.device)
         sums = [rows.x.new_zeros(()) for _ in range(4)]
         for x in rows.x.split(chunk):
             parts = self._chunk(sae, x, rows, context, fired)
             sums = [total + part for total, part in zip(sums, parts, strict=True)]
-        return Outcome(
+        return ObjectiveOutcome(
             dict(zip(("fvu", "auxk", "l0", "sparsity"), sums, strict=True)), fired.nonzero().squeeze(1)
         )
 
-    def _chunk(self, sae, x: Tensor, rows: Rows, context: Context, fired: Tensor) -> tuple[Tensor, ...]:
+    def _chunk(self, sae, x: Tensor, rows: BatchRows, context: Context, fired: Tensor) -> tuple[Tensor, ...]:
         centred = x - sae.b_dec
         if context.precision == "bfloat16":
             h = F.linear(centred.bfloat16(), sae.encoder.weight.bfloat16()).to(x.dtype) + sae.encoder.bias

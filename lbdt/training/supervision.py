@@ -27,7 +27,7 @@ SIGMOID_SPAN = 4.0
 """A new topk_sigmoid SAE's pre-activations, from silent (-4) to as large as a TopK SAE's mean activation (0)."""
 
 
-class Labelled(NamedTuple):
+class BatchLabels(NamedTuple):
     """Labels of a batch's images, which have the same number of patches, image by image."""
 
     latents: Tensor
@@ -92,7 +92,7 @@ class Supervision:
         centred: Tensor,  # [n, d]
         h: Tensor,  # [n, L] pre-activations
         code: Code,
-        labelled: Labelled,
+        labelled: BatchLabels,
         count: int,  # rows of the whole batch
         context: Context,
     ) -> dict[str, Tensor]:
@@ -117,7 +117,9 @@ class Supervision:
             terms["l1"] = code.values.detach().sum() / count
         return terms
 
-    def _pooled(self, v: Tensor, code: Code, labelled: Labelled, sigmoid: bool, context: Context) -> Tensor:
+    def _pooled(
+        self, v: Tensor, code: Code, labelled: BatchLabels, sigmoid: bool, context: Context
+    ) -> Tensor:
         """[S', A] of this process's images."""
         if self.variant == "released":
             v = v.relu()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lbdt.activations import Prompt, Site
-from lbdt.activations.collect import collect
+from lbdt.activations.collecting import collect
 from lbdt.activations.generated import Generated
 from tests import toy
 

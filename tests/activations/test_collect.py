@@ -15,7 +15,7 @@ import torch
 
 from lbdt.activations import Prompt, Site, Source
 from lbdt.activations.batches import Batches
-from lbdt.activations.collect import Files, collect
+from lbdt.activations.collecting import ActivationFiles, collect
 from lbdt.activations.generated import Generated
 from lbdt.activations.stored import Stored
 from lbdt.runs.folder import held
@@ -85,7 +85,9 @@ def test_shards_are_ordinary_safetensors_files(unbroken):
         "settings.json",
         *(f"shards/0000{i}.safetensors" for i in range(4)),
     ]
-    assert Files(source, folder).bytes == sum(shard_path(folder, i).stat().st_size for i in range(4))
+    assert ActivationFiles(source, folder).bytes == sum(
+        shard_path(folder, i).stat().st_size for i in range(4)
+    )
 
 
 def test_rows_are_gathered_from_the_mapped_files(unbroken):
@@ -121,7 +123,7 @@ def test_what_is_there_is_not_made_again(copied, monkeypatch):
     shard_path(folder, 2).unlink()
     made, run = [], source.run
     monkeypatch.setattr(source, "run", lambda index: made.append(index) or run(index))
-    assert Files(source, folder).present() == 3
+    assert ActivationFiles(source, folder).present() == 3
     collect(source, folder, progress=False)
     assert made == [2] and repeats(contents(folder), before)
 

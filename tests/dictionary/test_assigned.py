@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lbdt.dictionary import Calibration, ConceptDictionary, ConceptStatistics
-from lbdt.dictionary.histograms import spaced_edges
-from lbdt.dictionary.score import score
+from lbdt.dictionary.activation_histograms import spaced_edges
+from lbdt.dictionary.scoring import score
 from lbdt.editors import ConceptEraser
 from tests.dictionary.activations import CONCEPTS, LATENTS, SITE, in_memory, make_sae
 

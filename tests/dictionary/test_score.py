@@ -11,7 +11,7 @@ from lbdt.activations import InMemory, Site
 from lbdt.dictionary import ConceptDictionary, ConceptStatistics
 from lbdt.dictionary.bank import EMPTY, Bank, priorities
 from lbdt.dictionary.encoding import Encoder
-from lbdt.dictionary.score import score
+from lbdt.dictionary.scoring import score
 from lbdt.sae import SparseCode
 from tests.dictionary.activations import (
     CONCEPTS,
@@ -278,7 +278,7 @@ def test_an_update_needs_a_place_of_replacement():
 PEAK = """
 import resource, sys
 import torch
-from lbdt.dictionary.score import score
+from lbdt.dictionary.scoring import score
 from tests.dictionary.activations import SITE, Lazy, make_sae
 torch.set_num_threads(1)
 source = Lazy(int(sys.argv[1]), prompts_per_shard=4, width=64, patches=1024)

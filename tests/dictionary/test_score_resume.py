@@ -10,8 +10,8 @@ import time
 import pytest
 import safetensors.torch
 
-from lbdt.dictionary.score import score
-from lbdt.dictionary.state import State
+from lbdt.dictionary.score_state import ScoreState
+from lbdt.dictionary.scoring import score
 from tests.dictionary.activations import SITE, Lazy, make_sae
 from tests.repeats import repeats
 
@@ -72,7 +72,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, unbroken):
 
 @pytest.mark.parametrize("moment", ["statistics", "calibration", "bank", "dictionary", "score.json", "state"])
 def test_killed_while_a_file_is_written_it_resumes_to_the_same_bytes(tmp_path, unbroken, monkeypatch, moment):
-    replace, remove = os.replace, State.remove
+    replace, remove = os.replace, ScoreState.remove
 
     def dies(source, target):
         if moment in os.path.basename(target):
@@ -81,14 +81,14 @@ def test_killed_while_a_file_is_written_it_resumes_to_the_same_bytes(tmp_path, u
 
     with monkeypatch.context() as patched:
         if moment == "state":
-            patched.setattr(State, "remove", lambda state: (_ for _ in ()).throw(Killed))
+            patched.setattr(ScoreState, "remove", lambda state: (_ for _ in ()).throw(Killed))
         else:
             patched.setattr(os, "replace", dies)
             # A killed process leaves its temporary files behind.
             patched.setattr("pathlib.Path.unlink", lambda *args, **kwargs: None)
         with pytest.raises(Killed):
             run(Lazy(20), tmp_path)
-    assert State.remove is remove
+    assert ScoreState.remove is remove
     run(Lazy(20), tmp_path)
     assert repeats(files(tmp_path), unbroken)
 

@@ -5,7 +5,7 @@ import torch
 
 from lbdt.activations import InMemory
 from lbdt.dictionary import ConceptDictionary
-from lbdt.dictionary.score import score
+from lbdt.dictionary.scoring import score
 from lbdt.dictionary.selectivity import selectivity
 from tests.dictionary.activations import CONCEPTS, SITE, STYLES, TIMESTEPS, dense, in_memory, made, make_sae
 

@@ -14,7 +14,7 @@ from lbdt.evaluation.design import Design
 from lbdt.evaluation.reference import unedited_features
 from lbdt.evaluation.report.table import csv_text
 from lbdt.evaluation.values import kind_values, measured_cost
-from lbdt.runs.processes import World as Processes
+from lbdt.runs.processes import Processes
 from tests import toy
 from tests.evaluation import small
 from tests.repeats import repeats

@@ -224,7 +224,7 @@ def test_verdicts_of_another_judge_or_after_damage_are_asked_for_again(pipe, tmp
 
 def test_two_processes_make_each_batch_once(pipe, tmp_path):
     """Without a group: what rank r of n takes is every n-th batch of all series."""
-    from lbdt.runs.processes import World as Processes
+    from lbdt.runs.processes import Processes
 
     class Rank(Processes):
         def wait(self):

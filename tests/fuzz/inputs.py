@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from lbdt.activations import Prompt
-from lbdt.activations.layout import FORMAT, Layout, digest_of, raw
 from lbdt.activations.prompts import prompt_lines, read_prompts
+from lbdt.activations.shard_layout import FORMAT, Layout, digest_of, raw
 from lbdt.activations.stored import Stored, read_settings
-from lbdt.attack.files import Folder
+from lbdt.attack.attack_folder import Folder
 from lbdt.attack.search import Outcome
 from lbdt.dictionary import ConceptDictionary
-from lbdt.dictionary.histograms import Histograms
-from lbdt.dictionary.state import State
+from lbdt.dictionary.activation_histograms import Histograms
+from lbdt.dictionary.score_state import ScoreState
 from lbdt.editors import ConceptEraser, Steering
 from lbdt.evaluation.design import Job
 from lbdt.evaluation.metrics.artifacts import FeatureJudge
@@ -32,8 +32,8 @@ from lbdt.formats.latents import read_latents
 from lbdt.runs.files import json_bytes
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training.assignment import Assignment, load_assignment, save_assignment
-from lbdt.training.checkpoint import read_checkpoint, write_checkpoint
-from lbdt.training.metrics import MetricsFile
+from lbdt.training.training_checkpoint import read_checkpoint, write_checkpoint
+from lbdt.training.training_metrics import MetricsFile
 from tests import toy
 from tests.evaluation import small
 from tests.formats import fixtures
@@ -208,8 +208,8 @@ def make_metrics(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(lines))
 
 
-def state(folder: Path) -> State:
-    return State(folder, {"first": {"shards": 2, "site": SITE}}, 0, 1, lambda: False)
+def state(folder: Path) -> ScoreState:
+    return ScoreState(folder, {"first": {"shards": 2, "site": SITE}}, 0, 1, lambda: False)
 
 
 def make_state(folder: Path) -> None:

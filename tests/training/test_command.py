@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from lbdt.activations import Prompt, Site
 from lbdt.activations.batches import Batches
-from lbdt.activations.collect import collect
+from lbdt.activations.collecting import collect
 from lbdt.activations.generated import Generated
 from lbdt.activations.source import shard_count
 from lbdt.activations.stored import Stored

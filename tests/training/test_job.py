@@ -14,7 +14,7 @@ from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training import explain_variance
 from lbdt.training.assignment import Assignment, load_assignment
 from lbdt.training.heldout import split
-from lbdt.training.job import Options, train_recipe
+from lbdt.training.recipe_training import RecipeOptions, train_recipe
 from lbdt.training.recipes import RECIPES
 from tests.repeats import repeats
 from tests.training import planted
@@ -41,7 +41,7 @@ def start(name):
 
 def job(name, out, steps=9, settings=None, assignment=None, **kwargs):
     train_part, held = split(planted.source(48), 0.125)
-    options = Options(
+    options = RecipeOptions(
         steps=steps, rows=64, lr=1e-2, checkpoint_every=4, dead_after=150, **(settings or {}), **kwargs
     )
     return train_recipe(
@@ -197,7 +197,7 @@ def test_saemnesia_assigns_by_the_scores_of_its_start(tmp_path):
 
 
 def test_another_assignment_is_refused_and_the_begun_runs_own_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("lbdt.training.job.write_files", _stop)
+    monkeypatch.setattr("lbdt.training.recipe_training.write_files", _stop)
     with pytest.raises(KeyboardInterrupt):
         job("saemnesia", tmp_path)
     monkeypatch.undo()

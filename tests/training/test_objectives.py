@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training import Dense, Ranked, Supervision
-from lbdt.training.objectives import Context, Rows, Scales
-from lbdt.training.supervision import Labelled
+from lbdt.training.objectives import BatchRows, Context, Scales
+from lbdt.training.supervision import BatchLabels
 
 D, LATENTS, K, IMAGES, PATCHES = 6, 20, 5, 8, 6
 SCALES = Scales(variance=0.7, activation=1.3)
@@ -30,7 +30,7 @@ def labelled():
     generator = torch.Generator().manual_seed(2)
     present = (torch.rand(IMAGES, 5, generator=generator) < 0.3).double()
     present[0] = 1.0
-    return Labelled(torch.tensor([3, 7, 11, 0, 19]), 2, present, PATCHES)
+    return BatchLabels(torch.tensor([3, 7, 11, 0, 19]), 2, present, PATCHES)
 
 
 def data():
@@ -52,7 +52,7 @@ def compare(sae, objective, expected_terms, expected_loss, dead=None, skip=()):
     expected = torch.autograd.grad(expected_loss, list(sae.parameters()), allow_unused=True)
     x = data()
     context = Context(dead, 0 if dead is None else int(dead.sum()), scales=SCALES)
-    rows = Rows(x, (x - x.mean(0)).square().sum(), len(x), labelled())
+    rows = BatchRows(x, (x - x.mean(0)).square().sum(), len(x), labelled())
     outcome = objective.accumulate(sae, rows, context)
     for name, term in expected_terms.items():
         assert float(outcome.terms[name]) == pytest.approx(float(term.detach())), name

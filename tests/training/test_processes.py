@@ -22,7 +22,7 @@ import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from lbdt.runs.processes import joined
-from lbdt.training.job import Options, train_recipe
+from lbdt.training.recipe_training import RecipeOptions, train_recipe
 from lbdt.training.recipes import RECIPES
 from tests.training import planted
 from tests.training.test_job import start
@@ -30,7 +30,7 @@ from tests.training.test_job import start
 with joined(lambda: torch.device("cpu"), True) as (world, device):
     for name in ("sdxl", "saemnesia"):
         sizes = {} if name == "saemnesia" else {"expansion": 2, "k": 4}
-        options = Options(steps=12, rows=80, lr=1e-2, checkpoint_every=5, dead_after=150, **sizes)
+        options = RecipeOptions(steps=12, rows=80, lr=1e-2, checkpoint_every=5, dead_after=150, **sizes)
         train_recipe(RECIPES[name], planted.source(48), planted.SITE, Path(sys.argv[1]) / name, options=options,
                      start=start(name), world=world, progress=False)
     print(f"process {world.rank} of {world.size}")

@@ -16,7 +16,7 @@ from lbdt.training import (
     save_assignment,
     train,
 )
-from lbdt.training.job import assignment_of
+from lbdt.training.recipe_training import assignment_of
 from tests.training import planted
 
 NAMES = (planted.CONCEPT_NAMES, planted.STYLE_NAMES)

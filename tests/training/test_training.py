@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training import Dense, Ranked, explain_variance, geometric_median, train
-from lbdt.training.objectives import Context, Rows
+from lbdt.training.objectives import BatchRows, Context
 from tests.repeats import repeats
 
 D, FEATURES, ACTIVE = 16, 24, 3
@@ -38,7 +38,7 @@ def assert_same_state(first, second):
 def accumulate(sae, x, *, alpha, dead=None, guess=0.0):
     """Adds the gradient to `.grad`; the losses, and the latents that fired."""
     context = Context(dead, 0 if dead is None else int(dead.sum()), guess)
-    rows = Rows(x, (x - x.mean(0)).square().sum(), len(x))
+    rows = BatchRows(x, (x - x.mean(0)).square().sum(), len(x))
     outcome = Ranked(auxk_alpha=alpha).accumulate(sae, rows, context)
     return {name: float(term) for name, term in outcome.terms.items()}, outcome.fired
 

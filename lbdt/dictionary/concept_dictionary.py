@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lbdt.dictionary import selection as _select
+from lbdt.dictionary.activation_histograms import Histograms
 from lbdt.dictionary.checks import (
     checked_assignment,
     checked_concepts,
@@ -19,7 +20,6 @@ from lbdt.dictionary.checks import (
     require_range,
     require_shape,
 )
-from lbdt.dictionary.histograms import Histograms
 from lbdt.dictionary.selection import DetectionRates, Selection
 
 _DEFAULT_TOP_K = 2
@@ -317,8 +317,8 @@ class ConceptDictionary:
         return self.replaced(histograms=None)
 
     def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Writes `dictionary.json` and `dictionary.safetensors`; see `lbdt.dictionary.files.save`."""
-        from lbdt.dictionary.files import save
+        """Writes `dictionary.json` and `dictionary.safetensors`; see `lbdt.dictionary.dictionary_files.save`."""
+        from lbdt.dictionary.dictionary_files import save
 
         save(self, directory, dtype)
 
@@ -326,7 +326,7 @@ class ConceptDictionary:
     def from_pretrained(
         cls, path_or_repo: str | os.PathLike[str], subfolder: str | None = None
     ) -> ConceptDictionary:
-        """Reads a folder or a Hugging Face repository; see `lbdt.dictionary.files.load`."""
-        from lbdt.dictionary.files import load
+        """Reads a folder or a Hugging Face repository; see `lbdt.dictionary.dictionary_files.load`."""
+        from lbdt.dictionary.dictionary_files import load
 
         return load(path_or_repo, subfolder)

@@ -16,25 +16,25 @@ import torch
 from lbdt.activations import Site, Source
 from lbdt.activations.batches import Batches
 from lbdt.activations.source import require_site
-from lbdt.dictionary.score import score
+from lbdt.dictionary.scoring import score
 from lbdt.runs.files import json_bytes, read_json, write_files
 from lbdt.runs.folder import held
-from lbdt.runs.processes import World
+from lbdt.runs.processes import Processes
 from lbdt.sae import SparseAutoencoder
 from lbdt.training.assignment import Assignment, assign, load_assignment, save_assignment
-from lbdt.training.checkpoint import require_same_settings
 from lbdt.training.engine import run_settings, train
-from lbdt.training.evaluate import explain_variance
-from lbdt.training.metrics import writers
+from lbdt.training.explained_variance import explain_variance
 from lbdt.training.recipes import Recipe
-from lbdt.training.run import BatchSource, Labels
+from lbdt.training.training_checkpoint import require_same_settings
+from lbdt.training.training_metrics import writers
+from lbdt.training.training_run import BatchSource, Labels
 
 CHECKPOINT_FILE = "training.ckpt"
 REPORT_FILE = "report.json"
 
 
 @dataclass(frozen=True)
-class Options:
+class RecipeOptions:
     """What a caller changes of a recipe; None: as the recipe says."""
 
     variant: str | None = None
@@ -62,12 +62,12 @@ def train_recipe(
     site: Site,
     out: Path,
     *,
-    options: Options | None = None,
+    options: RecipeOptions | None = None,
     heldout: Source | None = None,
     batches: Callable[[Source, Site, int], BatchSource] = Batches,
     start: SparseAutoencoder | None = None,
     assignment: Assignment | None = None,
-    world: World | None = None,
+    world: Processes | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def train_recipe(
             training is writing to.
         ImportError: a log that is not installed.
     """
-    options, world = options or Options(), world or World()
+    options, world = options or RecipeOptions(), world or Processes()
     require_site(source, site)
     objective = recipe.objective(options.variant, **options.objective)
     config = _config(recipe, source, site, start, options)
@@ -194,7 +194,9 @@ def assignment_of(sae: SparseAutoencoder, source: Source, site: Site, progress: 
     return assign(torch.cat([each.scores() for each in made]), source.concepts, source.styles)
 
 
-def _config(recipe: Recipe, source: Source, site: Site, start: SparseAutoencoder | None, options: Options):
+def _config(
+    recipe: Recipe, source: Source, site: Site, start: SparseAutoencoder | None, options: RecipeOptions
+):
     if recipe.update and not site.update:
         raise ValueError(
             f"site: recipe {recipe.name} is for what a block adds to its input; expected {site.hookpoint}:update, "
@@ -228,7 +230,7 @@ def _labels(
     out: Path,
     start: SparseAutoencoder | None,
     assignment: Assignment | None,
-    world: World,
+    world: Processes,
     progress: bool,
 ) -> Labels | None:
     if not recipe.supervised:

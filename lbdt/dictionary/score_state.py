@@ -26,7 +26,7 @@ class Finished(Exception):
     """The first process has written the dictionary, so there is nothing left to do for this one."""
 
 
-class State:
+class ScoreState:
     """The files `score.state.PASS-PROCESS-of-PROCESSES.safetensors` of one run in a folder.
 
     Each holds the pass's tensors, how many shards they are of, the run's settings, and a SHA-256 of all that.

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lbdt.dictionary.state import digest as digest_of
+from lbdt.dictionary.score_state import digest as digest_of
 from lbdt.runs.files import open_tensors, read_tensors, write_files
 from lbdt.runs.reading import parse_json
 from lbdt.sae import SparseAutoencoder

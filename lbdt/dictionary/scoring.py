@@ -16,12 +16,12 @@ from lbdt.activations.sites import Site
 from lbdt.activations.source import require_site, shard_count
 from lbdt.dictionary.calibration import Calibration
 from lbdt.dictionary.checks import checked_assignment
-from lbdt.dictionary.concepts import ConceptDictionary
+from lbdt.dictionary.concept_dictionary import ConceptDictionary
+from lbdt.dictionary.dictionary_files import INFO_FILE
 from lbdt.dictionary.encoding import Encoder, check_fit, labels, one_thread
-from lbdt.dictionary.files import INFO_FILE
-from lbdt.dictionary.passes import BankPass, CalibrationPass, Pass, StatisticsPass, run_pass
+from lbdt.dictionary.score_passes import BankPass, CalibrationPass, Pass, StatisticsPass, run_pass
+from lbdt.dictionary.score_state import Finished, ScoreState, differing, digest, plain
 from lbdt.dictionary.selection import check_criteria
-from lbdt.dictionary.state import Finished, State, differing, digest, plain
 from lbdt.runs.files import json_bytes, read_json, write_files
 from lbdt.runs.folder import held
 
@@ -126,11 +126,11 @@ def _in_folder(
 ) -> ConceptDictionary:
     settings = work.settings()
 
-    def state() -> State:
+    def state() -> ScoreState:
         finished = functools.partial(_is_finished, folder, settings)
         common = settings | {"processes": processes}
         parts = {name: {key: common[key] for key in keys} for name, keys in _USED.items()}
-        return State(folder, parts, process, processes, finished)
+        return ScoreState(folder, parts, process, processes, finished)
 
     if _is_finished(folder, settings):
         if not process:
@@ -188,7 +188,7 @@ class _Work:
         )
 
     def run(
-        self, state: State | None, save_every: int, process: int, processes: int, progress: bool
+        self, state: ScoreState | None, save_every: int, process: int, processes: int, progress: bool
     ) -> ConceptDictionary:
         """This process's part of every pass; each ends with the sums of all processes."""
         place, latents = (self.source, self.site, self.by), self.sae.config.num_latents

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lbdt.runs.processes import World
+from lbdt.runs.processes import Processes
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training.assignment import Assignment
-from lbdt.training.checkpoint import load_state
-from lbdt.training.evaluate import geometric_median
-from lbdt.training.objectives import Context, Objective, Rows, Scales
-from lbdt.training.supervision import SIGMOID_SPAN, Labelled
+from lbdt.training.explained_variance import geometric_median
+from lbdt.training.objectives import BatchRows, Context, Objective, Scales
+from lbdt.training.supervision import SIGMOID_SPAN, BatchLabels
+from lbdt.training.training_checkpoint import load_state
 
 CLIP_NORM = 1.0
 _THRESHOLD_DECAY = 0.99
@@ -53,7 +53,7 @@ class Labels:
                 )
 
 
-class Run:
+class TrainingRun:
     """What changes from step to step."""
 
     def __init__(
@@ -61,7 +61,7 @@ class Run:
         config: SAEConfig,
         objective: Objective,
         precision: str,
-        world: World,
+        world: Processes,
         labels: Labels | None,
     ) -> None:
         self.config, self.objective, self.precision, self.world = config, objective, precision, world
@@ -71,7 +71,7 @@ class Run:
     def prepare(
         self,
         sae: SparseAutoencoder,
-        batch: tuple[Tensor, Labelled | None],
+        batch: tuple[Tensor, BatchLabels | None],
         adam_eps: float,
         fine_tuned: bool,
         saved: dict[str, Tensor] | None,
@@ -146,7 +146,7 @@ class Run:
         step: int,
         rows: int,
         device: torch.device | str | None,
-    ) -> tuple[Tensor, Labelled | None]:
+    ) -> tuple[Tensor, BatchLabels | None]:
         """The whole batch, [n, d] float32 and finite."""
         labelled = None
         if self.labels is not None:
@@ -167,7 +167,7 @@ class Run:
             )
         return x, labelled
 
-    def _labelled(self, samples: Any, device: torch.device | str) -> Labelled:
+    def _labelled(self, samples: Any, device: torch.device | str) -> BatchLabels:
         labels, assignment = self.labels, self.labels.assignment
         styles = len(assignment.styles)
         latents = torch.tensor(assignment.latents, device=device)
@@ -183,9 +183,9 @@ class Run:
             place = torch.tensor([offset + order.index(name) for name in names])
             image = (given >= 0).nonzero().squeeze(1).cpu()
             present[image.to(device), place[given.cpu()[image]].to(device)] = 1
-        return Labelled(latents, styles, present, samples.x.shape[1])
+        return BatchLabels(latents, styles, present, samples.x.shape[1])
 
-    def step(self, batch: tuple[Tensor, Labelled | None], lr: float, dead_after: int) -> dict[str, float]:
+    def step(self, batch: tuple[Tensor, BatchLabels | None], lr: float, dead_after: int) -> dict[str, float]:
         """One step of Adam; the metrics of the whole batch."""
         x, labelled = batch
         sae, world = self.sae, self.world
@@ -207,7 +207,7 @@ class Run:
             unit = 1 if labelled is None else labelled.patches
             part = world.part(x.shape[0] // unit)
             own = x[part.start * unit : part.stop * unit]
-        outcome = self.objective.accumulate(sae, Rows(own, variance, x.shape[0], labelled), context)
+        outcome = self.objective.accumulate(sae, BatchRows(own, variance, x.shape[0], labelled), context)
         for parameter in sae.parameters():
             world.sum_(parameter.grad)
         terms = world.sum_(torch.stack([term.double() for term in outcome.terms.values()])).tolist()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from lbdt.dictionary.concepts import ConceptDictionary
-from lbdt.dictionary.histograms import Histograms
+from lbdt.dictionary.activation_histograms import Histograms
+from lbdt.dictionary.concept_dictionary import ConceptDictionary
 from lbdt.runs.files import json_bytes, read_json, read_tensors, tensor_bytes
 from lbdt.runs.folder import write_folder
 from lbdt.runs.hub import resolve_folder

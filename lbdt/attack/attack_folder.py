@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbdt.attack.search import Outcome
-from lbdt.dictionary.state import differing, plain
+from lbdt.dictionary.score_state import differing, plain
 from lbdt.runs.files import json_bytes, read_json, write_files
 from lbdt.runs.reading import brief
 

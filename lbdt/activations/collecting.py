@@ -12,8 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from lbdt.activations.generated import Generated
-from lbdt.activations.layout import FORMAT, Layout, digest_of, raw
 from lbdt.activations.prompts import prompt_lines
+from lbdt.activations.shard_layout import FORMAT, Layout, digest_of, raw
 from lbdt.activations.sites import Site
 from lbdt.activations.source import Shard
 from lbdt.activations.stored import Stored, read_settings
@@ -47,7 +47,7 @@ def collect(
     if not 0 <= process < processes:
         raise ValueError(f"process: expected one of {processes}, got {process}")
     folder = Path(folder)
-    files = Files(source, folder)
+    files = ActivationFiles(source, folder)
     with held(folder, "lbdt collect", shared=processes > 1):
         files.prepare()
         mine = range(process, files.layout.shards, processes)
@@ -67,7 +67,7 @@ def collect(
         return files.finish()
 
 
-class Files:
+class ActivationFiles:
     """The folder of one source's activations, being written."""
 
     def __init__(self, source: Generated, folder: Path) -> None:

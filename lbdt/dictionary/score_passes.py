@@ -17,8 +17,8 @@ from lbdt.dictionary.statistics import ConceptStatistics
 
 if TYPE_CHECKING:
     from lbdt.activations import Site, Source
+    from lbdt.dictionary.score_state import ScoreState
     from lbdt.dictionary.selection import Selection
-    from lbdt.dictionary.state import State
 
 
 class Pass(Protocol):
@@ -138,7 +138,7 @@ class BankPass:
 def run_pass(
     work: Pass,
     shards: Sequence[int],
-    state: State | None,
+    state: ScoreState | None,
     save_every: int,
     process: int,
     processes: int,

@@ -39,7 +39,7 @@ DTYPES = {
 }
 
 
-class Part(NamedTuple):
+class ShardTensor(NamedTuple):
     """One tensor of a shard file."""
 
     dtype: torch.dtype
@@ -66,20 +66,20 @@ class Layout:
         self.shards = -(-self.prompts // self.prompts_per_shard)
         self.sites = {Site.parse(entry["site"]): entry for entry in settings["sites"]}
         self.code, self.dtype = DTYPES[settings["dtype"]]
-        self._parts: dict[int, dict[str, Part]] = {}
+        self._parts: dict[int, dict[str, ShardTensor]] = {}
 
     def path(self, folder: Path, index: int) -> Path:
         """Where shard `index` lies."""
         return folder / "shards" / f"{index:05d}.safetensors"
 
-    def parts(self, index: int) -> dict[str, Part]:
+    def parts(self, index: int) -> dict[str, ShardTensor]:
         """The tensors of shard `index`, in their order; the int32 ones first, so that all are aligned."""
         prompts = min(self.prompts_per_shard, self.prompts - index * self.prompts_per_shard)
         if prompts not in self._parts:
             self._parts[prompts] = self._layout(prompts)
         return self._parts[prompts]
 
-    def _layout(self, prompts: int) -> dict[str, Part]:
+    def _layout(self, prompts: int) -> dict[str, ShardTensor]:
         shapes: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
         for site, entry in self.sites.items():
             shape = (prompts, len(self.timesteps), entry["patches"])
@@ -90,7 +90,7 @@ class Layout:
         parts, start = {}, 0
         for name, dtype, shape in shapes:
             end = start + math.prod(shape) * dtype.itemsize
-            parts[name] = Part(dtype, shape, start, end)
+            parts[name] = ShardTensor(dtype, shape, start, end)
             start = end
         return parts
 
