@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lbdt.activations.fingerprint import digest_of_module
-from lbdt.dictionary.score_state import digest
 from lbdt.editors import ConceptEraser, Editor, Steering, TextSteering, UnetEditor
+from lbdt.runs.digests import marked, sha256
 from tests import toy
 
 KINDS = ("eraser", "steering")
@@ -79,7 +79,7 @@ def test_a_digest_is_of_what_it_always_was(kind):
     for place, concept in enumerate(toy.CONCEPTS):
         thresholds = made.dictionary.published_thresholds()[:, place : place + 1]
         parts += [concept, torch.tensor([place]), thresholds]
-    assert made.digest() == digest([*parts, made.dictionary.mean, "no bank"])
+    assert made.digest() == sha256(marked([*parts, made.dictionary.mean, "no bank"]))
 
 
 def test_each_kind_is_an_editor_and_says_what_it_is():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import sys
@@ -13,12 +12,15 @@ from tqdm import tqdm
 
 from lbdt.activations.generated import Generated
 from lbdt.activations.prompts import prompt_lines
-from lbdt.activations.shard_layout import FORMAT, Layout, digest_of, raw
+from lbdt.activations.shard_layout import FORMAT, Layout
 from lbdt.activations.sites import Site
 from lbdt.activations.source import Shard
 from lbdt.activations.stored import Stored, read_settings
+from lbdt.runs.digests import raw, sha256
 from lbdt.runs.files import json_bytes, remove_leftovers, write_files
 from lbdt.runs.folder import held
+from lbdt.runs.reading import read_bytes
+from lbdt.runs.settings import Difference, require_same_settings
 
 _SPARE = 1 << 20
 
@@ -75,7 +77,7 @@ class ActivationFiles:
         self.prompts = prompt_lines(source.labelled)
         self.settings: dict[str, Any] = {"format": FORMAT} | source.settings()
         self._settings = json_bytes(self.settings)
-        self.layout = Layout(self.settings, digest_of(self._settings))
+        self.layout = Layout(self.settings, sha256(self._settings))
 
     @property
     def bytes(self) -> int:
@@ -150,10 +152,7 @@ class ActivationFiles:
                     f"{list(tensor.shape)}"
                 )
             tensors.append(raw(tensor))
-        digest = hashlib.sha256()
-        for data in tensors:
-            digest.update(data)
-        header = self.layout.header(index, digest.hexdigest())
+        header = self.layout.header(index, sha256(tensors))
         path = self.layout.path(self.folder, index)
         write_files(path.parent, {path.name: (header, *tensors)})
 
@@ -173,17 +172,19 @@ class ActivationFiles:
 
     def _compare(self) -> None:
         there, _ = read_settings(self.folder)
-        if (self.folder / "settings.json").read_bytes() == self._settings:
-            return
-        differ = [
-            f"{name} ({_short(there.get(name))} there, {_short(self.settings.get(name))} now)"
-            for name in sorted({*there, *self.settings})
-            if there.get(name) != self.settings.get(name)
-        ]
-        raise ValueError(
-            f"{self.folder}: holds activations of other settings: {'; '.join(differ) or 'their order'}; give the "
-            "same settings to continue, or another folder"
+        require_same_settings(
+            self.folder,
+            there,
+            self.settings,
+            "holds activations of other settings: {differences}; give the same settings to continue, or another folder",
+            each=Difference.in_brackets,
         )
+        if (
+            read_bytes(self.folder / "settings.json") != self._settings
+        ):  # shards carry the digest of its bytes
+            raise ValueError(
+                f"{self.folder}: settings.json is not as `lbdt collect` wrote it; give another folder"
+            )
 
 
 def human(count: int) -> str:
@@ -192,8 +193,3 @@ def human(count: int) -> str:
     while value >= 1000 and units[1:]:
         value, units = value / 1000, units[1:]
     return f"{value:.3g} {units[0]}" if value < 1000 else f"{value / 1000:.3g} TB"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from lbdt.hooks.lookup import unwrap
+from lbdt.runs.digests import sha256
 
 _ELEMENTS = 64
 
@@ -31,13 +31,12 @@ def digest_of_module(part: Any) -> str:
     about = {"class": type(part).__name__, "config": _plain(getattr(part, "config", None))}
     if hasattr(part, "get_vocab"):
         about["vocabulary"] = sorted(part.get_vocab().items())
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    pieces: list[str | bytes] = [json.dumps(about, sort_keys=True, default=str)]
     if isinstance(part, nn.Module):
         for name, tensor in sorted([*part.named_parameters(), *part.named_buffers()]):
             name = ".".join(piece for piece in name.split(".") if piece != "_orig_mod")
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(_elements(tensor))
-    return digest.hexdigest()
+            pieces += [f"{name} {tuple(tensor.shape)} {tensor.dtype}", _elements(tensor)]
+    return sha256(pieces)
 
 
 def _elements(tensor: torch.Tensor) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from lbdt.activations.shard_layout import DTYPES
 from lbdt.activations.shuffle import mix
 from lbdt.activations.sites import Site
 from lbdt.activations.source import Shard, require_site, shard_count
+from lbdt.runs.digests import sha256
 
 _OURS = (
     "prompt",
@@ -190,7 +190,7 @@ class Generated:
             "concepts": list(self.concepts),
             "styles": list(self.styles),
             "prompts": self.prompts,
-            "prompts_sha256": hashlib.sha256(prompt_lines(self.labelled)).hexdigest(),
+            "prompts_sha256": sha256(prompt_lines(self.labelled)),
             "prompts_per_shard": self.prompts_per_shard,
         }
 

@@ -12,7 +12,6 @@ of the tensors' bytes. safetensors' own writer is not used, as it makes a copy o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from lbdt.activations.prompts import MAX_PROMPTS
 from lbdt.activations.sites import Site
@@ -188,13 +186,3 @@ def _distinct(name: str, values: Any, kind: type) -> list[Any]:
     if len(set(values)) < len(values):
         raise ValueError(f"{name}: expected each once, got {listed(values)}")
     return values
-
-
-def raw(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def digest_of(data: bytes) -> str:
-    """SHA-256 in hexadecimal."""
-    return hashlib.sha256(data).hexdigest()

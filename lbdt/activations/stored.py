@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from torch import Tensor
 
 from lbdt.activations.generated import places
 from lbdt.activations.prompts import MAX_BYTES, read_prompts
-from lbdt.activations.shard_layout import SHA256, Layout, digest_of
+from lbdt.activations.shard_layout import SHA256, Layout
 from lbdt.activations.sites import Site
 from lbdt.activations.source import Shard, require_site
+from lbdt.runs.digests import blocks, raw, sha256
 from lbdt.runs.reading import open_regular, parse_json, read_bytes, read_json
 
 
@@ -95,13 +95,9 @@ class Stored:
         """Reads every byte. Raises ValueError naming the first shard that differs from the manifest."""
         for index in range(self._layout.shards):
             start = self._start(index)
-            digest = hashlib.sha256()
-            path = self._layout.path(self.folder, index)
-            with open_regular(path) as file:
+            with open_regular(self._layout.path(self.folder, index)) as file:
                 file.seek(start)
-                while block := file.read(1 << 22):
-                    digest.update(block)
-            self._compare(index, digest.hexdigest())
+                self._compare(index, sha256(blocks(file)))
 
     def _compare(self, index: int, got: str) -> None:
         if got != self._sha256[index]:
@@ -133,7 +129,7 @@ class Stored:
             # A private mapping: writing to a tensor does not change the file. It keeps no file open.
             size = self._layout.size(index)
             data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[start:]
-            self._compare(index, hashlib.sha256(data.numpy()).hexdigest())
+            self._compare(index, sha256(raw(data)))
             self._maps[index] = data
         part = self._layout.parts(index)[name]
         return self._maps[index][part.start : part.end].view(part.dtype).view(part.shape)
@@ -145,7 +141,7 @@ class Stored:
             and (prompt.style in self.settings["styles"] or prompt.style is None)
             for prompt in self.labelled
         ]
-        if digest_of(data) != self.settings["prompts_sha256"] or len(labels) != self._layout.prompts:
+        if sha256(data) != self.settings["prompts_sha256"] or len(labels) != self._layout.prompts:
             raise ValueError(f"{path}: not the prompts of settings.json; damaged")
         if not all(labels):
             raise ValueError(f"{path}: has labels that settings.json has not; damaged")
@@ -182,7 +178,7 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], Layout]:
     data = read_bytes(path)
     settings = parse_json(data, str(path))
     try:
-        return settings, Layout(settings, digest_of(data))
+        return settings, Layout(settings, sha256(data))
     except ValueError as error:
         raise ValueError(
             f"{path}: not settings of `lbdt collect` ({error}); damaged, or written by another version"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbdt.attack.search import Outcome
-from lbdt.dictionary.score_state import differing, plain
+from lbdt.runs.digests import sha256
 from lbdt.runs.files import json_bytes, read_json, write_files
 from lbdt.runs.reading import brief
+from lbdt.runs.settings import keep_settings
 
 if TYPE_CHECKING:
     from lbdt.activations.prompts import Prompt
@@ -35,21 +35,19 @@ class Folder:
             ValueError: the folder is of a run with other settings, or holds something else.
         """
         self.path = path
-        file, wanted = path / SETTINGS_FILE, plain(settings)
         strangers = path.exists() and (not path.is_dir() or any(p.name[:1] != "." for p in path.iterdir()))
         # Asked after the look into the folder, which another process may be the first to write to.
-        if strangers and not file.is_file():
+        if strangers and not (path / SETTINGS_FILE).is_file():
             raise ValueError(
                 f"--out {path}: holds no {SETTINGS_FILE}, but something else; give another folder"
             )
-        if not file.is_file():
-            write_files(path, {SETTINGS_FILE: json_bytes(wanted)})
-        differences = differing(read_json(file), wanted)
-        if differences:
-            raise ValueError(
-                f"--out {path}: of a run with other settings: {'; '.join(differences)}. Give those to go on with it, "
-                "or another folder"
-            )
+        keep_settings(
+            path,
+            SETTINGS_FILE,
+            settings,
+            "of a run with other settings: {differences}. Give those to go on with it, or another folder",
+            where=f"--out {path}",
+        )
 
     def load(self, prompt: Prompt) -> Outcome | None:
         """The outcome of a prompt, if it is there.
@@ -77,5 +75,5 @@ class Folder:
 
     def _file(self, prompt: Prompt) -> Path:
         words = "-".join(part for part in (prompt.concept, prompt.style) if part)
-        key = hashlib.sha256(f"{prompt.seed} {prompt.concept} {prompt.text}".encode()).hexdigest()[:8]
+        key = sha256(f"{prompt.seed} {prompt.concept} {prompt.text}")[:8]
         return self.path / "pairs" / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', words)[:80]}-{key}.json"

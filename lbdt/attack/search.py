@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from lbdt.activations.capture import quiet
 from lbdt.attack.loss import ReferenceLoss, frozen, latent_of, spread
 from lbdt.attack.prefix import Prefix
 from lbdt.attack.text import PrefixedText, check_pipeline
+from lbdt.runs.digests import sha256
 from lbdt.runs.reading import brief
 
 if TYPE_CHECKING:
@@ -278,4 +278,4 @@ class Search:
 
 def _number(prompt: Prompt) -> int:
     """A seed of the attack's own draws, other than that of the start noise."""
-    return int.from_bytes(hashlib.sha256(f"attack {prompt.seed} {prompt.text}".encode()).digest()[:6])
+    return int(sha256(f"attack {prompt.seed} {prompt.text}")[:12], 16)

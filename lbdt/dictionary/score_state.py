@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lbdt.runs.digests import marked, sha256
 from lbdt.runs.files import open_tensors, read_tensors, remove_leftovers, write_files
+from lbdt.runs.processes import awaited
 from lbdt.runs.reading import parse_json
+from lbdt.runs.settings import plain, require_same_settings
 
 _PREFIX = "score.state"
-_POLL_SECONDS = 0.2
 
 
 class Finished(Exception):
@@ -82,21 +81,20 @@ class ScoreState:
             Finished: the first process is through, and has removed the files.
             ValueError: as `load`.
         """
-        told = False
-        while True:
+
+        def complete() -> dict[str, Tensor] | None:
             header = self._header(self._path(name, process))
+            if header is None or int(header["done"]) < shards:
+                self.leave_if_finished()
+                return None
             # A complete file is not written again, but may be removed.
-            if header is not None and int(header["done"]) >= shards:
-                try:
-                    return self.load(name, process, shapes)[1]
-                except (TypeError, ValueError):
-                    self.leave_if_finished()
-                    raise
-            if not told:
-                sys.stderr.write(f"score: waiting for process {process} of {self.processes} ({name})\n")
-                told = True
-            self.leave_if_finished()
-            time.sleep(_POLL_SECONDS)
+            try:
+                return self.load(name, process, shapes)[1]
+            except (TypeError, ValueError):
+                self.leave_if_finished()
+                raise
+
+        return awaited(complete, f"score: waiting for process {process} of {self.processes} ({name})")
 
     def leave_if_finished(self) -> None:
         """Raises Finished where the first process has written the dictionary."""
@@ -105,9 +103,7 @@ class ScoreState:
 
     def wait_for_end(self) -> None:
         """Waits for the first process; raises Finished."""
-        while True:
-            self.leave_if_finished()
-            time.sleep(_POLL_SECONDS)
+        awaited(self.leave_if_finished)
 
     def remove(self) -> None:
         """Deletes every file, of all processes, and what killed ones left half written."""
@@ -141,55 +137,19 @@ class ScoreState:
                 return None
             raise _damaged(path, str(error)) from error
         name = path.name.removeprefix(f"{_PREFIX}.").partition("-")[0]
-        differences = differing(found, self._settings.get(name))
-        if differences:
-            raise ValueError(
-                f"{path}: the unfinished run here has other settings: {'; '.join(differences)}. Give those to finish it, "
-                f"another --out, or delete {self.folder}/{_PREFIX}.* to start anew"
-            )
+        require_same_settings(
+            path,
+            found,
+            self._settings.get(name, {}),
+            "the unfinished run here has other settings: {differences}. Give those to finish it, another --out, or "
+            f"delete {self.folder}/{_PREFIX}.* to start anew",
+        )
         return header
-
-
-def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` as JSON gives them back."""
-    return json.loads(json.dumps(settings, allow_nan=False))
-
-
-def differing(there: Any, here: Any, name: str = "") -> list[str]:
-    """What differs between two JSON-like settings, as "NAME: VALUE there, VALUE here"."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        return [
-            line
-            for key in sorted(set(there) | set(here))
-            for line in differing(there.get(key), here.get(key), f"{name}.{key}" if name else key)
-        ]
-    if there == here:
-        return []
-    return [f"{name}: {_short(there)} there, {_short(here)} here"]
-
-
-def digest(parts: Iterable[Any]) -> str:
-    """SHA-256 of texts and tensors, hexadecimal."""
-    sha = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            part = part.detach().cpu().contiguous()
-            sha.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            # Any dtype as bytes: NumPy has no bfloat16.
-            sha.update(memoryview(part.reshape(-1).view(torch.uint8).numpy()))
-        else:
-            sha.update(str(part).encode() + b"\0")
-    return sha.hexdigest()
 
 
 def _sha256(settings: str, done: str, tensors: Mapping[str, Tensor]) -> str:
     parts = [part for name in sorted(tensors) for part in (name, tensors[name])]
-    return digest([settings, done, *parts])
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:56]}..."
+    return sha256(marked([settings, done, *parts]))
 
 
 def _damaged(path: Path, why: str) -> ValueError:

@@ -20,10 +20,12 @@ from lbdt.dictionary.concept_dictionary import ConceptDictionary
 from lbdt.dictionary.dictionary_files import INFO_FILE
 from lbdt.dictionary.encoding import Encoder, check_fit, labels, one_thread
 from lbdt.dictionary.score_passes import BankPass, CalibrationPass, Pass, StatisticsPass, run_pass
-from lbdt.dictionary.score_state import Finished, ScoreState, differing, digest, plain
+from lbdt.dictionary.score_state import Finished, ScoreState
 from lbdt.dictionary.selection import check_criteria
+from lbdt.runs.digests import marked, sha256
 from lbdt.runs.files import json_bytes, read_json, write_files
 from lbdt.runs.folder import held
+from lbdt.runs.settings import plain, require_same_settings
 
 if TYPE_CHECKING:
     from lbdt.activations import Source
@@ -247,10 +249,12 @@ def _refuse_another(folder: Path, settings: dict[str, Any], begun: bool) -> None
     there = None
     with contextlib.suppress(ValueError):
         there = read_json(folder / DONE_FILE)
-    if there is not None and there != settings:
-        differences = "; ".join(differing(there, settings))
-        raise ValueError(
-            f"{folder}: holds the dictionary of other settings: {differences}. Choose another folder, or delete it"
+    if there is not None:
+        require_same_settings(
+            folder,
+            there,
+            settings,
+            "holds the dictionary of other settings: {differences}. Choose another folder, or delete it",
         )
     if there is None and not begun and (folder / INFO_FILE).exists():
         raise ValueError(
@@ -330,7 +334,7 @@ def sae_settings(sae: SparseAutoencoder) -> dict[str, Any]:
         "k": config.k,
         "threshold": config.threshold,
         "device": sae.encoder.weight.device.type,
-        "sha256": digest(weights),
+        "sha256": sha256(marked(weights)),
     }
 
 
@@ -346,10 +350,10 @@ def _source_settings(source: Source, site: Site, bank_site: Site | None) -> dict
             "prompts_per_shard": source.prompts_per_shard,
             "concepts": list(source.concepts),
             "styles": list(source.styles),
-            "sha256": digest(part for shard in shards for part in shard),
+            "sha256": sha256(marked(part for shard in shards for part in shard)),
         }
     settings = dict(given() if callable(given) else given)
     prompts = getattr(source, "labelled", None)
     if prompts is not None:
-        settings["prompts_sha256"] = digest(str(prompt.to_dict()) for prompt in prompts)
+        settings["prompts_sha256"] = sha256(marked(prompt.to_dict() for prompt in prompts))
     return settings

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lbdt.activations.fingerprint import digest_of_module
 from lbdt.dictionary import ConceptDictionary
-from lbdt.dictionary.score_state import digest
 from lbdt.editors.attachment import (
     EXAMPLE,
     Attachment,
@@ -33,6 +32,7 @@ from lbdt.editors.report import Blind, Report, summarise
 from lbdt.hooks import lookup
 from lbdt.hooks.detection_plan import ROWS, CallState, DetectionOptions, DetectionPlan
 from lbdt.hooks.recorder import Call, Recorder
+from lbdt.runs.digests import marked, sha256
 from lbdt.runs.folder import DIGESTS_FILE, PARTS, check_digests, replaced, write_digests
 from lbdt.runs.reading import brief, listed
 from lbdt.sae import SparseAutoencoder
@@ -242,7 +242,7 @@ class UnetEditor(Editor):
             chosen = self.select(concept)
             parts += [concept, chosen.latents, chosen.thresholds]
         bank = self.dictionary.bank
-        return digest([*parts, self.dictionary.mean, "no bank" if bank is None else bank])
+        return sha256(marked([*parts, self.dictionary.mean, "no bank" if bank is None else bank]))
 
     def save_settings(self, directory: str | os.PathLike[str]) -> None:
         """Writes `eraser.json` or `steering.json` alone, into the folder of another editor with the same SAE and

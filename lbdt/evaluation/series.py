@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,9 @@ from torch import Tensor
 from lbdt.editors import UnetEditor
 from lbdt.evaluation.design import Job
 from lbdt.evaluation.world import Judge, Kind, Verdicts
+from lbdt.runs.digests import sha256
 from lbdt.runs.files import json_bytes, open_tensors, read_json, tensor_bytes, write_files
+from lbdt.runs.settings import keep_settings
 from lbdt.runs.wording import slug
 
 WATCHED_PATCHES, WATCHED_TIMESTEPS = 4, 10
@@ -82,20 +82,12 @@ class Files:
 
     def prepare(self) -> None:
         """Writes series.json, or compares it; ValueError where the folder holds another series."""
-        path = self.folder / "series.json"
-        if path.is_file():
-            there = read_json(path)
-            if there == json.loads(json.dumps(self.about)):
-                return
-            there = there if isinstance(there, dict) else {}
-            differ = [
-                name for name in self.about if there.get(name) != json.loads(json.dumps(self.about[name]))
-            ]
-            raise ValueError(
-                f"{self.folder}: holds pictures made otherwise ({', '.join(differ) or 'unknown settings'} differ); "
-                "give the same settings to continue, or another --out"
-            )
-        write_files(self.folder, {"series.json": json_bytes(self.about)})
+        keep_settings(
+            self.folder,
+            "series.json",
+            self.about,
+            "holds pictures made otherwise ({names} differ); give the same settings to continue, or another --out",
+        )
 
     def has(self, index: int) -> bool:
         """Whether batch `index` is there."""
@@ -167,7 +159,7 @@ class Files:
     def scored(self, index: int, scorer: str, score: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `score()` says of batch `index`, one row a picture; kept under the scorer's name, so asked
         once."""
-        digest = hashlib.sha256(scorer.encode()).hexdigest()[:8]
+        digest = sha256(scorer)[:8]
         path = self._path(index, f".{digest}.safetensors")
         if not path.is_file():
             write_files(self.folder, {path.name: tensor_bytes(score(), None)})

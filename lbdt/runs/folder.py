@@ -6,13 +6,13 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from lbdt.runs.digests import blocks, sha256
 from lbdt.runs.files import json_bytes, read_json, remove_leftovers, temporary_folder, write_files, writing
 from lbdt.runs.reading import listed, open_regular
 
@@ -141,7 +141,7 @@ def check_digests(folder: Path) -> None:
 
 def _sha256(path: Path) -> str:
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(blocks(file))
 
 
 def _others(folder: Path, own: Collection[str]) -> list[Path] | None:

@@ -7,8 +7,11 @@ import ctypes
 import datetime
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +20,8 @@ from torch import Tensor
 _PATIENCE = datetime.timedelta(days=365)
 _ANY = ("auto", "cuda")
 _PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.2
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,16 @@ def joined(device: Callable[[], torch.device], auto: bool) -> Iterator[tuple[Pro
         yield Processes(state.process_index, state.num_processes), where
     finally:
         state.destroy_process_group()
+
+
+def awaited(look: Callable[[], _T | None], tell: str = "") -> _T:
+    """What `look` finds, once it finds something: it is asked every 0.2 s, and `tell` is said on stderr if it has to wait."""
+    while (found := look()) is None:
+        if tell:
+            sys.stderr.write(f"{tell}\n")
+            tell = ""
+        time.sleep(_POLL_SECONDS)
+    return found
 
 
 def end_with(parent: int) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from typing import Any
+
+from lbdt.runs.digests import sha256
 
 _MOST = 60
 """Three of them, with what else stands in a file's name, stay below the 255 bytes of file systems."""
@@ -19,7 +20,7 @@ def slug(text: str) -> str:
     word = re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-") or "none"
     if len(word) <= _MOST and word[0] != ".":
         return word
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    digest = sha256(text.encode("utf-8", "surrogatepass"))[:8]
     return f"{word.lstrip('.-')[: _MOST - len(digest) - 1] or 'none'}-{digest}"
 
 

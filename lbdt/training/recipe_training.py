@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,15 +16,16 @@ from lbdt.activations import Site, Source
 from lbdt.activations.batches import Batches
 from lbdt.activations.source import require_site
 from lbdt.dictionary.scoring import score
+from lbdt.runs.digests import sha256
 from lbdt.runs.files import json_bytes, read_json, write_files
 from lbdt.runs.folder import held
 from lbdt.runs.processes import Processes
+from lbdt.runs.settings import require_same_settings
 from lbdt.sae import SparseAutoencoder
 from lbdt.training.assignment import Assignment, assign, load_assignment, save_assignment
 from lbdt.training.engine import run_settings, train
 from lbdt.training.explained_variance import explain_variance
 from lbdt.training.recipes import Recipe
-from lbdt.training.training_checkpoint import require_same_settings
 from lbdt.training.training_metrics import writers
 from lbdt.training.training_run import BatchSource, Labels
 
@@ -121,8 +121,7 @@ def train_recipe(
                 report_path,
                 report.get("settings") if isinstance(report, dict) else None,
                 settings,
-                what="the finished training",
-                remedy="choose another folder",
+                "the finished training belongs to a run with another {names}; choose another folder",
             )
             if world.main:
                 checkpoint.unlink(missing_ok=True)
@@ -179,7 +178,7 @@ def identity(source: Source) -> str:
         "timesteps": list(source.timesteps),
         "prompts": [source.prompts, source.prompts_per_shard, getattr(source, "turn", None)],
     }
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(about, sort_keys=True))
 
 
 def assignment_of(sae: SparseAutoencoder, source: Source, site: Site, progress: bool = False) -> Assignment:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +11,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lbdt.dictionary.score_state import digest as digest_of
+from lbdt.runs.digests import marked, raw, sha256
 from lbdt.runs.files import open_tensors, read_tensors, write_files
 from lbdt.runs.reading import parse_json
+from lbdt.runs.settings import require_same_settings
 from lbdt.sae import SparseAutoencoder
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -58,7 +58,12 @@ def read_checkpoint(
     with open_tensors(path, "a training checkpoint", advice, "not a readable training checkpoint") as file:
         about = file.metadata() or {}
     written = parse_json(about.get("lbdt_training", "{}"), f"{path}: lbdt_training", f"; {advice}")
-    require_same_settings(path, written, settings)
+    require_same_settings(
+        path,
+        written,
+        settings,
+        "the checkpoint belongs to a run with another {names}; delete it, or pass the settings it was made with",
+    )
     tensors = read_tensors(path, expected)
     if about.get("sha256") not in (None, _sha256(tensors)):
         raise ValueError(
@@ -68,23 +73,7 @@ def read_checkpoint(
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    return digest_of(part for name in sorted(tensors) for part in (name, tensors[name]))
-
-
-def require_same_settings(
-    path: Path,
-    written: Any,
-    settings: dict[str, Any],
-    what: str = "the checkpoint",
-    remedy: str = "delete it, or pass the settings it was made with",
-) -> None:
-    """ValueError naming the settings that differ, where `path` was written by another run."""
-    wanted = json.loads(json.dumps(settings))
-    if written == wanted:
-        return
-    written = written if isinstance(written, dict) else {}
-    changed = sorted(key for key in {*wanted, *written} if written.get(key) != wanted.get(key))
-    raise ValueError(f"{path}: {what} belongs to a run with another {', '.join(changed)}; {remedy}")
+    return sha256(marked(part for name in sorted(tensors) for part in (name, tensors[name])))
 
 
 def load_state(sae: SparseAutoencoder, optimizer: torch.optim.Adam, saved: dict[str, Tensor]) -> None:
@@ -99,8 +88,4 @@ def load_state(sae: SparseAutoencoder, optimizer: torch.optim.Adam, saved: dict[
 
 def digest(sae: SparseAutoencoder) -> str:
     """SHA-256 of an SAE's weights, which says what a run started from."""
-    sha = hashlib.sha256()
-    for name, tensor in sae.state_dict().items():
-        sha.update(name.encode())
-        sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
+    return sha256(piece for name, tensor in sae.state_dict().items() for piece in (name, raw(tensor.float())))

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+from lbdt.runs.digests import sha256
 from lbdt.runs.files import writing
 from lbdt.runs.reading import open_regular, parse_json
 
@@ -125,9 +126,7 @@ class WeightsAndBiases:
         self._wandb, self._folder, self._settings, self._run = wandb, folder, settings, None
 
     def begin(self, step: int) -> None:
-        import hashlib
-
-        name = hashlib.sha256(str(self._folder.absolute()).encode()).hexdigest()[:16]
+        name = sha256(str(self._folder.absolute()))[:16]
         self._run = self._wandb.init(
             project="lbdt", id=name, dir=str(self._folder), config=self._settings, resume="allow"
         )

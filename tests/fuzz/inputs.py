@@ -13,7 +13,7 @@ from PIL import Image
 
 from lbdt.activations import Prompt
 from lbdt.activations.prompts import prompt_lines, read_prompts
-from lbdt.activations.shard_layout import FORMAT, Layout, digest_of, raw
+from lbdt.activations.shard_layout import FORMAT, Layout
 from lbdt.activations.stored import Stored, read_settings
 from lbdt.attack.attack_folder import Folder
 from lbdt.attack.search import Outcome
@@ -29,6 +29,7 @@ from lbdt.evaluation.worlds.unlearncanvas import judge_pictures, read_pictures
 from lbdt.evaluation.worlds.vit import load_vit, preprocess
 from lbdt.formats.class_params import load_class_params
 from lbdt.formats.latents import read_latents
+from lbdt.runs.digests import raw, sha256
 from lbdt.runs.files import json_bytes
 from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training.assignment import Assignment, load_assignment, save_assignment
@@ -100,22 +101,20 @@ def make_activations(folder: Path) -> None:
         "concepts": ["Cats", "Dogs"],
         "styles": ["Ink"],
         "prompts": len(PROMPTS),
-        "prompts_sha256": digest_of(prompt_lines(PROMPTS)),
+        "prompts_sha256": sha256(prompt_lines(PROMPTS)),
         "prompts_per_shard": 2,
     }
     (folder / "shards").mkdir()
     (folder / "settings.json").write_bytes(json_bytes(settings))
     (folder / "prompts.jsonl").write_bytes(prompt_lines(PROMPTS))
-    layout = Layout(settings, digest_of(json_bytes(settings)))
+    layout = Layout(settings, sha256(json_bytes(settings)))
     shards = []
     for index in range(layout.shards):
         parts = [torch.zeros(part.shape, dtype=part.dtype) for part in layout.parts(index).values()]
         data = b"".join(bytes(raw(part)) for part in parts)
-        head = layout.header(index, digest_of(data))
+        head = layout.header(index, sha256(data))
         layout.path(folder, index).write_bytes(head + data)
-        shards.append(
-            {"name": f"{index:05d}.safetensors", "bytes": len(head + data), "sha256": digest_of(data)}
-        )
+        shards.append({"name": f"{index:05d}.safetensors", "bytes": len(head + data), "sha256": sha256(data)})
     manifest = {"format": FORMAT, "settings": layout.digest, "shards": shards}
     (folder / "manifest.json").write_bytes(json_bytes(manifest))
 

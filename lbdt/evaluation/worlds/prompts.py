@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lbdt.activations.prompts import Prompt, read_prompts
 from lbdt.evaluation.world import Verdicts, World
 from lbdt.evaluation.worlds import PathOrRepo, saved_kinds
+from lbdt.runs.digests import sha256
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class ClipJudge:
         styles = styles if len(styles) > 1 else ()
         self.clip = clip
         # Verdicts are kept under this name, and their numbers mean these classes.
-        classes = hashlib.sha256(repr((tuple(objects), tuple(styles))).encode()).hexdigest()[:8]
+        classes = sha256(repr((tuple(objects), tuple(styles))))[:8]
         self.name = (
             f"zero-shot by CLIP {clip.name}: {OBJECT_TEXT!r} of {len(objects)} objects, {STYLE_TEXT!r} of "
             f"{len(styles)} styles ({classes})"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lbdt.evaluation.world import Verdicts
 from lbdt.formats.pth import read_pth
+from lbdt.runs.digests import sha256
 from lbdt.runs.files import check_tensors, open_tensors, read_tensors, require_floats
 from lbdt.runs.reading import listed
 
@@ -130,7 +130,7 @@ def load_vit(path: str | os.PathLike[str], classes: int | None = None) -> ViTCla
         )
     # Verdicts are kept under the name, and many checkpoints are called style50.pth.
     head = tensors["head.weight"].float().contiguous().numpy().tobytes()
-    return ViTClassifier(_build(tensors, **sizes), f"{path.name} ({hashlib.sha256(head).hexdigest()[:8]})")
+    return ViTClassifier(_build(tensors, **sizes), f"{path.name} ({sha256(head)[:8]})")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
