@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lbdt.activations.shuffle import mix, permute
 from lbdt.activations.sites import Site
-from lbdt.activations.source import Shard, Source, require_site, shard_count
+from lbdt.activations.source import Shard, Source, regrouped, require_site, shard_count
 
 GIB = 1 << 30
 
@@ -33,8 +33,7 @@ class Batches:
     """
 
     def __init__(self, source: Source, site: Site, seed: int = 0, memory: int = 2 * GIB) -> None:
-        """Loads everything where it takes at most `memory` bytes; else rows are read as they are asked for, by the
-        source's `gather(site, rows)` where it has one, and otherwise shard by shard.
+        """Loads everything where it takes at most `memory` bytes; else rows are gathered as they are asked for.
 
         Raises ValueError for a site that the source does not hold.
         """
@@ -45,7 +44,7 @@ class Batches:
         """Pairs of prompt and timestep."""
         self.total = self.maps * self.patches
         """Rows of an epoch."""
-        self.labels = labels(source)
+        self.labels = source.labels()
         first = source.shard(0, site).x
         self._x: Tensor | None = None
         if self.total * self.width * first.element_size() <= memory:
@@ -67,10 +66,7 @@ class Batches:
     def _rows(self, rows: Tensor) -> Tensor:
         if self._x is not None:
             return self._x.index_select(0, rows)
-        if hasattr(self.source, "gather"):
-            return self.source.gather(self.site, rows)
-        each = self.source.prompts_per_shard * len(self.source.timesteps) * self.patches
-        return _regrouped(rows // each, rows % each, lambda index: self.source.shard(index, self.site).x)
+        return self.source.gather(self.site, rows)
 
 
 class Stream:
@@ -100,7 +96,7 @@ class Stream:
         shards, turn = self._at(step)
         each = len(self.source.timesteps) * self.patches
         part, row = _within(shards, each, turn, size, mix(self.seed, 3, step // self.steps_per_shard))
-        return _regrouped(part, row, lambda index: shards[index].x)
+        return regrouped(part, row, lambda index: shards[index].x)
 
     def samples(self, step: int, count: int) -> Samples:
         """`count` maps, each of one prompt at one timestep."""
@@ -109,10 +105,10 @@ class Stream:
         part, at = _within(shards, steps, turn, count, mix(self.seed, 4, step // self.steps_per_shard))
         rows = at.unsqueeze(1) * self.patches + torch.arange(self.patches)
         parts = part.unsqueeze(1).expand_as(rows)
-        x = _regrouped(parts.flatten(), rows.flatten(), lambda index: shards[index].x)
+        x = regrouped(parts.flatten(), rows.flatten(), lambda index: shards[index].x)
         prompts = at // steps
         concepts, styles = (
-            _regrouped(part, prompts, lambda index, name=name: getattr(shards[index], name).unsqueeze(1))
+            regrouped(part, prompts, lambda index, name=name: getattr(shards[index], name).unsqueeze(1))
             for name in ("concepts", "styles")
         )
         return Samples(x.view(count, self.patches, self.width), concepts.squeeze(1), styles.squeeze(1))
@@ -129,16 +125,6 @@ class Stream:
             if place not in self._held:
                 self._held[place] = self.source.shard(index, self.site)
         return [self._held[place] for place in wanted], turn
-
-
-def labels(source: Source) -> tuple[Tensor, Tensor]:
-    """Places of every prompt's labels in the source's `concepts` and `styles`: two of [prompts] int64, -1: none."""
-    if hasattr(source, "labels"):
-        return source.labels()
-    shards = [source.shard(index, source.sites[0]) for index in range(shard_count(source))]
-    return tuple(
-        torch.cat([getattr(shard, name).cpu() for shard in shards]) for name in ("concepts", "styles")
-    )
 
 
 def _places(step: int, count: int, total: int, key: Tensor, start: int = 0) -> Tensor:
@@ -158,18 +144,6 @@ def _within(shards: list[Shard], each: int, turn: int, count: int, key: Tensor) 
     at = _places(turn, count, int(ends[-1]), key)
     part = torch.searchsorted(ends, at, right=True)
     return part, at - torch.cat([ends.new_zeros(1), ends])[part]
-
-
-def _regrouped(part: Tensor, rows: Tensor, read) -> Tensor:
-    """Row `rows[i]` of `read(part[i])` [..., d] for every i: [n, d]. Every part is read once."""
-    out: Tensor | None = None
-    for index in part.unique().tolist():
-        mine = (part == index).nonzero().squeeze(1)
-        x = read(index)
-        found = x.flatten(0, -2).index_select(0, rows[mine].to(x.device))
-        out = found.new_empty(len(rows), found.shape[1]) if out is None else out
-        out[mine.to(x.device)] = found
-    return out
 
 
 def _load(source: Source, site: Site, dtype: torch.dtype) -> Tensor:

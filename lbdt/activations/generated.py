@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from lbdt.activations.schedule import Schedule, choose
 from lbdt.activations.shard_layout import DTYPES
 from lbdt.activations.shuffle import mix
 from lbdt.activations.sites import Site
-from lbdt.activations.source import Shard, require_site, shard_count
+from lbdt.activations.source import Shard, Source, label_places, require_site, shard_count
 from lbdt.runs.digests import sha256
 
 _OURS = (
@@ -33,7 +35,7 @@ _OURS = (
 )
 
 
-class Generated:
+class Generated(Source):
     """Activations of a diffusers pipeline's UNet or transformer (or of its text encoders) for labelled prompts.
 
     Every shard is one pipeline call. It follows from the settings and its slice of the prompts alone: each image starts
@@ -100,7 +102,7 @@ class Generated:
         self.prompts, self.prompts_per_shard = len(self.labelled), prompts_per_shard
         self.concepts = _names("concepts", concepts, [prompt.concept for prompt in self.labelled])
         self.styles = _names("styles", styles, [prompt.style for prompt in self.labelled])
-        self._labels = places(self.labelled, self.concepts, self.styles)
+        self._labels = label_places(self.labelled, self.concepts, self.styles)
         self.dtype, self.seed, self.threads = dtype, seed, threads
         self._pipe, self._steps, self._guidance, self._call = pipe, steps, guidance, dict(call or {})
         self._model = _name(model or getattr(pipe, "name_or_path", "") or type(pipe).__name__)
@@ -115,6 +117,7 @@ class Generated:
         self.device = probe.device
         self._kept: OrderedDict[int, dict[Site, Shard]] = OrderedDict()
         self._keep = keep
+        self._fingerprint = cache(lambda: fingerprint(pipe))  # once for all that share the pipeline
 
     def width(self, site: Site) -> int:
         require_site(self, site)
@@ -150,8 +153,20 @@ class Generated:
         return {site: Shard(*run.result(site), concepts, styles) for site in self.sites}
 
     def labels(self) -> tuple[Tensor, Tensor]:
-        """Every prompt's places in `concepts` and `styles`, two of [prompts] int64; -1: none."""
         return self._labels
+
+    def with_prompts(self, prompts: Sequence[Prompt]) -> Generated:
+        """The same for some of the prompts, or others with the same labels; the pipeline is not run or looked at again."""
+        if not prompts:
+            raise ValueError("prompts: expected at least one")
+        other = copy.copy(self)
+        other.labelled, other.prompts = tuple(prompts), len(prompts)
+        other._labels = label_places(other.labelled, self.concepts, self.styles)
+        other._kept = OrderedDict()
+        return other
+
+    def origin(self) -> dict[str, Any]:
+        return self.settings()
 
     def settings(self) -> dict[str, Any]:
         """Everything that the activations follow from, JSON-like."""
@@ -170,7 +185,7 @@ class Generated:
             "device": self.device.type,
             "threads": self.threads,
             "model": self._model,
-            "fingerprint": fingerprint(self._pipe),
+            "fingerprint": self._fingerprint(),
             "steps": self._steps,
             "guidance": self._guidance,
             "call": self._call,
@@ -353,17 +368,6 @@ class _Run:
                 "use --dtype bfloat16 or float32"
             )
         return self._x[site], self._patches[site].to(self._x[site].device)
-
-
-def places(
-    prompts: Sequence[Prompt], concepts: Sequence[str], styles: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """Every prompt's places in `concepts` and `styles`, two of [prompts] int64; -1: none."""
-    found = []
-    for names, attribute in ((concepts, "concept"), (styles, "style")):
-        number = {None: -1} | {name: place for place, name in enumerate(names)}
-        found.append(torch.tensor([number[getattr(p, attribute)] for p in prompts], dtype=torch.int64))
-    return tuple(found)
 
 
 def _names(name: str, given: Sequence[str] | None, used: Sequence[str | None]) -> tuple[str, ...]:

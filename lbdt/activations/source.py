@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from lbdt.activations.prompts import Prompt
 from lbdt.activations.sites import Site
 
 
@@ -37,6 +38,10 @@ class Source(Protocol):
     """Number of prompts over all shards."""
     prompts_per_shard: int
     """The last shard may have fewer."""
+    labelled: tuple[Prompt, ...] | None = None
+    """The prompts, where they are known."""
+    turn: list[Any] | None = None
+    """Which part of a larger source this is (`lbdt.training.heldout.SourcePart`); None: no part."""
 
     def width(self, site: Site) -> int:
         """d at the site."""
@@ -50,13 +55,52 @@ class Source(Protocol):
         Raises IndexError outside of [0, shards), ValueError for a site that is not in `sites`.
         """
 
+    def origin(self) -> dict[str, Any] | None:
+        """Everything that the activations (a part's: those of the larger source) follow from, JSON-like; None where that
+        is not known."""
+        return None
+
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """Every prompt's places in `concepts` and `styles`, two of [prompts] int64, on the CPU; -1: none."""
+        shards = (self.shard(index, self.sites[0]) for index in range(shard_count(self)))
+        concepts, styles = zip(*((shard.concepts.cpu(), shard.styles.cpu()) for shard in shards), strict=True)
+        return torch.cat(concepts), torch.cat(styles)
+
+    def gather(self, site: Site, rows: Tensor) -> Tensor:
+        """Rows [n] int64, numbered ((prompt * T) + timestep) * M + patch -> [n, d], in the source's dtype."""
+        each = self.prompts_per_shard * len(self.timesteps) * self.patches(site)
+        return regrouped(rows // each, rows % each, lambda index: self.shard(index, site).x)
+
 
 def shard_count(source: Source) -> int:
     """Number of shards of a source."""
     return -(-source.prompts // source.prompts_per_shard)
 
 
-class InMemory:
+def label_places(
+    prompts: Sequence[Prompt], concepts: Sequence[str], styles: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Every prompt's places in `concepts` and `styles`, two of [prompts] int64; -1: none."""
+    found = []
+    for names, attribute in ((concepts, "concept"), (styles, "style")):
+        number = {None: -1} | {name: place for place, name in enumerate(names)}
+        found.append(torch.tensor([number[getattr(p, attribute)] for p in prompts], dtype=torch.int64))
+    return tuple(found)
+
+
+def regrouped(part: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
+    """Row `rows[i]` of `read(part[i])` [..., d] for every i: [n, d]. Every part is read once."""
+    out: Tensor | None = None
+    for index in part.unique().tolist():
+        mine = (part == index).nonzero().squeeze(1)
+        x = read(index)
+        found = x.flatten(0, -2).index_select(0, rows[mine].to(x.device))
+        out = found.new_empty(len(rows), found.shape[1]) if out is None else out
+        out[mine.to(x.device)] = found
+    return out
+
+
+class InMemory(Source):
     """A source of activations that are at hand already, at one site; also for tests."""
 
     def __init__(

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbdt.activations.generated import places
 from lbdt.activations.prompts import MAX_BYTES, read_prompts
 from lbdt.activations.shard_layout import SHA256, Layout
 from lbdt.activations.sites import Site
-from lbdt.activations.source import Shard, require_site
+from lbdt.activations.source import Shard, Source, label_places, require_site
 from lbdt.runs.digests import blocks, raw, sha256
 from lbdt.runs.reading import open_regular, parse_json, read_bytes, read_json
 
 
-class Stored:
+class Stored(Source):
     """A complete folder of activations (`lbdt.activations.shard_layout`).
 
     Shards are mapped into memory, not copied; each is compared with its SHA-256 in the manifest when it is first used.
@@ -37,7 +36,7 @@ class Stored:
         self.concepts, self.styles = tuple(self.settings["concepts"]), tuple(self.settings["styles"])
         self.timesteps = self._layout.timesteps
         self.prompts, self.prompts_per_shard = self._layout.prompts, self._layout.prompts_per_shard
-        self._labels = places(self.labelled, self.concepts, self.styles)
+        self._labels = label_places(self.labelled, self.concepts, self.styles)
         self._maps: dict[int, Tensor] = {}
         self._sha256 = self._manifest()
 
@@ -51,8 +50,10 @@ class Stored:
         """Number of rows at the site: prompts times timesteps times patches."""
         return self.prompts * len(self.timesteps) * self.patches(site)
 
+    def origin(self) -> dict[str, Any]:
+        return self.settings
+
     def labels(self) -> tuple[Tensor, Tensor]:
-        """Every prompt's places in `concepts` and `styles`, two of [prompts] int64; -1: none."""
         return self._labels
 
     def shard(self, index: int, site: Site) -> Shard:

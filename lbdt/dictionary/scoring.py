@@ -340,7 +340,7 @@ def sae_settings(sae: SparseAutoencoder) -> dict[str, Any]:
 
 def _source_settings(source: Source, site: Site, bank_site: Site | None) -> dict[str, Any]:
     """The source's own settings and a digest of its prompts; without these a digest of its activations."""
-    given = getattr(source, "settings", None)
+    given = source.origin() if source.turn is None else None
     if given is None:
         sites = {site, bank_site} - {None}
         shards = (source.shard(i, s) for s in sorted(sites) for i in range(shard_count(source)))
@@ -352,8 +352,6 @@ def _source_settings(source: Source, site: Site, bank_site: Site | None) -> dict
             "styles": list(source.styles),
             "sha256": sha256(marked(part for shard in shards for part in shard)),
         }
-    settings = dict(given() if callable(given) else given)
-    prompts = getattr(source, "labelled", None)
-    if prompts is not None:
-        settings["prompts_sha256"] = sha256(marked(prompt.to_dict() for prompt in prompts))
-    return settings
+    if source.labelled is None:
+        return given
+    return given | {"prompts_sha256": sha256(marked(prompt.to_dict() for prompt in source.labelled))}

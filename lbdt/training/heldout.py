@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lbdt.activations import Shard, Site, Source
-from lbdt.activations.batches import labels
 from lbdt.activations.source import shard_count
 
 _STRIDE = 7
 _T = TypeVar("_T")
 
 
-class SourcePart:
+class SourcePart(Source):
     """A source with some prompts of every shard of another one: the same places in each but for a turn by `_STRIDE`,
     so that prompts in an order of concepts or styles are drawn from all of them."""
 
     def __init__(self, source: Source, held: int, keep: bool) -> None:
         """`held` prompts of a full shard are held out; `keep`: this is the part for training."""
         self._source, self._held, self._keep = source, held, keep
-        self.whole, self.turn = source, [held, keep]
+        self.turn = [held, keep]
         self.sites, self.concepts, self.styles = source.sites, source.concepts, source.styles
         self.timesteps = source.timesteps
         places = [self._places(index) for index in range(shard_count(source))]
@@ -31,8 +30,6 @@ class SourcePart:
         self._all = torch.cat([place + start for place, start in zip(places, first, strict=True)])
         self.prompts = len(self._all)
         self.prompts_per_shard = source.prompts_per_shard - held if keep else held
-        if hasattr(source, "gather"):
-            self.gather = self._gather
 
     def width(self, site: Site) -> int:
         return self._source.width(site)
@@ -40,9 +37,12 @@ class SourcePart:
     def patches(self, site: Site) -> int:
         return self._source.patches(site)
 
-    def labels(self) -> tuple[Tensor, ...]:
-        """Places in `concepts` and `styles`, two of [prompts] int64; -1: none."""
-        return tuple(label[self._all] for label in labels(self._source))
+    def origin(self) -> dict[str, Any] | None:
+        return self._source.origin()
+
+    def labels(self) -> tuple[Tensor, Tensor]:
+        concepts, styles = self._source.labels()
+        return concepts[self._all], styles[self._all]
 
     def shard(self, index: int, site: Site) -> Shard:
         if not 0 <= index < shard_count(self):
@@ -51,8 +51,7 @@ class SourcePart:
         places = self._places(index).to(shard.x.device)
         return Shard(*(tensor[places.to(tensor.device)] for tensor in shard))
 
-    def _gather(self, site: Site, rows: Tensor) -> Tensor:
-        """Of single rows, [n, d]; see `Stored.gather`."""
+    def gather(self, site: Site, rows: Tensor) -> Tensor:
         each = len(self.timesteps) * self.patches(site)
         return self._source.gather(site, self._all[rows // each] * each + rows % each)
 

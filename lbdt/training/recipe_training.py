@@ -169,14 +169,12 @@ def train_recipe(
 
 def identity(source: Source) -> str:
     """SHA-256 of what a source's activations follow from, as far as it says."""
-    whole = getattr(source, "whole", source)
-    settings = getattr(whole, "settings", None)
     about = {
-        "settings": settings() if callable(settings) else settings,
+        "settings": source.origin(),
         "sites": [[str(site), source.width(site), source.patches(site)] for site in source.sites],
         "names": [list(source.concepts), list(source.styles)],
         "timesteps": list(source.timesteps),
-        "prompts": [source.prompts, source.prompts_per_shard, getattr(source, "turn", None)],
+        "prompts": [source.prompts, source.prompts_per_shard, source.turn],
     }
     return sha256(json.dumps(about, sort_keys=True))
 

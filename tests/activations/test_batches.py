@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbdt.activations import InMemory, Prompt, Site
+from lbdt.activations import InMemory, Prompt, Site, Source
 from lbdt.activations.batches import Batches, Stream
 from lbdt.activations.generated import Generated
 from lbdt.activations.shuffle import mix, permute
@@ -35,6 +35,8 @@ class Reread:
 
     def __getattr__(self, name):
         return getattr(self.source, name)
+
+    gather, labels = Source.gather, Source.labels
 
     def shard(self, index, site):
         self.made.append(index)

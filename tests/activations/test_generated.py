@@ -302,3 +302,23 @@ def test_further_arguments_reach_the_pipeline(pipe):
     other = generated(pipe, call={"negative_prompt": "dog"})
     assert other.settings()["call"] == {"negative_prompt": "dog"}
     assert not torch.equal(other.shard(0, OUTPUT).x, plain)
+
+
+def test_other_prompts_of_the_same_pipeline_are_as_if_made_anew_and_it_is_fingerprinted_once(
+    pipe, monkeypatch
+):
+    asked = []
+    whole = "lbdt.activations.generated.fingerprint"
+    monkeypatch.setattr(whole, lambda given: asked.append(given) or {"unet": "0"})
+    source = generated(pipe, patches=3)
+    part = source.with_prompts(PROMPTS[1:4])
+    made = generated(pipe, prompts=PROMPTS[1:4], patches=3, concepts=source.concepts, styles=source.styles)
+    assert part.settings() == made.settings() and part.labelled == made.labelled
+    for index in range(shard_count(made)):
+        for got, expected in zip(part.shard(index, OUTPUT), made.shard(index, OUTPUT), strict=True):
+            assert torch.equal(got, expected)
+    assert (source.prompts, part.prompts, len(source.labels()[0])) == (5, 3, 5)
+    asked.clear()
+    assert source.settings() != part.settings() and source.origin() == source.settings() and not asked
+    with pytest.raises(ValueError, match="prompts: expected at least one"):
+        source.with_prompts([])

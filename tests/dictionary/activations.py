@@ -2,7 +2,7 @@
 
 import torch
 
-from lbdt.activations import InMemory, Shard, Site
+from lbdt.activations import InMemory, Shard, Site, Source
 from lbdt.sae import SAEConfig, SparseAutoencoder
 
 SITE = Site("unet.up_blocks.1.attentions.1")
@@ -53,7 +53,7 @@ def in_memory(prompts=20, prompts_per_shard=4, first=0, x=None):
     )
 
 
-class Lazy:
+class Lazy(Source):
     """A source that makes a shard whenever it is asked for it, at an output and an update; counts the requests."""
 
     concepts, styles, timesteps = CONCEPTS, STYLES, TIMESTEPS
@@ -64,7 +64,7 @@ class Lazy:
         self._sizes = {"width": width, "patches": patches}
         self.asked = []
 
-    def settings(self):
+    def origin(self):
         return {"prompts": self.prompts, "prompts_per_shard": self.prompts_per_shard, **self._sizes}
 
     def width(self, site):
