@@ -112,9 +112,11 @@ def _generated(
     sampling = live.sampling
     labelled = sampling.labelled()
     pipe = load_pipeline(sampling.model, device)
-    parts = split_prompts(labelled.prompts, share) if share > 0 else (labelled.prompts,)
-    made = [sampling.source(pipe, labelled.part(part), [site], device, seed) for part in parts if part]
-    return made[0], made[1] if len(made) > 1 else None
+    source = sampling.source(pipe, labelled, [site], device, seed)
+    if share <= 0:
+        return source, None
+    training, heldout = split_prompts(labelled.prompts, share)
+    return source.with_prompts(training), source.with_prompts(heldout) if heldout else None
 
 
 def _assignment(folder: str, source: Source) -> Assignment:
