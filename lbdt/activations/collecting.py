@@ -81,7 +81,7 @@ class ActivationFiles:
 
     @property
     def bytes(self) -> int:
-        """Of all shards together."""
+        """The size of all shards together."""
         return sum(self.layout.size(index) for index in range(self.layout.shards))
 
     def present(self) -> int:

@@ -351,7 +351,7 @@ class _Run:
             raise Stop
 
     def result(self, site: Site) -> tuple[Tensor, Tensor]:
-        """[P, T, M, d] and [P, T, M] int32."""
+        """The activations [P, T, M, d] and their patches [P, T, M] int32."""
         got = sum(seen == site for seen, _ in self._seen)
         if got != len(self._source.timesteps):
             raise ValueError(
@@ -383,7 +383,7 @@ def _names(name: str, given: Sequence[str] | None, used: Sequence[str | None]) -
 
 
 def _name(model: str) -> str:
-    """Of a local folder only its own name, as the folders above it may differ between two runs of the same model."""
+    """The pipeline's name; of a local folder without the folders above it, which may differ between two runs."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 

@@ -16,9 +16,9 @@ from lbdt.runs.wording import require_unicode
 
 _FIELDS = ("prompt", "concept", "style", "seed")
 MAX_BYTES = 1 << 28
-"""Of a prompt file."""
+"""The largest prompt file that is read."""
 MAX_PROMPTS = 1_000_000
-"""In one."""
+"""The most prompts in a file."""
 
 
 @dataclass(frozen=True)

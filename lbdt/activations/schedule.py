@@ -18,7 +18,7 @@ class Schedule:
     exact: tuple[float, ...] = (0.0,)
     """The same before rounding."""
     scale: float = 1.0
-    """From the denoiser's argument to the scheduler's timesteps: 1000 for models called with t / 1000."""
+    """The factor from the denoiser's argument to the scheduler's timesteps: 1000 for models called with t / 1000."""
 
     @classmethod
     def of(cls, schedule: Sequence[float], first: float) -> Schedule:

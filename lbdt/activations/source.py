@@ -41,13 +41,13 @@ class Source(Protocol):
     labelled: tuple[Prompt, ...] | None = None
     """The prompts, where they are known."""
     turn: list[Any] | None = None
-    """Which part of a larger source this is (`lbdt.training.heldout.SourcePart`); None: no part."""
+    """The place of a part in a larger source (`lbdt.training.heldout.SourcePart`); None: no part."""
 
     def width(self, site: Site) -> int:
-        """d at the site."""
+        """The width d at the site."""
 
     def patches(self, site: Site) -> int:
-        """M at the site."""
+        """The number M of patches at the site."""
 
     def shard(self, index: int, site: Site) -> Shard:
         """Shard `index`, on the CPU (files, memory) or on the pipeline's device.

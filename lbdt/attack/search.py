@@ -34,7 +34,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], tuple[type, ...] | None]] = {
     "words": ((list,), (str,)),
     "typable": ((bool,), None),
 }
-"""Of an `Outcome` in JSON: what a field may be, and its items."""
+"""What a field of an `Outcome` in JSON may be, and its items."""
 
 # Start seeds of the reference pictures, so that none is the attacked picture.
 _REFERENCE = 1_000_003
@@ -42,14 +42,14 @@ _REFERENCE = 1_000_003
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the attack; the defaults are the published ones (METHOD.md, 8.7), but for the sampling."""
+    """Settings of the attack; the defaults are the published ones (METHOD.md, 8.7), but for the sampling."""
 
     tokens: int = 5
-    """Of the prefix."""
+    """Length of the prefix."""
     iterations: int = 40
     """Steps of the optimiser at each timestep."""
     timesteps: int = 50
-    """Of the noise schedule, from the cleanest to the noisiest (`lbdt.attack.loss.spread`)."""
+    """Places on the noise schedule, from the cleanest to the noisiest (`lbdt.attack.loss.spread`)."""
     check_every: int = 1
     """Timesteps between two checks of success; the last one is always checked."""
     search: str = "gradient"
@@ -59,7 +59,7 @@ class Settings:
     steps: int = 20
     """Denoising steps of the pictures that are judged."""
     guidance: float | None = None
-    """Of those pictures; None: the pipeline's own."""
+    """Guidance scale of those pictures; None: the pipeline's own."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "iterations", "timesteps", "check_every", "steps"):
@@ -78,7 +78,7 @@ class Outcome:
     concept: str
     style: str | None
     seed: int
-    """Of the start noise of the judged pictures, and of the eraser's donors."""
+    """Seed of the start noise of the judged pictures, and of the eraser's donors."""
     reference: str
     """What the judge sees in the reference picture, made without the eraser."""
     seen_before: str
@@ -86,7 +86,7 @@ class Outcome:
     seen_after: str
     """What it sees in the last picture that was judged."""
     timesteps: tuple[int, ...]
-    """That were attacked; none where the eraser failed without an attack."""
+    """The attacked ones; none where the eraser failed without an attack."""
     losses: tuple[float, ...]
     """Mean over the iterations of each of them; none of a random search."""
     checks: int

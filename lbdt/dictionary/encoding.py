@@ -42,7 +42,7 @@ class Encoder:
             self._pool.shutdown(cancel_futures=True)
 
     def codes(self, x: Tensor) -> Iterator[SparseCode]:
-        """Of x [P, T, M, d] the T codes [P, M, k], on the CPU, in order. ValueError on NaN or infinite activations.
+        """The T codes [P, M, k] of x [P, T, M, d], on the CPU, in order. ValueError on NaN or infinite activations.
 
         While they are taken torch runs on one thread.
         """
@@ -107,7 +107,7 @@ def rows_of(code: SparseCode, rows: Tensor) -> SparseCode:
 
 
 def detected(code: SparseCode, selection: Selection, bin: int, num_latents: int) -> Tensor:
-    """In which patches a latent of `selection` passes its threshold of a bin: bool [...] of a code [..., k]."""
+    """The patches in which a latent of `selection` passes its threshold of a bin: bool [...] of a code [..., k]."""
     limits = torch.full((num_latents,), torch.inf)
     limits[selection.latents] = selection.thresholds[bin]
     return (code.values > limits[code.indices]).any(-1)

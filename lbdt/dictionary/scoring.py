@@ -280,7 +280,7 @@ def _check(
 
 
 def _check_selection(selection: Mapping[str, Any], candidates: int | None) -> None:
-    """As far as it can be told without the dictionary; `candidates` None: without histograms."""
+    """Refuses, as far as can be told without the dictionary, what selects nothing; `candidates` None: without histograms."""
     known = list(inspect.signature(check_criteria).parameters)
     unknown = sorted(set(selection) - set(known))
     if unknown:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _UNIT = 2.0**-30
 """Activations are rounded to whole multiples: exact for float32 values from 2^-7 on, 6 digits from 5e-4 on."""
 _LIMIT = 2**63
-"""Of a sum in units: 1e9 patches of mean activation 8.6 in one place, or 1e6 patches of mean 8600."""
+"""The limit of a sum in units: 1e9 patches of mean activation 8.6 in one place, or 1e6 patches of mean 8600."""
 
 
 class ConceptStatistics:

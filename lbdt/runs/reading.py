@@ -23,7 +23,7 @@ _MAX_LINE = 1 << 20
 _MAX_DEPTH = 64
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_FLOAT = torch.finfo(torch.float32).max
-"""Of a number that is computed with in float32."""
+"""The largest number that is computed with in float32."""
 
 
 def open_regular(path: Path, expected: str = "a readable file") -> BinaryIO:

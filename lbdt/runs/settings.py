@@ -24,7 +24,7 @@ class Difference(NamedTuple):
         return f"{self.name}: {_short(json.dumps(self.there))} there, {_short(json.dumps(self.here))} here"
 
     def in_brackets(self) -> str:
-        """As in "steps (3 there, 4 now)"."""
+        """The difference as "steps (3 there, 4 now)"."""
         return f"{self.name} ({_short(str(self.there))} there, {_short(str(self.here))} now)"
 
 

@@ -48,7 +48,7 @@ class Assignment:
 
     @property
     def latents(self) -> list[int]:
-        """Those of the concepts, then those of the styles, in the names' order."""
+        """The concepts' latents, then the styles', in the names' order."""
         return [*self.concepts.values(), *self.styles.values()]
 
     def to_json(self) -> dict[str, dict[str, int]]:
@@ -101,7 +101,7 @@ def save_assignment(assignment: Assignment, folder: str | os.PathLike[str]) -> N
 
 
 def load_assignment(folder: str | os.PathLike[str]) -> Assignment:
-    """Of a folder's `assignment.json`. ValueError naming the file where it is absent or not as written."""
+    """The assignment in a folder's `assignment.json`. ValueError naming the file where it is absent or not as written."""
     path = Path(folder) / ASSIGNMENT_FILE
     values = read_json(path)
     if (

@@ -56,7 +56,7 @@ class Context:
     """[L] bool."""
     dead_count: int = 0
     guess: float = 0.0
-    """Of BatchTopK: see `ranked_code`."""
+    """A guess of the smallest activation that BatchTopK keeps; see `ranked_code`."""
     precision: str = "float32"
     scales: Scales = field(default_factory=Scales)
     world: Processes = field(default_factory=Processes)

@@ -53,7 +53,7 @@ class RecipeOptions:
     objective: Mapping[str, float | None] = field(default_factory=dict)
     """Fields of the objective or of its supervision."""
     logs: Sequence[str] = ()
-    """"tensorboard", "wandb"."""
+    """Where metrics go beside the files: "tensorboard", "wandb"."""
 
 
 def train_recipe(

@@ -19,7 +19,7 @@ class Recipe:
     about: str
     """One line for people."""
     objectives: Mapping[str, Objective]
-    """By variant; the first one is the default."""
+    """The objectives by variant; the first one is the default."""
     activation: str = "topk"
     batch_topk: bool = False
     normalize_decoder: bool = True
@@ -27,7 +27,7 @@ class Recipe:
     """Latents over the activations' width."""
     k: int = 32
     rows: int = 4096
-    """Of a batch; supervised recipes take whole images of as many patches in all."""
+    """Rows of a batch; supervised recipes take whole images of as many patches in all."""
     lr: float = 4e-4
     adam_eps: float = 6.25e-10
     epochs: int = 5
@@ -73,7 +73,7 @@ class Recipe:
         k: int | None = None,
         batch_topk: bool | None = None,
     ) -> SAEConfig:
-        """Of a new SAE for activations of a width; `update`: they are of that kind. None: as the recipe says."""
+        """The configuration of a new SAE for activations of a width; `update`: they are of that kind. None: as the recipe says."""
         expansion = self.expansion if expansion is None else expansion
         return SAEConfig(
             d_in=width,

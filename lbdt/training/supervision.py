@@ -67,7 +67,7 @@ class Supervision:
     pool: float = 1.0
     """Share of an image's patches, those with the largest value, that v is the mean of; 1: all, 0: the largest."""
     strength: float = 1.0
-    """Of image: how many times a the latent of a present concept becomes."""
+    """How many times a, with the variant image, the latent of a present concept becomes."""
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:

@@ -26,7 +26,7 @@ class Writer(Protocol):
         """Called once, with the first step that will follow."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """One step's."""
+        """Takes the metrics of one step."""
 
     def close(self) -> None:
         """Called at the end, also of a run that failed."""

@@ -131,7 +131,7 @@ class TrainingRun:
         return Scales(variance, active, float(sae.W_dec.norm(dim=1).mean()))
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the tensors of `state`."""
+        """The shapes of the tensors of `state`."""
         return {"step": (), "idle": (self.config.num_latents,), "threshold": (), "scales": (3,)}
 
     def state(self, step: int) -> dict[str, Tensor]:
