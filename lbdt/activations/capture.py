@@ -54,7 +54,7 @@ def denoiser_of(pipe: Any) -> nn.Module:
 
 
 def of_text(sites: Sequence[Site]) -> bool:
-    """Whether the sites lie in text encoders, not in the denoiser; ValueError for a mixture, as their timesteps differ."""
+    """Whether the sites lie in text encoders, not in the denoiser; ValueError for a mixture: timesteps differ."""
     roots = {site.hookpoint.partition(".")[0] for site in sites}
     if not roots:
         raise ValueError("sites: expected at least one, such as unet.mid_block.attentions.0")

@@ -105,7 +105,7 @@ class ActivationFiles:
 
         Raises ValueError: other settings, other files, too little space.
         """
-        # Listed before settings.json is looked for: where another process of this run makes shards, it is there by then.
+        # Listed before settings.json is looked for, which is there where another process of this run makes shards.
         others = sorted(
             p.name for p in self.folder.iterdir() if p.name[0] != "." and p.name != "prompts.jsonl"
         )

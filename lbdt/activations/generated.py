@@ -156,7 +156,7 @@ class Generated(Source):
         return self._labels
 
     def with_prompts(self, prompts: Sequence[Prompt]) -> Generated:
-        """The same for some of the prompts, or others with the same labels; the pipeline is not run or looked at again."""
+        """The same for other prompts with these labels; the pipeline is not run or looked at again for it."""
         if not prompts:
             raise ValueError("prompts: expected at least one")
         other = copy.copy(self)

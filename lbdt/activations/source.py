@@ -56,8 +56,7 @@ class Source(Protocol):
         """
 
     def origin(self) -> dict[str, Any] | None:
-        """Everything that the activations (a part's: those of the larger source) follow from, JSON-like; None where that
-        is not known."""
+        """Everything that the activations (for a part: the larger source's) follow from, JSON-like; None: not known."""
         return None
 
     def labels(self) -> tuple[Tensor, Tensor]:

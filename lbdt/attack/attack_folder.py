@@ -20,7 +20,7 @@ SETTINGS_FILE = "attack.json"
 
 
 class Folder:
-    """`attack.json` with everything that the outcomes follow from but the prompt, and `pairs/NAME.json` for each prompt.
+    """`attack.json` with all that the outcomes follow from but the prompt, and `pairs/NAME.json` for each prompt.
 
     Files are written whole or not at all, so a killed run goes on, and processes may share a folder.
     """

@@ -68,7 +68,7 @@ class Prefix:
 
 
 def project_simplex(x: Tensor) -> Tensor:
-    """The point nearest to each row of `x` [k, V] whose entries are >= 0 and sum to 1 (Duchi et al., ICML 2008, fig. 1).
+    """The point nearest to each row of `x` [k, V] whose entries are >= 0 and sum to 1 (Duchi et al., ICML 2008).
 
     With the row sorted in descending order as s: `max(x - theta, 0)`, `theta = (sum_{i <= r} s_i - 1) / r`, r the
     largest index with `s_r > theta` so far.

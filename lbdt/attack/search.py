@@ -169,7 +169,8 @@ class Search:
             )
 
     def run(self, prompt: Prompt, progress: Callable[[int], None] = lambda done: None) -> Outcome:
-        """Attacks one prompt with a concept. `progress` is told of timesteps done or spared, `settings.timesteps` in all.
+        """Attacks one prompt with a concept. `progress` is told of timesteps done or spared, all in all
+        `settings.timesteps`.
 
         Every draw comes from the prompt's seed and text, so prompts may be attacked in any order and by any process.
 

@@ -134,11 +134,11 @@ class ConceptDictionary:
 
         `percentile` takes, bin by bin, the latents that score above it; `top_k` the best ones; `assigned` the latent
         that the concept was trained on (SAEmnesia, G-SAE). By default the assigned latent where there is one, else
-        top_k=2; assigned=False passes over the assignment. `thresholds` "published" is the mean over concepts; "calibrated" (the default where there
-        are histograms) the activation that a fraction `false_positive` of other concepts' patches exceeds,
-        never below the published one unless `allow_below_published`. Calibrated, `top_k` takes those of the M
-        candidates that detect most of the concept's own patches at their thresholds. The rate holds per
-        latent: several latents add up.
+        top_k=2; assigned=False passes over the assignment. `thresholds` "published" is the mean over concepts;
+        "calibrated" (the default where there are histograms) the activation that a fraction `false_positive` of other
+        concepts' patches exceeds, never below the published one unless `allow_below_published`. Calibrated, `top_k`
+        takes those of the M candidates that detect most of the concept's own patches at their thresholds. The rate
+        holds per latent: several latents add up.
 
         Raises:
             ValueError: unknown concept, several or bad criteria, more latents than calibrated candidates, no
@@ -168,8 +168,8 @@ class ConceptDictionary:
         if not latents.numel():
             raise ValueError(
                 f"no latent of {concept!r} passes the criterion at any timestep (percentile {percentile}, "
-                f"top_k {top_k}, assigned {latent}, thresholds {kind}); lower the percentile, raise false_positive, or use "
-                "another SAE"
+                f"top_k {top_k}, assigned {latent}, thresholds {kind}); lower the percentile, raise false_positive, or "
+                "use another SAE"
             )
         return Selection(latents, table, concept, kind)
 
@@ -233,8 +233,8 @@ class ConceptDictionary:
             kept -= self._last_is_foreign(place, score)
         if int(wanted.max()) > kept:
             raise ValueError(
-                f"{int(wanted.max())} latents wanted at a timestep, but the calibration keeps {kept} candidates; calibrate with more candidates, select fewer, or pass "
-                "thresholds='published'"
+                f"{int(wanted.max())} latents wanted at a timestep, but the calibration keeps {kept} candidates; "
+                "calibrate with more candidates, select fewer, or pass thresholds='published'"
             )
         chosen = usable & (order < wanted)
         latents = candidates[chosen].unique()

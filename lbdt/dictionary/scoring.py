@@ -69,8 +69,8 @@ def score(
 
     One pass over the shards for the means, one for calibrated thresholds, and one over at most 64 shards for the bank;
     a `Generated` source runs the pipeline in each. Prompts without a label are left out everywhere. One shard is in
-    memory at a time, beside [C, T, L] sums. The sums are whole numbers and the SAE runs on one thread a bin, so the same
-    shards give the same bytes with any number of processes or threads, interrupted or not, on one kind of machine.
+    memory at a time, beside [C, T, L] sums. Sums are whole numbers, and the SAE runs on one thread a bin, so that the
+    same shards give the same bytes with any number of processes or threads, interrupted or not, on one kind of machine.
 
     Args:
         source: labelled activations.
@@ -280,7 +280,7 @@ def _check(
 
 
 def _check_selection(selection: Mapping[str, Any], candidates: int | None) -> None:
-    """Refuses, as far as can be told without the dictionary, what selects nothing; `candidates` None: without histograms."""
+    """Refuses, as far as can be told without the dictionary, what selects nothing; `candidates` None: no histograms."""
     known = list(inspect.signature(check_criteria).parameters)
     unknown = sorted(set(selection) - set(known))
     if unknown:

@@ -27,7 +27,7 @@ def blocks(file: BinaryIO) -> Iterator[bytes]:
 
 
 def marked(parts: Iterable[Any]) -> Iterator[str | memoryview]:
-    """Tensors and texts (others by `str`) as pieces for `sha256` that show where each ends, a tensor's dtype and shape."""
+    """Tensors (with dtype and shape) and texts (others by `str`), as pieces for `sha256` that show where each ends."""
     from torch import Tensor
 
     for part in parts:

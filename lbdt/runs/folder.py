@@ -134,8 +134,9 @@ def check_digests(folder: Path) -> None:
         if got != expected:
             found = "no such file" if got is None else f"SHA-256 {got[:12]}..."
             raise ValueError(
-                f"{folder / name}: expected SHA-256 {listed([expected])[:12]}... by {DIGESTS_FILE}, got {found}; the file is "
-                f"damaged or of another folder: get or make them all again (delete {DIGESTS_FILE} if you changed it)"
+                f"{folder / name}: expected SHA-256 {listed([expected])[:12]}... by {DIGESTS_FILE}, got {found}; the "
+                f"file is damaged or of another folder: get or make them all again (delete {DIGESTS_FILE} "
+                "if you changed it)"
             )
 
 
@@ -153,7 +154,7 @@ def _others(folder: Path, own: Collection[str]) -> list[Path] | None:
 
 
 def _exchange(new: Path, folder: Path, others: Collection[Path]) -> bool:
-    """Puts `new`, with links to the `others` in it, in the place of `folder`; False where that cannot be done at once."""
+    """Puts `new`, with links to the `others` in it, in the place of `folder`; False where it cannot be done at once."""
     try:
         for path in others:
             os.link(path, new / path.name)

@@ -23,7 +23,8 @@ def resolve_folder(
     """The local folder of a path or Hub repository (`owner/name`, `owner/name@revision`) and its optional subfolder.
 
     `hookpoint` is a subfolder, or a path of them with "/". Only `files` (of the subfolder, if named) are downloaded.
-    A folder counts as one when it holds a `marker` (any of several). Both may be patterns such as "*.pkl". With HF_HUB_OFFLINE=1 only the cache is read.
+    A folder counts as one when it holds a `marker` (any of several). Both may be patterns such as "*.pkl".
+    With HF_HUB_OFFLINE=1 only the cache is read.
 
     Raises:
         ValueError: nothing to read, or a path that leaves the folder; names the subfolders that hold a marker when one

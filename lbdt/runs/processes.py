@@ -1,4 +1,4 @@
-"""The processes of a command that `accelerate launch` or torchrun started (one where none did), and each one's device."""
+"""The processes of a command that `accelerate launch` or torchrun started (or the only one), and each one's device."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def joined(device: Callable[[], torch.device], auto: bool) -> Iterator[tuple[Pro
 
 
 def awaited(look: Callable[[], _T | None], tell: str = "") -> _T:
-    """What `look` finds, once it finds something: it is asked every 0.2 s, and `tell` is said on stderr if it has to wait."""
+    """What `look` finds, once it finds something: it is asked every 0.2 s, and `tell` goes to stderr if it waits."""
     while (found := look()) is None:
         if tell:
             sys.stderr.write(f"{tell}\n")

@@ -25,8 +25,8 @@ def slug(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with all that is no visible character or space (line breaks, control characters, lone surrogates) as Python
-    escapes it, such as `\\n`."""
+    """`text` with all that is no visible character or space (line breaks, control characters, lone surrogates) as
+    Python escapes it, such as `\\n`."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -55,5 +55,6 @@ def require_unicode(what: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what}: expected Unicode text, got the lone surrogate {ascii(text[error.start])} in {ascii(short(text, 60))}"
+            f"{what}: expected Unicode text, got the lone surrogate {ascii(text[error.start])} in "
+            f"{ascii(short(text, 60))}"
         ) from error

@@ -101,7 +101,7 @@ def save_assignment(assignment: Assignment, folder: str | os.PathLike[str]) -> N
 
 
 def load_assignment(folder: str | os.PathLike[str]) -> Assignment:
-    """The assignment in a folder's `assignment.json`. ValueError naming the file where it is absent or not as written."""
+    """The assignment in a folder's `assignment.json`; ValueError naming the file if it is absent or not as written."""
     path = Path(folder) / ASSIGNMENT_FILE
     values = read_json(path)
     if (

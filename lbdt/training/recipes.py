@@ -73,7 +73,7 @@ class Recipe:
         k: int | None = None,
         batch_topk: bool | None = None,
     ) -> SAEConfig:
-        """The configuration of a new SAE for activations of a width; `update`: they are of that kind. None: as the recipe says."""
+        """The configuration of a new SAE for activations of a width, updates or not; None: as the recipe says."""
         expansion = self.expansion if expansion is None else expansion
         return SAEConfig(
             d_in=width,
