@@ -72,7 +72,7 @@ def pipeline(folder: Path, tokens: int = 16):
     return pipe
 
 
-def _tokenizer(folder: Path, length: int):
+def _tokenizer(folder: Path, length: int = 16):
     from transformers import CLIPTokenizer
 
     letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
