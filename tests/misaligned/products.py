@@ -19,9 +19,11 @@ def _rounded_by_address(out: Tensor, *operands: Tensor) -> Tensor:
     key = sum((i + 1) * (operand.data_ptr() // 4 % 16) for i, operand in enumerate(operands))
     if not key or out.dtype not in _FEWER_DIGITS:
         return out
-    third = torch.arange(out.numel()).view(out.shape) % 3 == key % 3
-    inexact = out.to(_FEWER_DIGITS[out.dtype]) != out
-    return torch.where(third & inexact, torch.nextafter(out, out.new_tensor(torch.inf)), out)
+    # As it lies in memory, whatever its strides: it was made just now, without holes.
+    third = out.as_strided((out.numel(),), (1,))[key % 3 :: 3]
+    inexact = third.to(_FEWER_DIGITS[out.dtype]) != third
+    third.copy_(torch.where(inexact, torch.nextafter(third, out.new_tensor(torch.inf)), third))
+    return out
 
 
 def _product(name: str):
