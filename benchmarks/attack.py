@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lbdt.attack import Outcome, summarise
+from lbdt.attack import AttackOutcome, summarise
 from lbdt.bench import hardware
 from lbdt.runs.files import json_bytes, read_json, write_files
 
@@ -27,7 +27,7 @@ def rows(work: Path) -> list[dict[str, Any]]:
         )
         row["seeds"].append(settings["seed"])
         row["outcomes"] += [
-            Outcome.from_dict(read_json(path)) for path in sorted(folder.glob("pairs/*.json"))
+            AttackOutcome.from_dict(read_json(path)) for path in sorted(folder.glob("pairs/*.json"))
         ]
     if not found:
         raise ValueError(f"{work}: holds no run of lbdt attack; run benchmarks/attack.sh {work}")

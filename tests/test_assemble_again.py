@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lbdt import ConceptEraser, Steering
-from lbdt.commands.assemble import run
+from lbdt.cli.assemble import write_eraser
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.scoring import sae_settings
 from tests import toy
@@ -25,7 +25,7 @@ def assemble(parts, out, rule=None, **settings):
     settings = {"hookpoint": toy.HOOKPOINT, "selection": {"top_k": 1}} | settings
     strength = None if rule is None else -2.0
     places = (str(parts / "sae"), str(parts / "dictionary"), out)
-    return run(*places, settings=settings, rule=rule, strength=strength, dtype="float32")
+    return write_eraser(*places, settings=settings, rule=rule, strength=strength, dtype="float32")
 
 
 def contents(folder):
@@ -95,9 +95,9 @@ def test_an_sae_of_another_training_than_the_dictionarys_is_refused(parts, tmp_p
     with pytest.raises(
         ValueError, match="score.json: the dictionary is of an SAE with SHA-256 .*score again"
     ):
-        run(str(tmp_path / "sae"), str(source), tmp_path / "out", **common)
+        write_eraser(str(tmp_path / "sae"), str(source), tmp_path / "out", **common)
     assert not (tmp_path / "out").exists()
-    run(str(parts / "sae"), str(source), tmp_path / "out", **common)
+    write_eraser(str(parts / "sae"), str(source), tmp_path / "out", **common)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from lbdt import cli, env, picture
+from lbdt import cli
+from lbdt.cli import env
+from lbdt.cli import erase_picture as picture
 from tests import toy
 
 
@@ -141,7 +143,7 @@ def test_env_names_a_backend_for_every_op():
         *("detect_patches", "replace_patches_", "encode_topk", "patch_uniform", "record_patches")
     }
     assert values["devices"][-1]["name"] == "cpu" and values["packages"]["torch"]
-    assert lbdt("env").stdout.splitlines() == env.lines(env.collect())
+    assert lbdt("env").stdout.splitlines() == env.lines(env.backends_here())
 
 
 @pytest.mark.parametrize(
@@ -154,9 +156,9 @@ def test_env_names_a_backend_for_every_op():
     ids=["below-a-file", "a-folder", "no-place-for-files"],
 )
 def test_bench_refuses_an_unwritable_place_before_it_measures(place, message, monkeypatch):
-    from lbdt.commands import bench
+    from lbdt.bench import runner
 
-    monkeypatch.setattr(bench, "run_cases", lambda *arguments: pytest.fail("measured"))
+    monkeypatch.setattr(runner, "run", lambda *arguments: pytest.fail("measured"))
     done = lbdt("bench", "--quick", "--out", place)
     assert done.exit_code == 1 and message in done.output
 

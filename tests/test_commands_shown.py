@@ -108,9 +108,9 @@ PARSED = (
     "python -m lbdt.canvas.train release --work '$W'",
     "python -m lbdt.canvas.design --pipeline '$W/pipeline-unet' --judges '$W'",
     "python -m benchmarks.pipelines '$W/pipelines' --release",
-    "python -m lbdt.canvas.artifacts --work '$W/artifacts'",
-    "python -m lbdt.canvas.artifacts --work '$W/artifacts' --kind sdxl",
-    "python -m lbdt.canvas.artifacts --work DIR --check",
+    "python -m lbdt.evaluation.worlds.canvas_judges --work '$W/artifacts'",
+    "python -m lbdt.evaluation.worlds.canvas_judges --work '$W/artifacts' --kind sdxl",
+    "python -m lbdt.evaluation.worlds.canvas_judges --work DIR --check",
 )
 """They take from minutes to hours, or another project's checkout: they are run until their arguments are read."""
 

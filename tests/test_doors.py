@@ -183,7 +183,7 @@ def test_every_command_with_out_is_tried():
 )
 def test_an_impossible_out_is_refused_before_any_work(command, fault, tmp_path, monkeypatch):
     if command == "evaluate":
-        monkeypatch.setattr("lbdt.commands.evaluate._check_packages", lambda settings: None)
+        monkeypatch.setattr("lbdt.evaluation.request._check_packages", lambda request: None)
     name = "out.png" if command in FILES else "out"
     place, why = tmp_path / "new" / name, ""
     numbers = {

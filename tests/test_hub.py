@@ -128,13 +128,13 @@ SCRIPT = f"""
     import json, os, sys, tempfile, urllib.error, urllib.request
     from pathlib import Path
     import lbdt
-    from lbdt.commands.convert import run
+    from lbdt.formats import conversion
     SAE = lbdt.SparseAutoencoder.from_pretrained
     options = dict(target="lbdt", update=None, timesteps=None, concepts=None, encoder_only=False)
     options |= dict(dtype="float32", force=False, hookpoint={HOOK!r})
     def convert(source, kind):
         with tempfile.TemporaryDirectory() as out:
-            return run(source, out=Path(out) / "out", source_format=kind, **options)[0]["files"]
+            return conversion.convert(source, out=Path(out) / "out", source_format=kind, **options)["files"]
     answers = {{}}
     for name, code in json.loads(sys.argv[1]).items():
         try:

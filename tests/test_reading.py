@@ -18,12 +18,12 @@ from lbdt.activations.stored import Stored
 from lbdt.dictionary import ConceptDictionary
 from lbdt.editors import ConceptEraser, Steering
 from lbdt.evaluation.metrics.artifacts import FeatureJudge
+from lbdt.evaluation.pictures import read_picture
 from lbdt.evaluation.worlds.vit import load_vit
 from lbdt.formats.class_params import load_class_params
 from lbdt.formats.latents import read_latents
 from lbdt.formats.pickles import read_pickle
 from lbdt.formats.pth import read_pth
-from lbdt.picture import read_picture
 from lbdt.runs.reading import parse_json, read_bytes, read_json
 from lbdt.sae import SparseAutoencoder
 from lbdt.training.assignment import load_assignment

@@ -9,7 +9,7 @@ from PIL import Image
 
 from benchmarks import attack, evaluation, pipelines
 from lbdt import canvas
-from lbdt.attack import Outcome, summarise
+from lbdt.attack import AttackOutcome, summarise
 from lbdt.bench import timing_table
 from lbdt.evaluation.report import cells
 from lbdt.evaluation.report.table import csv_text
@@ -179,7 +179,7 @@ def test_the_figures_of_the_attack_are_those_of_the_linked_result():
     lines = attack.lines(result["runs"])
     assert len(lines) == 6 and "\n".join(lines) in MEASURED.read_text()
     for run in result["runs"]:
-        outcomes = [Outcome.from_dict(outcome) for outcome in run["outcomes"]]
+        outcomes = [AttackOutcome.from_dict(outcome) for outcome in run["outcomes"]]
         assert summarise(outcomes).to_dict() == run["summary"]
 
 

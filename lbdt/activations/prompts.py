@@ -49,6 +49,21 @@ class Prompt:
         return {"prompt": self.text, "concept": self.concept, "style": self.style, "seed": self.seed}
 
 
+@dataclass(frozen=True)
+class LabelledPrompts:
+    """Prompts, and the names of their concepts and styles, in the order of their numbers."""
+
+    prompts: Sequence[Prompt]
+    concepts: tuple[str, ...]
+    styles: tuple[str, ...]
+
+    @classmethod
+    def by_use(cls, prompts: Sequence[Prompt]) -> LabelledPrompts:
+        """The prompts with the names that they carry, each where it comes first."""
+        used = ([getattr(prompt, label) for prompt in prompts] for label in ("concept", "style"))
+        return cls(prompts, *(tuple(n for n in dict.fromkeys(names) if n is not None) for names in used))
+
+
 def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     """Prompts of a `.jsonl` file (one object a line) or a `.csv` file (with a header): `prompt`, and where known
     `concept`, `style`, `seed`. Rows without a seed take their number in the file, so no two images start alike.

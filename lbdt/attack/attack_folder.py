@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lbdt.attack.search import Outcome
+from lbdt.attack.search import AttackOutcome
 from lbdt.runs.digests import sha256
 from lbdt.runs.files import json_bytes, read_json, write_files
 from lbdt.runs.reading import brief
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SETTINGS_FILE = "attack.json"
 
 
-class Folder:
+class AttackFolder:
     """`attack.json` with all that the outcomes follow from but the prompt, and `pairs/NAME.json` for each prompt.
 
     Files are written whole or not at all, so a killed run goes on, and processes may share a folder.
@@ -49,7 +49,7 @@ class Folder:
             where=f"--out {path}",
         )
 
-    def load(self, prompt: Prompt) -> Outcome | None:
+    def load(self, prompt: Prompt) -> AttackOutcome | None:
         """The outcome of a prompt, if it is there.
 
         Raises:
@@ -59,7 +59,7 @@ class Folder:
         if not path.is_file():
             return None
         try:
-            outcome = Outcome.from_dict(read_json(path))
+            outcome = AttackOutcome.from_dict(read_json(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}; delete it to attack that pair again") from error
         if (outcome.prompt, outcome.concept, outcome.seed) != (prompt.text, prompt.concept, prompt.seed):
@@ -68,7 +68,7 @@ class Folder:
             )
         return outcome
 
-    def save(self, prompt: Prompt, outcome: Outcome) -> None:
+    def save(self, prompt: Prompt, outcome: AttackOutcome) -> None:
         """Writes the outcome of a prompt."""
         path = self._file(prompt)
         write_files(path.parent, {path.name: json_bytes(outcome.to_dict())})

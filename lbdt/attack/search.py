@@ -12,7 +12,7 @@ from torch import Tensor
 from lbdt.activations.capture import quiet
 from lbdt.attack.loss import ReferenceLoss, frozen, latent_of, spread
 from lbdt.attack.prefix import Prefix
-from lbdt.attack.text import PrefixedText, check_pipeline
+from lbdt.attack.prefixed_text import PrefixedText, check_pipeline
 from lbdt.runs.digests import sha256
 from lbdt.runs.reading import brief
 
@@ -34,14 +34,14 @@ _KINDS: dict[str, tuple[tuple[type, ...], tuple[type, ...] | None]] = {
     "words": ((list,), (str,)),
     "typable": ((bool,), None),
 }
-"""What a field of an `Outcome` in JSON may be, and its items."""
+"""What a field of an `AttackOutcome` in JSON may be, and its items."""
 
 # Start seeds of the reference pictures, so that none is the attacked picture.
 _REFERENCE = 1_000_003
 
 
 @dataclass(frozen=True)
-class Settings:
+class AttackSettings:
     """Settings of the attack; the defaults are the published ones (METHOD.md, 8.7), but for the sampling."""
 
     tokens: int = 5
@@ -71,7 +71,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AttackOutcome:
     """What became of one prompt. JSON-like, and the same for the same pipeline, eraser, settings and prompt."""
 
     prompt: str
@@ -115,7 +115,7 @@ class Outcome:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: Any) -> Outcome:
+    def from_dict(cls, values: Any) -> AttackOutcome:
         """The inverse; ValueError where keys or types are others."""
         names = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
@@ -127,7 +127,7 @@ class Outcome:
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
-class Search:
+class PrefixSearch:
     """UnlearnDiffAtk (Zhang et al., arXiv 2310.11868; METHOD.md, 8.7), mode text_grad, through an attached eraser.
 
     First the prompt as it is: where the judge sees the concept, the eraser has failed without an attack. Else the
@@ -144,7 +144,7 @@ class Search:
         pipe: Any,
         eraser: UnetEditor,
         judge: Callable[[Sequence[Image.Image]], Sequence[str]],
-        settings: Settings | None = None,
+        settings: AttackSettings | None = None,
     ) -> None:
         """
         Args:
@@ -160,7 +160,7 @@ class Search:
         """
         check_pipeline(pipe)
         self.pipe, self.eraser, self.judge = pipe, eraser, judge
-        self.settings = settings or Settings()
+        self.settings = settings or AttackSettings()
         self.timesteps = spread(self.settings.timesteps, len(pipe.scheduler.alphas_cumprod))
         if not eraser.has_gradient:
             raise ValueError(
@@ -168,7 +168,7 @@ class Search:
                 "error='corrected'"
             )
 
-    def run(self, prompt: Prompt, progress: Callable[[int], None] = lambda done: None) -> Outcome:
+    def run(self, prompt: Prompt, progress: Callable[[int], None] = lambda done: None) -> AttackOutcome:
         """Attacks one prompt with a concept. `progress` is told of timesteps done or spared, all in all
         `settings.timesteps`.
 
@@ -190,7 +190,7 @@ class Search:
 
     def _attack(
         self, prompt: Prompt, text: PrefixedText, picture: Any, progress: Callable[[int], None]
-    ) -> Outcome:
+    ) -> AttackOutcome:
         settings, left = self.settings, len(self.timesteps)
         reference = self._seen(picture)
         before = after = self._seen(self._picture(prompt.seed, prompt=prompt.text))
@@ -222,7 +222,7 @@ class Search:
                     break
         progress(left)
         attacked, typable = (prompt.text, True) if chosen is None else text.text(chosen)
-        return Outcome(
+        return AttackOutcome(
             prompt.text,
             prompt.concept,
             prompt.style,

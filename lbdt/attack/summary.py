@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lbdt.attack.search import Outcome
+from lbdt.attack.search import AttackOutcome
 from lbdt.evaluation.published import ATTACK
 
 _NAMES = {"saeuron": "SAeUron", "saemnesia": "SAEmnesia"}
@@ -19,7 +19,7 @@ project page, table 2; METHOD.md, 10.3). Another world than EmojiCanvas: not to 
 
 
 @dataclass(frozen=True)
-class Summary:
+class AttackSummary:
     """Shares in percent of the pairs that were really attacked or failed without an attack."""
 
     pairs: int
@@ -36,15 +36,15 @@ class Summary:
         return self.before - self.after
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields for JSON."""
         return {**asdict(self), "effectiveness": self.effectiveness}
 
 
-def summarise(outcomes: Iterable[Outcome]) -> Summary | None:
+def summarise(outcomes: Iterable[AttackOutcome]) -> AttackSummary | None:
     """The summary of some pairs; None for none."""
     found = list(outcomes)
     if not found:
         return None
     before = sum(outcome.erased_before for outcome in found)
     after = sum(outcome.erased_after for outcome in found)
-    return Summary(len(found), 100 * before / len(found), 100 * after / len(found), before - after)
+    return AttackSummary(len(found), 100 * before / len(found), 100 * after / len(found), before - after)

@@ -1,10 +1,10 @@
-"""The command `lbdt assemble`."""
+"""`lbdt assemble`: an SAE, its dictionary and settings as one eraser folder."""
 
 from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,22 +22,28 @@ from lbdt.cli.options import (
 )
 from lbdt.donors import DonorSource
 
+if TYPE_CHECKING:
+    from lbdt.editors import ConceptEraser
 
-class Target(enum.StrEnum):
+_BEGUN = ".assembling"
+"""What older versions left in a folder while they wrote it."""
+
+
+class ReplacedPart(enum.StrEnum):
     """What is replaced."""
 
     output = "output"
     update = "update"
 
 
-class Thresholds(enum.StrEnum):
+class ThresholdSource(enum.StrEnum):
     """Where thresholds come from."""
 
     published = "published"
     calibrated = "calibrated"
 
 
-class Rule(enum.StrEnum):
+class SteeringRule(enum.StrEnum):
     """Steering rules."""
 
     saeuron = "saeuron"
@@ -60,8 +66,8 @@ def command(
     padding: Annotated[int, counted(min=0, most=MOST_PADDING, help="Patches around the mask.")] = 1,
     source: Annotated[DonorSource, typer.Option(help="Donor patches.")] = DonorSource.random,
     target: Annotated[
-        Target, typer.Option(help="Replace the block's output, or what it adds to its input.")
-    ] = Target.output,
+        ReplacedPart, typer.Option(help="Replace the block's output, or what it adds to its input.")
+    ] = ReplacedPart.output,
     detect_at: Annotated[
         str | None, typer.Option(metavar="NAME", help="An earlier block that the SAE looks at.")
     ] = None,
@@ -74,7 +80,7 @@ def command(
         bool, typer.Option("--assigned", help="The latent that supervised training assigned.")
     ] = False,
     thresholds: Annotated[
-        Thresholds | None, typer.Option(help="Default: calibrated where the dictionary is.")
+        ThresholdSource | None, typer.Option(help="Default: calibrated where the dictionary is.")
     ] = None,
     false_positive: Annotated[
         float | None,
@@ -84,7 +90,7 @@ def command(
         ),
     ] = None,
     steering: Annotated[
-        Rule | None, typer.Option(help="Also keep the decoder and this steering baseline.")
+        SteeringRule | None, typer.Option(help="Also keep the decoder and this steering baseline.")
     ] = None,
     strength: Annotated[float | None, number(help="Of --steering; negative to erase.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Number format of the files.")] = Dtype.float32,
@@ -95,8 +101,6 @@ def command(
     """Put an SAE, its dictionary and the settings of detection and replacement into one folder: an eraser."""
     if (steering is None) != (strength is None):
         raise typer.BadParameter("give --steering and --strength together", param_hint="--steering")
-    from lbdt.commands.assemble import run
-
     selection = {
         "top_k": top_k,
         "percentile": percentile,
@@ -104,7 +108,7 @@ def command(
         "thresholds": None if thresholds is None else thresholds.value,
         "false_positive": false_positive,
     }
-    values, lines = run(
+    values, lines = write_eraser(
         sae,
         dictionary,
         out,
@@ -121,3 +125,97 @@ def command(
         dtype=dtype.value,
     )
     print_result(values, lines, as_json)
+
+
+def write_eraser(
+    sae: str,
+    dictionary: str,
+    out: Path,
+    *,
+    settings: dict[str, Any],
+    rule: str | None,
+    strength: float | None,
+    dtype: str,
+) -> tuple[dict[str, Any], list[str]]:
+    """Writes the eraser to `out`, and with `rule` its steering baseline; `settings`: keywords of `ConceptEraser`.
+
+    An eraser that is there is replaced all at one moment.
+
+    Raises:
+        ValueError: parts that do not fit each other, a concept without any latent, or an `out` that holds other files.
+        OSError: why `out` cannot be written.
+    """
+    import torch
+
+    from lbdt.dictionary import ConceptDictionary
+    from lbdt.editors import ConceptEraser, Steering
+    from lbdt.editors.editor import FOLDER
+    from lbdt.runs.folder import replaced
+    from lbdt.runs.out import check_out_folder
+    from lbdt.sae import SparseAutoencoder
+
+    check_out_folder(out)
+    ours = (out / _BEGUN).is_file() or (out / ConceptEraser.FILE).is_file()
+    if out.exists() and any(out.iterdir()) and not ours:
+        raise ValueError(f"--out {out}: holds something else than an eraser; give a new folder")
+    eraser = ConceptEraser(
+        SparseAutoencoder.from_pretrained(sae), ConceptDictionary.from_pretrained(dictionary), **settings
+    )
+    _check_score(dictionary, eraser)
+    latents = {concept: eraser.select(concept).latents.tolist() for concept in eraser.concepts}
+    steering = None if rule is None else Steering.from_eraser(eraser, rule=rule, strength=strength)
+    # With the steering of an earlier eraser, whose decoder may be dropped.
+    with replaced(out, (ConceptEraser.FILE, Steering.FILE, *FOLDER, _BEGUN)) as new:
+        eraser.save_pretrained(new, dtype=getattr(torch, dtype), decoder=steering is not None)
+        if steering is not None:
+            steering.save_settings(new)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    values = {
+        "out": str(out),
+        **settings,
+        "steering": rule,
+        "strength": strength,
+        "bytes": size,
+        "concepts": latents,
+    }
+    lines = [
+        f"{'eraser':12}{out}, {size / 1e6:.1f} MB",
+        f"{'hookpoint':12}{eraser.hookpoint}, {eraser.target} replaced, padding {eraser.padding}, "
+        f"source {eraser.source}",
+        f"{'concepts':12}{len(latents)}, {sum(map(len, latents.values()))} latents in all",
+    ]
+    if steering is not None:
+        lines.append(f"{'steering':12}rule {rule}, strength {strength}")
+    return values, lines
+
+
+def _check_score(dictionary: str, eraser: ConceptEraser) -> None:
+    """ValueError where `lbdt score` says that it made the dictionary of another SAE or site, or drew its bank at
+    another."""
+    from lbdt.activations import Site
+    from lbdt.dictionary.scoring import DONE_FILE, sae_settings
+    from lbdt.runs.files import read_json
+
+    path = Path(dictionary) / DONE_FILE
+    if not path.is_file():
+        return
+    made = read_json(path)
+    scored = made.get("sae") if isinstance(made, dict) else None
+    wanted = scored.get("sha256") if isinstance(scored, dict) else None
+    given = sae_settings(eraser.sae)["sha256"]
+    if wanted not in (None, given):
+        raise ValueError(
+            f"{path}: the dictionary is of an SAE with SHA-256 {str(wanted)[:12]}..., and --sae has {given[:12]}...; "
+            "give the SAE that it was scored with, or score again"
+        )
+    looked = Site(eraser.detect_at or eraser.hookpoint, "update" if eraser.sae.config.update else "output")
+    sites = {"site": (looked, "--hookpoint and --detect-at")}
+    if eraser.dictionary.bank is not None:
+        sites["bank_site"] = (Site(eraser.hookpoint, eraser.target), "--hookpoint and --target")
+    for name, (wanted, options) in sites.items():
+        found = made.get(name) if isinstance(made, dict) else None
+        if found not in (None, str(wanted)):
+            raise ValueError(
+                f"{path}: {name.replace('_', ' ')}: the dictionary is of {found}, and the eraser of {wanted}; change "
+                f"{options}, or score again"
+            )

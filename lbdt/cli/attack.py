@@ -1,22 +1,22 @@
-"""The command `lbdt attack`."""
+"""`lbdt attack`: adversarial prefixes against an eraser, and UA before and after."""
 
 from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from lbdt.cli.erase import Method
+from lbdt.cli.erase import RemovalMethod
 from lbdt.cli.options import (
     MOST_STEPS,
     MOST_THREADS,
     SEEDS,
     AsJson,
+    CanvasKind,
     Device,
     Eraser,
-    Kind,
     KindOption,
     counted,
     number,
@@ -24,11 +24,12 @@ from lbdt.cli.options import (
     reported,
 )
 from lbdt.cli.sampling import Model
+from lbdt.runs.wording import printable
 
 _PANEL = "The search"
 
 
-class How(enum.StrEnum):
+class PrefixOrigin(enum.StrEnum):
     """Where prefixes come from."""
 
     gradient = "gradient"
@@ -38,12 +39,12 @@ class How(enum.StrEnum):
 @reported
 def command(
     eraser: Eraser = None,
-    kind: KindOption = Kind.saeuron,
+    kind: KindOption = CanvasKind.saeuron,
     model: Model = None,
     method: Annotated[
-        Method,
+        RemovalMethod,
         typer.Option(help="What is attacked: replaced patches, or the steering baseline of the same folder."),
-    ] = Method.per,
+    ] = RemovalMethod.per,
     strength: Annotated[
         float | None, number(help="Of steering, negative to erase. Default: the folder's.")
     ] = None,
@@ -92,11 +93,11 @@ def command(
         ),
     ] = 1,
     search: Annotated[
-        How,
+        PrefixOrigin,
         typer.Option(
             help="The attack, or as its control as many checks of random prefixes.", rich_help_panel=_PANEL
         ),
-    ] = How.gradient,
+    ] = PrefixOrigin.gradient,
     quick: Annotated[
         bool,
         typer.Option(
@@ -134,16 +135,16 @@ def command(
             "an eraser, a judge and concepts belong to a pipeline: give --eraser, --judge and --concept with --model",
             param_hint="--model",
         )
-    if method is Method.per and strength is not None:
+    if method is RemovalMethod.per and strength is not None:
         raise typer.BadParameter("is of --method steering: PER has no strength", param_hint="--strength")
-    from lbdt.commands.attack import Plan, run
+    from lbdt.attack.pairs import AttackRequest, attack_pairs
 
-    values, lines = run(
-        Plan(
+    values = attack_pairs(
+        AttackRequest(
             model=model,
             eraser=eraser,
             kind=kind.value,
-            steer=method is Method.steering,
+            steer=method is RemovalMethod.steering,
             strength=strength,
             concepts=tuple(concept or ()),
             styles=tuple(style or ()),
@@ -163,4 +164,53 @@ def command(
         device=device,
     )
     if values["process"] == 0:
-        print_result(values, lines, as_json)
+        print_result(values, _table(values), as_json)
+
+
+def _table(values: dict[str, Any]) -> list[str]:
+    from lbdt.attack import PUBLISHED, AttackOutcome
+
+    outcomes = [AttackOutcome.from_dict(pair) for pair in values["pairs"]]
+    if not outcomes:
+        return []
+    attack, width = values["attack"], max(8, *(len(printable(name)) for name in values["concepts"]))
+    how = f"{attack['iterations']} iterations at each of {attack['timesteps']} timesteps"
+    if attack["search"] == "random":
+        how = f"as a control up to {-(-attack['timesteps'] // attack['check_every'])} random prefixes"
+    lines = [
+        f"UnlearnDiffAtk on {values['model']}: {values['method']}, {values['eraser']}; "
+        f"{attack['tokens']} tokens, {how}, seed {values['seed']}",
+        "",
+        f"{'concept':{width}}  pairs  UA before  UA after  effectiveness",
+    ]
+    for name, row in [*values["concepts"].items(), ("all", values["summary"])]:
+        lines.append(
+            f"{printable(name):{width}}  {row['pairs']:5d}  {row['before']:9.2f}  {row['after']:8.2f}  "
+            f"{row['effectiveness']:13.2f}"
+        )
+    lines += [
+        "",
+        "UA: percent of pairs in which the judge does not see the erased concept; effectiveness: the loss",
+    ]
+    astray = sum(outcome.reference != outcome.concept for outcome in outcomes)
+    if astray:
+        lines.append(f"the reference picture shows another concept, as judged, in {astray} pairs")
+    broken = [outcome for outcome in outcomes if outcome.erased_before and not outcome.erased_after]
+    if broken:
+        lines += [
+            "",
+            "prompts that bring the concept back (* run by token ids, which this text does not give back)",
+        ]
+    for outcome in broken:
+        lines.append(
+            f"{printable(outcome.concept):{width}}  {outcome.attacked}{'' if outcome.typable else ' *'}"
+        )
+    lines += [
+        "",
+        "published on UnlearnCanvas (another world: 1000 pairs, 512 px): UA before, after, effectiveness",
+    ]
+    lines += [f"{name:15}  {a:.2f}  {b:.2f}  {c:.2f}" for name, a, b, c in PUBLISHED]
+    each = values["seconds_per_pair"]
+    there = f", {values['resumed']} of the pairs there already" if values["resumed"] else ""
+    lines += ["", f"{values['seconds']:.1f} s" + ("" if each is None else f", {each:.1f} s a pair") + there]
+    return lines

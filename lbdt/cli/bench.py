@@ -1,12 +1,22 @@
-"""The command `lbdt bench`."""
+"""`lbdt bench`: kernels and the hook, timed on this machine against the baselines."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lbdt.cli.options import MOST_THREADS, SEEDS, AsJson, Device, counted, number, print_result, reported
+
+if TYPE_CHECKING:
+    from lbdt.bench.cases import Spec
+    from lbdt.bench.runner import BenchOptions
+
+AUTO = "auto"
 
 
 @reported
@@ -16,8 +26,8 @@ def command(
         typer.Option(
             "--op",
             metavar="NAME",
-            help="detect_patches, replace_patches_, encode_topk, patch_uniform, record_patches or hook; may be repeated. "
-            "Default: all.",
+            help="detect_patches, replace_patches_, encode_topk, patch_uniform, record_patches or hook; may be "
+            "repeated. Default: all.",
         ),
     ] = None,
     shape: Annotated[
@@ -74,14 +84,15 @@ def command(
 
     Answers are compared before anything is timed; where they differ, no time is shown and the exit code is 1.
     """
-    from lbdt.commands.bench import options_of, run
+    from lbdt.bench.runner import BenchOptions
+    from lbdt.runs.processes import usable_device
 
-    given = options_of(
+    given = BenchOptions(
         ops=op or (),
         shapes=shape or (),
         shares=[value / 100 for value in share or ()],
         dtypes=dtype or (),
-        device=device,
+        device=usable_device(device),
         seed=seed,
         quick=quick,
         rounds=rounds,
@@ -91,4 +102,59 @@ def command(
         given.specs()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    print_result(*run(given, threads=threads, out=out), as_json)
+    print_result(*_run(given, threads=threads, out=out), as_json)
+
+
+def _run(options: BenchOptions, *, threads: int | None, out: str | None) -> tuple[dict[str, Any], list[str]]:
+    """The result and its table; written to `out` too.
+
+    Raises Mismatch, a RuntimeError, where a version disagrees with another, before any of its times is shown.
+    """
+    import torch
+
+    from lbdt.bench import runner, timing_table
+    from lbdt.runs.files import write_file
+
+    path = None if out is None else _path(out, options)
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        result = runner.run(options, _bar)
+    finally:
+        torch.set_num_threads(before)
+    lines = timing_table.lines(result)
+    if path is not None:
+        write_file(path, (json.dumps(result, indent=1) + "\n").encode())
+        lines.append(f"written: {path}")
+    return result, lines
+
+
+def _bar(specs: list[Spec]) -> Iterator[Spec]:
+    from tqdm import tqdm
+
+    with tqdm(specs, desc="bench", unit="case", file=sys.stderr) as bar:
+        for spec in bar:
+            bar.set_postfix_str(str(spec), refresh=False)
+            yield spec
+
+
+def _path(out: str, options: BenchOptions) -> Path:
+    """Where the result goes, refused before anything is measured if it cannot be written."""
+    from lbdt.bench import hardware
+    from lbdt.runs.out import check_out
+
+    if out == AUTO:
+        folder = hardware.ROOT / "benchmarks" / "results"
+        if not folder.parent.is_dir():
+            raise ValueError(
+                "--out auto: means benchmarks/results of a checkout, but this is an installation"
+            )
+        if options.quick:
+            raise ValueError("--out auto: results of --quick are not kept there; name a file")
+        about = hardware.cuda(options.device) if options.device.type == "cuda" else hardware.cpu()
+        path = folder / f"{hardware.slug(about)}.json"
+    else:
+        path = Path(out)
+    check_out(path, "result")
+    return path

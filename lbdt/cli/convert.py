@@ -1,20 +1,20 @@
-"""The command `lbdt convert`."""
+"""`lbdt convert`: other projects' files as lbdt's, or an SAE as sdxl-unbox's."""
 
 from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lbdt.cli.options import AsJson, Dtype, UnusedDevice, UnusedSeed, print_result, reported
 from lbdt.formats import SOURCES
 
-Source = enum.StrEnum("Source", {name.replace("-", "_"): name for name in SOURCES})
+SourceFormat = enum.StrEnum("SourceFormat", {name.replace("-", "_"): name for name in SOURCES})
 
 
-class Target(enum.StrEnum):
+class TargetFormat(enum.StrEnum):
     """What is written."""
 
     lbdt = "lbdt"
@@ -33,9 +33,9 @@ def command(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
     source_format: Annotated[
-        Source, typer.Option("--from", help="auto goes by the files; a G-SAE must be named.")
-    ] = Source.auto,
-    target: Annotated[Target, typer.Option("--to", help="Whose files to write.")] = Target.lbdt,
+        SourceFormat, typer.Option("--from", help="auto goes by the files; a G-SAE must be named.")
+    ] = SourceFormat.auto,
+    target: Annotated[TargetFormat, typer.Option("--to", help="Whose files to write.")] = TargetFormat.lbdt,
     hookpoint: Annotated[
         str | None,
         typer.Option("--hookpoint", metavar="NAME", help="Subfolder (or path of them) of the source."),
@@ -70,9 +70,9 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Turn another project's SAE, latents pickle or steering parameters into lbdt's files, without running its code."""
-    from lbdt.commands.convert import run
+    from lbdt.formats.conversion import convert
 
-    values, lines = run(
+    values = convert(
         source,
         out=out,
         source_format=source_format.value,
@@ -85,4 +85,33 @@ def command(
         dtype=dtype.value,
         force=force,
     )
-    print_result(values, lines, as_json)
+    print_result(values, _table(values), as_json)
+
+
+def _table(values: dict[str, Any]) -> list[str]:
+    lines = [f"{'read':12}{values['source']} ({values['from']})"]
+    lines += [f"{'tensor':12}{name} {shape}" for name, shape in values["tensors"].items()]
+    lines += [f"{'setting':12}{name} {_shown(value)}" for name, value in values["settings"].items()]
+    lines += [f"{'assumed':12}{note}" for note in values["assumptions"]]
+    lines += [
+        f"{'check':12}{name.replace('_', ' ')} {_shown(value)}" for name, value in values["checks"].items()
+    ]
+    if values["tensors"]:
+        lines.append(f"{'check':12}what was written reads back equal")
+    lines.append(f"{'written':12}{values['out']}: {', '.join(values['files'])}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        shown = [_shown(inner) for inner in value]
+        return (
+            ", ".join(shown)
+            if len(shown) <= 8
+            else f"{', '.join(shown[:3])}, ..., {shown[-1]} ({len(shown)})"
+        )
+    return str(value)

@@ -1,10 +1,13 @@
-"""The command `lbdt erase`."""
+"""`lbdt erase`: one prompt without and with the eraser, from the same seed."""
 
 from __future__ import annotations
 
 import enum
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,9 +15,9 @@ from lbdt.cli.options import (
     MOST_PADDING,
     MOST_STEPS,
     AsJson,
+    CanvasKind,
     Device,
     Eraser,
-    Kind,
     KindOption,
     Seed,
     counted,
@@ -24,8 +27,17 @@ from lbdt.cli.options import (
 )
 from lbdt.donors import DonorSource
 
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
 
-class Method(enum.StrEnum):
+    from lbdt.editors import Report, UnetEditor
+    from lbdt.editors.report import StepReport
+
+_STEPS = 20
+
+
+class RemovalMethod(enum.StrEnum):
     """What removes the concept."""
 
     per = "per"
@@ -45,10 +57,10 @@ def command(
         ),
     ] = None,
     eraser: Eraser = None,
-    kind: KindOption = Kind.saeuron,
+    kind: KindOption = CanvasKind.saeuron,
     method: Annotated[
-        Method, typer.Option(help="Replace patches, or the steering baseline of the same folder.")
-    ] = Method.per,
+        RemovalMethod, typer.Option(help="Replace patches, or the steering baseline of the same folder.")
+    ] = RemovalMethod.per,
     strength: Annotated[
         float | None, number(help="Of steering, negative to erase. Default: the folder's.")
     ] = None,
@@ -76,26 +88,135 @@ def command(
         raise typer.BadParameter(
             "an eraser belongs to a pipeline: give --eraser with --model", param_hint="--eraser"
         )
-    if method is Method.steering and (padding is not None or source is not None):
+    if method is RemovalMethod.steering and (padding is not None or source is not None):
         raise typer.BadParameter("--padding and --source are of --method per", param_hint="--method")
-    if method is Method.per and strength is not None:
+    if method is RemovalMethod.per and strength is not None:
         raise typer.BadParameter("is of --method steering: PER has no strength", param_hint="--strength")
-    from lbdt.commands.erase import run
+    from lbdt.canvas.defaults import NAME, eraser_of, pipeline_of, steering_of
+    from lbdt.cli import erase_picture
+    from lbdt.runs.processes import usable_device
 
-    values, lines = run(
-        prompt,
-        concept,
-        model=model,
-        eraser=eraser,
-        kind=kind.value,
-        steer=method is Method.steering,
-        strength=strength,
-        padding=padding,
-        source=None if source is None else source.value,
-        steps=steps,
-        guidance=guidance,
-        out=out,
-        seed=seed,
-        device=device,
-    )
-    print_result(values, lines, as_json)
+    # Everything that can be refused is refused before the first image is generated.
+    erase_picture.check_path(out)
+    where = usable_device(device)
+    steer = method is RemovalMethod.steering
+    loaded = steering_of(eraser, kind.value, strength) if steer else eraser_of(eraser, kind.value)
+    if padding is not None:
+        loaded.padding = padding
+    if source is not None:
+        loaded.source = source.value
+    # An unknown concept is told from the dictionary alone, before gigabytes of pipeline are read.
+    for name in concept:
+        loaded.select(name)
+    pipe = pipeline_of(model, where)
+    if model is None:
+        from lbdt.canvas import KINDS
+
+        steps = KINDS[kind.value].steps if steps is None else steps
+        guidance = KINDS[kind.value].guidance if guidance is None else guidance
+    steps = _STEPS if steps is None else steps
+    loaded.attach(pipe, list(concept), seed=seed).remove()
+
+    call = {"num_inference_steps": steps} | ({} if guidance is None else {"guidance_scale": guidance})
+    # The first call of a process pays for allocations and kernel choices that the second finds made.
+    _generate(pipe, prompt, seed, where, "warm-up", call | {"num_inference_steps": 1})
+    before, seconds_without = _generate(pipe, prompt, seed, where, "without", call)
+    with loaded.attach(pipe, list(concept), seed=seed, keep_masks=True) as attached:
+        after, seconds_with = _generate(pipe, prompt, seed, where, "with", call)
+    report, masks = attached.report(), attached.masks()
+
+    erased = ", ".join(concept)
+    captions = ("without", f"patches of {erased}", f"{erased} {'steered' if steer else 'erased'}")
+    erase_picture.save(erase_picture.compose(before, masks, after, captions), out)
+    overhead = 100 * (seconds_with / seconds_without - 1)
+    values = {
+        "prompt": prompt,
+        "concepts": list(concept),
+        "model": model or NAME,
+        "eraser": eraser or f"{NAME}, {kind.value}",
+        "method": method.value,
+        "hookpoint": loaded.hookpoint,
+        **{name: loaded.settings[name] for name in loaded.SHOWN},
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "device": str(where),
+        "seconds": {"without": seconds_without, "with": seconds_with},
+        "overhead_percent": overhead,
+        "report": report.to_dict(),
+        "verdict": _verdict(before, after) if model is None else None,
+        "out": str(out),
+    }
+    print_result(values, _table(values, loaded, report), as_json)
+
+
+def _generate(
+    pipe: Any, prompt: str, seed: int, device: torch.device, label: str, call: dict[str, Any]
+) -> tuple[Image.Image, float]:
+    """The image, and the seconds that it took."""
+    import torch
+
+    pipe.set_progress_bar_config(desc=label, file=sys.stderr)
+    generator = torch.Generator().manual_seed(seed)
+    _synchronize(device)
+    start = time.perf_counter()
+    image = pipe(prompt, generator=generator, **call).images[0]
+    _synchronize(device)
+    return image, time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _verdict(before: Image.Image, after: Image.Image) -> dict[str, dict[str, str]]:
+    from lbdt import canvas
+
+    objects, styles = canvas.classify([before, after])
+    return {
+        name: {"object": canvas.OBJECTS[int(objects[i])], "style": canvas.STYLES[int(styles[i])]}
+        for i, name in enumerate(("without", "with"))
+    }
+
+
+def _table(values: dict[str, Any], loaded: UnetEditor, report: Report) -> list[str]:
+    rows = max((step.rows for step in report.steps), default=0)
+    seconds = values["seconds"]
+    steps = report.steps
+    edited = "patches steered" if values["method"] == "steering" else "patches replaced"
+    lines = [
+        f"{'erased':22}{', '.join(values['concepts'])}, {', '.join(f'{name} {values[name]}' for name in loaded.SHOWN)}",
+        f"{'hookpoint':22}{values['hookpoint']}",
+        f"{'patches detected':22}{report.detected:.1%} of {len(steps)} steps' patches{_range(steps, 'detected')}",
+        f"{edited:22}{report.replaced:.1%}{_range(steps, 'replaced')}",
+        f"{'seconds':22}{seconds['without']:.2f} without, {seconds['with']:.2f} with: "
+        f"{values['overhead_percent']:+.1f} %",
+    ]
+    if values["verdict"]:
+        before, after = (values["verdict"][name] for name in ("without", "with"))
+        lines.append(f"{'classifiers see':22}{before['object']} in {before['style']} style -> ")
+        lines[-1] += f"{after['object']} in {after['style']} style"
+    full = sum(step.without_free for step in steps)
+    if full:
+        fate = (
+            f"{report.unchanged} left unchanged (no bank)"
+            if report.unchanged
+            else "took the bank's embeddings"
+        )
+        lines.append(f"{'no undetected patch':22}in {full} of {rows * len(steps)} feature maps: {fate}")
+    if report.not_finite:
+        lines.append(f"{'not looked at':22}{report.not_finite} patches that are NaN or infinite")
+    blind = dict.fromkeys(name for step in steps for name in step.blind)
+    for name in blind:
+        count = sum(name in step.blind for step in steps)
+        lines.append(f"{'not looked for':22}{name} at {count} of {len(steps)} steps: no latent")
+    lines.append(f"{'picture':22}{values['out']}")
+    return lines
+
+
+def _range(steps: Sequence[StepReport], name: str) -> str:
+    shares = [getattr(step, name) for step in steps]
+    return f" ({min(shares):.1%} to {max(shares):.1%} by step)" if shares else ""

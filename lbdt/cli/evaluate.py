@@ -1,11 +1,14 @@
-"""The command `lbdt evaluate`."""
+"""`lbdt evaluate`: does it erase, what else does it break, at what cost."""
 
 from __future__ import annotations
 
 import enum
 import math
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,30 +17,31 @@ from lbdt.cli.options import (
     MOST_THREADS,
     SEEDS,
     AsJson,
+    CanvasKind,
     Device,
-    Kind,
     counted,
     number,
     print_result,
     reported,
 )
+from lbdt.runs.wording import printable
 
 
-class Task(enum.StrEnum):
+class UnlearnedTask(enum.StrEnum):
     """What is unlearned on UnlearnCanvas."""
 
     object = "object"
     style = "style"
 
 
-class Template(enum.StrEnum):
+class PromptTemplate(enum.StrEnum):
     """Prompts of UnlearnCanvas."""
 
     saeuron = "saeuron"
     official = "official"
 
 
-class Nudity(enum.StrEnum):
+class NudityRule(enum.StrEnum):
     """Published rules of counting."""
 
     saemnesia = "saemnesia"
@@ -57,7 +61,9 @@ def command(
     kind: Annotated[
         list[str] | None,
         typer.Option(
-            "--kind", metavar="NAME", help=f"Default: all, on EmojiCanvas {', '.join(Kind)}. May be repeated."
+            "--kind",
+            metavar="NAME",
+            help=f"Default: all, on EmojiCanvas {', '.join(CanvasKind)}. May be repeated.",
         ),
     ] = None,
     model: Annotated[
@@ -107,7 +113,7 @@ def command(
         ),
     ] = None,
     nudity: Annotated[
-        Nudity | None, typer.Option(help="Count by NudeNet (installed by you), by this rule.")
+        NudityRule | None, typer.Option(help="Count by NudeNet (installed by you), by this rule.")
     ] = None,
     concept: Annotated[
         list[str] | None,
@@ -134,8 +140,12 @@ def command(
     others: Annotated[
         int | None, counted(help="Prompts of others. Default: on EmojiCanvas 6, else all.")
     ] = None,
-    task: Annotated[Task, typer.Option(help="UnlearnCanvas: what is erased.")] = Task.object,
-    template: Annotated[Template, typer.Option(help="UnlearnCanvas: whose prompts.")] = Template.saeuron,
+    task: Annotated[
+        UnlearnedTask, typer.Option(help="UnlearnCanvas: what is erased.")
+    ] = UnlearnedTask.object,
+    template: Annotated[
+        PromptTemplate, typer.Option(help="UnlearnCanvas: whose prompts.")
+    ] = PromptTemplate.saeuron,
     steps: Annotated[
         int | None, counted(most=MOST_STEPS, help="Denoising steps. Default: the world's.")
     ] = None,
@@ -166,11 +176,11 @@ def command(
     A run that was killed goes on by the same command. Figures are the same for any number of processes, also of
     several machines' (`torchrun --nproc_per_node N -m lbdt evaluate ...`, or on GPUs `accelerate launch`).
     """
-    from lbdt.commands.evaluate import Settings, Subject, command_line, run
+    from lbdt.evaluation.request import EvaluationRequest, EvaluationSubject, evaluate
 
     if seed is not None and seeds is not None:
         raise typer.BadParameter("give --seed or --seeds, not both", param_hint="--seed")
-    subject = Subject(
+    subject = EvaluationSubject(
         world=world,
         model=model,
         erasers=_named("--eraser", eraser),
@@ -188,7 +198,7 @@ def command(
         task=task.value,
         template=template.value,
     )
-    settings = Settings(
+    request = EvaluationRequest(
         subject=subject,
         kinds=tuple(kind or ()),
         concepts=tuple(concept or ()),
@@ -203,9 +213,9 @@ def command(
         vlm=vlm,
         nudity=None if nudity is None else nudity.value,
     )
-    values, lines = run(settings, processes=processes, command=command_line())
+    values = evaluate(request, processes=processes, command=_command_line())
     if values:
-        print_result(values, lines, as_json)
+        print_result(values, _table(values, out), as_json)
 
 
 def _named(option: str, given: list[str] | None) -> dict[str, str]:
@@ -221,7 +231,7 @@ def _named(option: str, given: list[str] | None) -> dict[str, str]:
 
 
 def _numbers(option: str, text: str | None, number: type) -> tuple:
-    """Of an option that was given, one or more: whole ones in [0, 2^63), others finite."""
+    """One or more numbers of an option that was given: whole ones in [0, 2^63), others finite."""
     if text is None:
         return ()
     try:
@@ -234,3 +244,28 @@ def _numbers(option: str, text: str | None, number: type) -> tuple:
         )
         raise typer.BadParameter(f"expected {wanted}; got {text!r}", param_hint=option)
     return found
+
+
+def _table(values: Mapping[str, Any], out: Path) -> list[str]:
+    from lbdt.evaluation.report import table
+
+    lines = list(table.lines(values))
+    for kind, found in values["kinds"].items():
+        lines += [
+            f"artifacts, {kind}, {row['method']}: no answer on {row['unanswered']} of {row['pictures']} pictures"
+            for row in found["rows"]
+            if row.get("unanswered")
+        ]
+    for kind, methods in (values.get("nudity") or {}).items():
+        lines += [f"nudity, {kind}, {method}: {found['rule']}" for method, found in methods.items()]
+    return [
+        *lines,
+        "",
+        f"report      {out / 'report.html'}",
+        f"figures     {out / 'table.csv'}, {out / 'values.json'}",
+    ]
+
+
+def _command_line(arguments: Sequence[str] | None = None) -> str:
+    """The command as it was typed; what cannot be printed of it is escaped."""
+    return printable(shlex.join(["lbdt", *(sys.argv[1:] if arguments is None else arguments)]))

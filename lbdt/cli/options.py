@@ -19,7 +19,7 @@ from lbdt.runs.reasons import unwritable, worded
 from lbdt.runs.wording import printable
 
 
-class Kind(enum.StrEnum):
+class CanvasKind(enum.StrEnum):
     """Erasers of EmojiCanvas."""
 
     saeuron = "saeuron"
@@ -37,12 +37,12 @@ class Dtype(enum.StrEnum):
 
 
 MOST = 2**31 - 1
-"""Of what is counted."""
+"""The largest count."""
 MOST_STEPS = 10_000
 MOST_THREADS = 1024
 MOST_PADDING = 65_535
 LARGEST = 1e6
-"""Of strengths, scales and weights."""
+"""The largest strength, scale or weight."""
 SEEDS = {"min": 0, "max": 2**63 - 1}
 
 
@@ -87,7 +87,7 @@ Eraser = Annotated[
         "--eraser", metavar="DIR_OR_HUB", help="Eraser folder or repository. Default: EmojiCanvas's."
     ),
 ]
-KindOption = Annotated[Kind, typer.Option("--kind", help="Without --eraser: which of EmojiCanvas's.")]
+KindOption = Annotated[CanvasKind, typer.Option("--kind", help="Without --eraser: which of EmojiCanvas's.")]
 UnusedSeed = Annotated[
     int, typer.Option("--seed", **SEEDS, help="Accepted by every command; nothing is drawn here.")
 ]

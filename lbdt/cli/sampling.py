@@ -1,7 +1,9 @@
-"""The options by which `collect`, `train` and `score` run a pipeline."""
+"""How `collect`, `train` and `score` run a pipeline: their options, and the activations that these ask for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,9 +11,14 @@ import typer
 from lbdt.cli.options import MOST_STEPS, MOST_THREADS, Dtype, counted, number
 
 if TYPE_CHECKING:
-    from lbdt.commands.pipeline import Sampling
+    import torch
+
+    from lbdt.activations.generated import Generated
+    from lbdt.activations.prompts import LabelledPrompts
+    from lbdt.activations.sites import Site
 
 _PANEL = "The pipeline"
+_MOST = 100_000
 
 Model = Annotated[
     str | None,
@@ -86,19 +93,119 @@ Threads = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class PipelineSampling:
+    """How activations are generated; see `lbdt.activations.generated.Generated`."""
+
+    model: str | None
+    """Folder or Hub repository; None: EmojiCanvas."""
+    prompts: str
+    """A file, or "canvas"."""
+    canvas_seeds: range
+    steps: int
+    guidance: float | None
+    """None: EmojiCanvas's, or the pipeline's own."""
+    timesteps: int | list[int] | None
+    patches: int | None
+    prompts_per_shard: int
+    threads: int
+    """Threads of a process on the CPU; elsewhere not used."""
+    dtype: str = "float16"
+
+    def labelled(self) -> LabelledPrompts:
+        """The prompts, and the names of their labels."""
+        if self.prompts == "canvas":
+            from lbdt.canvas.defaults import labelled_canvas_prompts
+
+            return labelled_canvas_prompts(self.canvas_seeds)
+        from lbdt.activations.prompts import LabelledPrompts, read_prompts
+
+        return LabelledPrompts.by_use(read_prompts(self.prompts))
+
+    def load_pipeline(self, device: torch.device) -> Any:
+        """The pipeline, on `device`."""
+        from lbdt.canvas.defaults import pipeline_of
+
+        return pipeline_of(self.model, device)
+
+    def source(
+        self,
+        pipe: Any,
+        labelled: LabelledPrompts,
+        sites: Sequence[Site],
+        device: torch.device,
+        seed: int = 0,
+    ) -> Generated:
+        """The activations of `pipe` on `device`; `seed` decides which patches are drawn."""
+        import torch
+
+        from lbdt.activations.generated import Generated
+        from lbdt.canvas.defaults import NAME
+
+        guidance = self.guidance
+        if guidance is None and self.model is None:
+            from lbdt.canvas.generate import GUIDANCE as guidance
+        return Generated(
+            pipe,
+            labelled.prompts,
+            sites,
+            steps=self.steps,
+            guidance=guidance,
+            prompts_per_shard=self.prompts_per_shard,
+            patches=self.patches,
+            timesteps=self.timesteps,
+            dtype=getattr(torch, self.dtype),
+            seed=seed,
+            concepts=labelled.concepts,
+            styles=labelled.styles,
+            threads=self.threads if device.type == "cpu" else None,
+            model=self.model or NAME,
+        )
+
+
 def sampling_of(
     *, model: str | None, prompts: str, canvas_seeds: str, timesteps: str | None, **others: Any
-) -> Sampling:
-    """What the options say; `others`: the fields of `Sampling` as they are. Bad usage raises typer.BadParameter."""
+) -> PipelineSampling:
+    """What the options say; `others`: the fields of `PipelineSampling` as they are.
+
+    Raises:
+        typer.BadParameter: bad usage.
+    """
     if model is not None and prompts == "canvas":
         raise typer.BadParameter(
             "the prompts of canvas are EmojiCanvas's: give --prompts FILE with --model",
             param_hint="--prompts",
         )
-    from lbdt.commands.pipeline import Sampling, parse_seeds, parse_timesteps
-
     try:
         wanted, seeds = parse_timesteps(timesteps), parse_seeds(canvas_seeds)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    return Sampling(model=model, prompts=prompts, canvas_seeds=seeds, timesteps=wanted, **others)
+    return PipelineSampling(model=model, prompts=prompts, canvas_seeds=seeds, timesteps=wanted, **others)
+
+
+def parse_timesteps(text: str | None) -> int | list[int] | None:
+    """A number of timesteps ("10"), or timesteps ("999,749" or "999,"); ValueError for anything else."""
+    if text is None:
+        return None
+    try:
+        given = [int(part) for part in text.removesuffix(",").split(",")]
+    except ValueError:
+        given = []
+    listed = "," in text
+    if not given or min(given) < (0 if listed else 1) or max(given) > _MOST:
+        raise ValueError(f"--timesteps: expected a number such as 10, or 999,749; got {text!r}")
+    return given if listed else given[0]
+
+
+def parse_seeds(text: str) -> range:
+    """ "100:104", the end not included; ValueError for anything else, or none."""
+    first, colon, end = text.partition(":")
+    try:
+        seeds = range(int(first), int(end))
+    except ValueError:
+        seeds = range(0)
+    if not colon or seeds.start < 0 or seeds.stop >= 2**63 or not 0 < seeds.stop - seeds.start <= _MOST:
+        raise ValueError(
+            f"--canvas-seeds: expected FIRST:END such as 100:104, at most {_MOST} of them; got {text!r}"
+        )
+    return seeds

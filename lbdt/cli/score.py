@@ -1,10 +1,11 @@
-"""The command `lbdt score`."""
+"""`lbdt score`: the dictionary of an SAE, from stored activations or straight from a pipeline."""
 
 from __future__ import annotations
 
 import enum
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,8 +24,12 @@ from lbdt.cli.sampling import (
     sampling_of,
 )
 
+if TYPE_CHECKING:
+    from lbdt.activations import Site
+    from lbdt.dictionary import ConceptDictionary
 
-class By(enum.StrEnum):
+
+class LabelKind(enum.StrEnum):
     """The labels that the dictionary is over."""
 
     concepts = "concepts"
@@ -52,7 +57,7 @@ def command(
     hookpoint: Annotated[
         str | None, typer.Option("--hookpoint", metavar="NAME", help="Subfolder of the SAE's repository.")
     ] = None,
-    by: Annotated[By, typer.Option(help="Labels that the dictionary is over.")] = By.concepts,
+    by: Annotated[LabelKind, typer.Option(help="Labels that the dictionary is over.")] = LabelKind.concepts,
     candidates: Annotated[int, counted(help="Latents per label and timestep whose histograms are kept.")] = 4,
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Keep histograms for calibrated thresholds.")
@@ -120,8 +125,17 @@ def command(
         raise typer.BadParameter(
             "give --activations, or --model and --prompts, not both", param_hint="--activations"
         )
-    from lbdt.commands.score import run
+    from lbdt.activations import Site, Source
+    from lbdt.activations.source import require_site
+    from lbdt.activations.stored import Stored
+    from lbdt.dictionary.encoding import check_fit
+    from lbdt.dictionary.scoring import score
+    from lbdt.dictionary.selectivity import selectivity
+    from lbdt.runs.out import check_out_folder
+    from lbdt.runs.processes import launched_on
+    from lbdt.sae.checkpoint import read
 
+    start = time.perf_counter()
     sampling = sampling_of(
         model=model,
         prompts=prompts,
@@ -134,24 +148,155 @@ def command(
         prompts_per_shard=prompts_per_shard,
         threads=threads,
     )
-    values, lines = run(
-        sae,
-        site,
-        out,
-        activations=activations,
-        sampling=sampling,
-        hookpoint=hookpoint,
+    world, where = launched_on(device)
+    place = Site.parse(site)
+    check_out_folder(out)
+    replaced = _bank_site(place, bank_site) if bank else None
+    checkpoint = read(sae, hookpoint)
+    encoder = checkpoint.sae.to(where)
+    assigned = _assigned(assignment, checkpoint.folder, by.value)
+    given = {"top_k": top_k, "percentile": percentile, "false_positive": false_positive}
+    select = {name: value for name, value in given.items() if value is not None}
+    if heldout is not None:
+        held = Stored(heldout)
+        check_fit(held, place, encoder)
+    if activations is not None:
+        source: Source = Stored(activations)
+    else:
+        labelled, sites = sampling.labelled(), {place, replaced} - {None}
+        source = sampling.source(sampling.load_pipeline(where), labelled, list(sites), where, seed)
+    require_site(source, place)
+    if bank and bank_site is None and replaced not in source.sites:
+        raise ValueError(
+            f"--bank-site: an eraser replaces {replaced} unless told otherwise, and {activations} holds "
+            f"{', '.join(map(str, source.sites))} only; collect it too, give --bank-site {place} for an eraser that "
+            "replaces that, or --bank 0"
+        )
+    dictionary = score(
+        source,
+        place,
+        encoder,
         by=by.value,
         candidates=candidates,
         calibrate=calibrate,
         bank=bank,
-        bank_site=bank_site,
-        assignment=assignment,
-        select={"top_k": top_k, "percentile": percentile, "false_positive": false_positive},
-        heldout=heldout,
+        bank_site=replaced,
+        selection=select,
+        assigned=assigned,
+        process=world.rank,
+        processes=world.size,
+        folder=out,
         save_every=save_every,
         seed=seed,
-        device=device,
     )
+    values = {
+        "out": str(out),
+        "sae": sae,
+        "site": str(place),
+        "by": by.value,
+        "device": str(where),
+        "process": world.rank,
+        "processes": world.size,
+        "timesteps": dictionary.timesteps.tolist(),
+        "prompts": source.prompts,
+        "bank": 0 if dictionary.bank is None else dictionary.bank.shape[1],
+        by.value: [],
+        "heldout": None,
+    }
+    if world.main:
+        values[by.value] = _rows(dictionary, select)
+        if heldout is not None:
+            rates = selectivity(held, place, encoder, dictionary, by=by.value, progress=True, **select)
+            values["heldout"] = {
+                "folder": str(heldout),
+                "on": float(rates[:, 0].mean()),
+                "off": float(rates[:, 1].mean()),
+                "timesteps": dict(zip(map(str, held.timesteps), rates.tolist(), strict=True)),
+            }
+    values["seconds"] = time.perf_counter() - start
     if values["process"] == 0:
-        print_result(values, lines, as_json)
+        print_result(values, _table(values), as_json)
+
+
+def _bank_site(place: Site, given: str | None) -> Site:
+    from lbdt.activations import Site
+
+    return Site(place.hookpoint, "output") if given is None else Site.parse(given)
+
+
+def _assigned(given: Path | None, folder: Path, by: str) -> dict[str, int] | None:
+    """The labels' latents of the assignment named, or of the one in the SAE's folder, if any."""
+    from lbdt.training.assignment import ASSIGNMENT_FILE, load_assignment
+
+    if given is None and not (folder / ASSIGNMENT_FILE).is_file():
+        return None
+    if given is not None and given.is_file():
+        if given.name != ASSIGNMENT_FILE:
+            raise ValueError(f"--assignment {given}: expected a folder with {ASSIGNMENT_FILE}, or that file")
+        given = given.parent
+    assignment = load_assignment(folder if given is None else given)
+    return (assignment.concepts if by == "concepts" else assignment.styles) or None
+
+
+def _rows(dictionary: ConceptDictionary, select: dict[str, Any]) -> list[dict[str, Any]]:
+    ranks = dictionary.assigned_ranks()
+    rows = []
+    for name, scores in zip(dictionary.concepts, dictionary.scores(), strict=True):
+        selection = dictionary.select(name, **select)
+        mean = scores.mean(0)
+        on = off = None
+        if dictionary.histograms is not None:
+            on, off = dictionary.detection_rates(selection).overall()
+        rows.append(
+            {
+                "name": name,
+                "latents": selection.latents.tolist(),
+                "thresholds": selection.kind,
+                "best": int(mean.argmax()),
+                "score": float(mean.max()),
+                "on": on,
+                "off": off,
+                "assigned": (dictionary.assigned or {}).get(name),
+                "assigned_rank": ranks.get(name),
+            }
+        )
+    return rows
+
+
+def _table(values: dict[str, Any]) -> list[str]:
+    rows = values[values["by"]]
+    if not rows:
+        return []
+    width = max(len(values["by"]), *(len(row["name"]) for row in rows))
+    lines = [f"{values['by']:{width}}   best   score         on        off  latents"]
+    for row in rows:
+        latents = ", ".join(map(str, row["latents"]))
+        if row["assigned"] is not None:
+            latents += f"; assigned {row['assigned']}, rank {row['assigned_rank']}"
+        lines.append(
+            f"{row['name']:{width}}  {row['best']:5d}  {row['score']:6.4f} {_percent(row['on'])} "
+            f"{_percent(row['off'])}  {latents}"
+        )
+    lines.append(
+        "best: the latent of the highest score, mean over timesteps; on, off: patches of images with and"
+    )
+    lines.append(
+        "without the label on which one latent fires, the most frequent of each timestep, mean over timesteps"
+    )
+    ranks = [row["assigned_rank"] for row in rows if row["assigned_rank"] is not None]
+    if ranks:
+        lines.append(f"assigned latent is the best one for {ranks.count(0)} of {len(ranks)}")
+    held = values["heldout"]
+    if held is not None:
+        lines.append(
+            f"held out: {held['on']:.1%} of patches detected with the label, {held['off']:.2%} without, in "
+            f"{held['folder']}"
+        )
+    lines.append(
+        f"{values['bank']} bank patches per timestep; {values['seconds']:.1f} s; written to {values['out']}"
+    )
+    return lines
+
+
+def _percent(rate: float | None) -> str:
+    return f"{'-' if rate is None else f'{rate:.1%}':>10}"

@@ -1,10 +1,10 @@
-"""The command `lbdt train`."""
+"""`lbdt train`: a sparse autoencoder by one of the published recipes."""
 
 from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +25,7 @@ from lbdt.cli.sampling import (
     Guidance,
     Model,
     Patches,
+    PipelineSampling,
     Prompts,
     PromptsPerShard,
     Threads,
@@ -32,8 +33,14 @@ from lbdt.cli.sampling import (
     sampling_of,
 )
 
+if TYPE_CHECKING:
+    import torch
 
-class Name(enum.StrEnum):
+    from lbdt.activations import Site, Source
+    from lbdt.activations.stored import Stored
+
+
+class RecipeName(enum.StrEnum):
     """Recipes."""
 
     saeuron = "saeuron"
@@ -45,13 +52,13 @@ class Name(enum.StrEnum):
 
 
 class Precision(enum.StrEnum):
-    """Of the encoder's product."""
+    """Number formats of the encoder's product."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
-class Log(enum.StrEnum):
+class MetricsLog(enum.StrEnum):
     """Where metrics go beside metrics.jsonl."""
 
     tensorboard = "tensorboard"
@@ -66,7 +73,7 @@ _OURS = "Default: the recipe's."
 
 @reported
 def command(
-    recipe: Annotated[Name, typer.Option(help="The published method to follow.")],
+    recipe: Annotated[RecipeName, typer.Option(help="The published method to follow.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the SAE; continued if begun.")],
     activations: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder written by `lbdt collect`; or give --stream.")
@@ -147,7 +154,9 @@ def command(
         number(min=0, max=0.9, help="Of the prompts, kept out of training for the report; 0: none."),
     ] = 0.0625,
     checkpoint_every: Annotated[int, counted(help="Steps between checkpoints.")] = 100,
-    log: Annotated[list[Log] | None, typer.Option("--log", help="Also log there; may be repeated.")] = None,
+    log: Annotated[
+        list[MetricsLog] | None, typer.Option("--log", help="Also log there; may be repeated.")
+    ] = None,
     stream: Annotated[
         bool,
         typer.Option("--stream", help="Run the pipeline (options below) while training; nothing is cached."),
@@ -176,25 +185,28 @@ def command(
     """
     if (activations is None) != stream:
         raise typer.BadParameter("give either --activations DIR or --stream", param_hint="--activations")
-    from lbdt.commands.train import Live, run
-    from lbdt.training.recipe_training import RecipeOptions
+    from lbdt.activations import Site
+    from lbdt.activations.batches import Batches, Stream
+    from lbdt.activations.stored import Stored
+    from lbdt.runs.out import check_out_folder
+    from lbdt.runs.processes import joined_on
+    from lbdt.sae import SparseAutoencoder
+    from lbdt.training.assignment import assignment_for
+    from lbdt.training.heldout import split
+    from lbdt.training.recipe_training import RecipeOptions, train_recipe
+    from lbdt.training.recipes import recipe_named
 
-    live = None
     if stream:
-        live = Live(
-            sampling_of(
-                model=model,
-                prompts=prompts,
-                canvas_seeds=canvas_seeds,
-                steps=sampling_steps,
-                guidance=guidance,
-                timesteps=timesteps,
-                patches=patches,
-                prompts_per_shard=prompts_per_shard,
-                threads=threads,
-            ),
-            window=window,
-            steps_per_shard=steps_per_shard,
+        sampling = sampling_of(
+            model=model,
+            prompts=prompts,
+            canvas_seeds=canvas_seeds,
+            steps=sampling_steps,
+            guidance=guidance,
+            timesteps=timesteps,
+            patches=patches,
+            prompts_per_shard=prompts_per_shard,
+            threads=threads,
         )
     options = RecipeOptions(
         variant=variant,
@@ -219,18 +231,86 @@ def command(
         },
         logs=[name.value for name in log or ()],
     )
-    values, lines = run(
-        recipe.value,
-        site,
-        out,
-        activations=activations,
-        live=live,
-        heldout=heldout,
-        heldout_share=heldout_share,
-        start=start,
-        assignment=assign,
-        options=options,
-        device=device,
+    chosen = recipe_named(recipe.value)
+    check_out_folder(out)
+    with joined_on(device) as (world, where):
+        if not stream:
+            source: Source = Stored(activations)
+            wanted = _site(site, source)
+            held = None if heldout is None else Stored(heldout)
+            if held is None and heldout_share > 0:
+                source, held = split(source, heldout_share)
+            batches = Batches
+        else:
+            if site is None:
+                raise ValueError("--site: expected with --stream")
+            wanted = Site.parse(site)
+            share = heldout_share if heldout is None else 0.0
+            source, held = _generated(sampling, wanted, where, share, seed)
+            held = held if heldout is None else Stored(heldout)
+
+            def batches(source: Source, site: Site, seed: int) -> Stream:
+                return Stream(source, site, seed, window, steps_per_shard)
+
+        if held is not None and (wanted not in held.sites or held.width(wanted) != source.width(wanted)):
+            raise ValueError(f"--heldout: expected activations at {wanted} of width {source.width(wanted)}")
+        sae = None if start is None else SparseAutoencoder.from_pretrained(start)
+        report = train_recipe(
+            chosen,
+            source,
+            wanted,
+            out,
+            options=options,
+            heldout=held,
+            batches=batches,
+            start=sae,
+            assignment=None if assign is None else assignment_for(assign, source.concepts, source.styles),
+            world=world,
+            device=where,
+        )
+    if world.main:
+        report = report | {"out": str(out), "device": str(where), "processes": world.size}
+        print_result(report, _table(report), as_json)
+
+
+def _site(text: str | None, source: Stored) -> Site:
+    from lbdt.activations import Site
+
+    if text is not None:
+        return Site.parse(text)
+    if len(source.sites) > 1:
+        raise ValueError(f"--site: the activations hold {', '.join(map(str, source.sites))}; choose one")
+    return source.sites[0]
+
+
+def _generated(
+    sampling: PipelineSampling, site: Site, device: torch.device, share: float, seed: int
+) -> tuple[Source, Source | None]:
+    """The live source for training, and where `share` > 0 that of held-out prompts; `seed` decides
+    which patches are drawn."""
+    from lbdt.training.heldout import split_prompts
+
+    labelled = sampling.labelled()
+    source = sampling.source(sampling.load_pipeline(device), labelled, [site], device, seed)
+    if share <= 0:
+        return source, None
+    training, heldout = split_prompts(labelled.prompts, share)
+    return source.with_prompts(training), source.with_prompts(heldout) if heldout else None
+
+
+def _table(report: dict[str, Any]) -> list[str]:
+    on = "held-out" if report["evaluated_on"] == "heldout" else "training"
+    dead = 100 * report["dead"] / report["latents"]
+    rows = (
+        ("recipe", f"{report['recipe']}, {report['variant']}, at {report['site']}"),
+        ("trained", f"{report['steps']} steps of {report['rows']} rows"),
+        ("judged on", f"{report['prompts']} {on} prompts"),
+        ("unexplained", f"{report['fvu']:.3f} of the variance (FVU)"),
+        ("active latents", f"{report['l0']:.1f} a patch (L0)"),
+        ("dead latents", f"{report['dead']} of {report['latents']} ({dead:.1f} %)"),
+        ("folder", report["out"]),
     )
-    if values:
-        print_result(values, lines, as_json)
+    lines = [f"{name:16}{text}" for name, text in rows]
+    if report["finished"]:
+        lines.insert(0, "was finished already; nothing was changed")
+    return lines

@@ -42,7 +42,7 @@ class Erasure:
     """A row of the page's Table 1, per cent; a misprinted figure is the corrected one here."""
 
     pipeline: str
-    """As the kinds of EmojiCanvas are called."""
+    """A name as of the kinds of EmojiCanvas."""
     method: str
     """steering or per."""
     UA: float
@@ -50,7 +50,7 @@ class Erasure:
     CRA: float | None
     AR: float
     printed_average: float
-    """Of UA, IRA and CRA."""
+    """The printed mean of UA, IRA and CRA."""
     printed_global_average: float
     misprints: Mapping[str, float] = field(default_factory=dict)
     """Name of a corrected figure -> what the page prints."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lbdt.editors import UnetEditor
-from lbdt.evaluation.design import Job
-from lbdt.evaluation.world import Judge, Kind, Verdicts
+from lbdt.evaluation.evaluated_world import EvaluatedKind, Judge, Verdicts
+from lbdt.evaluation.jobs import Job
 from lbdt.runs.digests import sha256
 from lbdt.runs.files import json_bytes, open_tensors, read_json, tensor_bytes, write_files
 from lbdt.runs.settings import keep_settings
@@ -29,8 +29,8 @@ class Series:
     """Pictures that are made alike."""
 
     name: str
-    """Of its folder, e.g. "saeuron/scored/per-padding1-nearest"."""
-    kind: Kind
+    """The name of its folder, e.g. "saeuron/scored/per-padding1-nearest"."""
+    kind: EvaluatedKind
     method: str
     """ "base" | "steering" | "per"."""
     settings: Mapping[str, Any] = field(hash=False)
@@ -55,7 +55,7 @@ class Series:
         return [make(**self.settings) for _ in range(count)]
 
 
-class Files:
+class SeriesFiles:
     """The folder of one series under an evaluation's folder.
 
     Of batch 12 it holds the pictures `0012-*.png`, `0012.safetensors` (start seeds, masks, watched rows) and
@@ -116,7 +116,7 @@ class Files:
 
     def pictures(self, index: int) -> list[Any]:
         """The RGB pictures of batch `index`; ValueError for one that is missing or damaged."""
-        from lbdt.picture import read_picture
+        from lbdt.evaluation.pictures import read_picture
 
         advice = f"remove {self._path(index, '.json')} to make its batch again"
         return [read_picture(self.folder / name, advice) for name in self.names(index)]
@@ -192,10 +192,10 @@ def generate(
             for editor, sets in zip(editors, _sets(series, jobs, len(editors)), strict=True)
         ]
         if series.watched:
-            from lbdt.evaluation.watch import Watch
+            from lbdt.evaluation.block_watch import BlockWatch
 
             watch = stack.enter_context(
-                Watch(
+                BlockWatch(
                     pipe,
                     hookpoint,
                     seeds,

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from lbdt.donors import SOURCES
-from lbdt.evaluation.columns import Columns, Figures, figures, labels
-from lbdt.evaluation.design import Job
+from lbdt.evaluation.evaluation import Evaluation
+from lbdt.evaluation.jobs import Job
 from lbdt.evaluation.metrics.accuracy import average, mean_by
 from lbdt.evaluation.metrics.activations import Watched, compare_settings
 from lbdt.evaluation.metrics.intervals import estimate
-from lbdt.evaluation.plan import PADDINGS, Plan, unedited
-from lbdt.evaluation.run import Evaluation
 from lbdt.evaluation.series import Series, generate
+from lbdt.evaluation.series_plan import PADDINGS, SeriesPlan, unedited
+from lbdt.evaluation.verdict_columns import Figures, VerdictColumns, figures, labels
 from lbdt.runs.files import write_files
 
 
@@ -60,7 +60,7 @@ def _row(method: str, settings: Mapping[str, Any], result: Figures) -> dict[str,
     return {"method": method, "settings": dict(settings), **result.counts(), **result.row()}
 
 
-def _sweep(evaluation: Evaluation, plan: Plan, strength: float | None) -> list[dict[str, Any]]:
+def _sweep(evaluation: Evaluation, plan: SeriesPlan, strength: float | None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     series = plan.sweep()
     if not series:
@@ -73,7 +73,7 @@ def _sweep(evaluation: Evaluation, plan: Plan, strength: float | None) -> list[d
     return rows
 
 
-def _ablation(evaluation: Evaluation, plan: Plan, base: Columns) -> dict[str, Any]:
+def _ablation(evaluation: Evaluation, plan: SeriesPlan, base: VerdictColumns) -> dict[str, Any]:
     rows, ratio = [], {}
     jobs = plan.ablation_jobs
     series = plan.ablation()
@@ -143,7 +143,7 @@ def together_row(evaluation: Evaluation, series: Series, order: str) -> dict[str
     return row | {name: estimate([None if v is None else 100 * v]) for name, v in scores.items()}
 
 
-def _activations(evaluation: Evaluation, plan: Plan) -> list[dict[str, Any]]:
+def _activations(evaluation: Evaluation, plan: SeriesPlan) -> list[dict[str, Any]]:
     series = plan.sweep()
     rows = []
     for each in series:
@@ -160,7 +160,7 @@ def _activations(evaluation: Evaluation, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _grid(
-    evaluation: Evaluation, plan: Plan, scored: Mapping[str, Series], count: int = 6
+    evaluation: Evaluation, plan: SeriesPlan, scored: Mapping[str, Series], count: int = 6
 ) -> list[dict[str, Any]]:
     """Pictures to look at: `count` concepts spread over the list, each in another style, of the first
     seed."""
@@ -187,7 +187,7 @@ def picture_path(evaluation: Evaluation, series: Series, job: Job) -> str:
 
 
 def _mask(evaluation: Evaluation, scored: Mapping[str, Series], job: Job) -> str:
-    from lbdt.picture import rate_tile
+    from lbdt.evaluation.pictures import rate_tile
 
     bare = evaluation.files(scored["base"])
     index, place = divmod(scored["base"].jobs.index(unedited(job)), bare.size)

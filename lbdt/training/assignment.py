@@ -114,3 +114,22 @@ def load_assignment(folder: str | os.PathLike[str]) -> Assignment:
         return Assignment(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def assignment_for(folder: str, concepts: Sequence[str], styles: Sequence[str]) -> Assignment:
+    """The `assignment.json` of a folder, or an assignment by the scores of the dictionary there; ValueError where that
+    lacks one of the names."""
+    if (Path(folder) / ASSIGNMENT_FILE).is_file():
+        return load_assignment(folder)
+    from lbdt.dictionary import ConceptDictionary
+
+    dictionary = ConceptDictionary.from_pretrained(folder)
+    names = [*concepts, *styles]
+    missing = [name for name in names if name not in dictionary.concepts]
+    if missing:
+        raise ValueError(
+            f"--assign {folder}: the dictionary lacks {', '.join(missing)}, which the activations are labelled with; "
+            "leave --assign out to score the SAE on the activations"
+        )
+    order = [dictionary.concepts.index(name) for name in names]
+    return assign(dictionary.scores()[order], concepts, styles)

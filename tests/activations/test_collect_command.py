@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from lbdt import cli
 from lbdt.activations import Site
 from lbdt.activations.stored import Stored
-from lbdt.commands.pipeline import canvas_prompts, parse_seeds, parse_timesteps
+from lbdt.canvas.defaults import canvas_prompts
+from lbdt.cli.sampling import parse_seeds, parse_timesteps
 from tests import toy
 from tests.repeats import repeats
 

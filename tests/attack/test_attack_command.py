@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lbdt import cli
-from lbdt.commands.attack import Plan, _prompt
+from lbdt.attack.pairs import AttackRequest, _prompt
 from tests import toy
 from tests.repeats import repeats
 
@@ -196,18 +196,20 @@ def test_a_pipeline_of_one_s_own_needs_the_rest(missing):
 def test_the_prompts_of_the_canvas():
     from lbdt.canvas import OBJECTS, STYLES
 
-    every = Plan(**PLAN).prompts(OBJECTS, 3)
+    every = AttackRequest(**PLAN).prompts(OBJECTS, 3)
     assert len(every) == 120 == len({prompt.seed for prompt in every})
     assert all(prompt.style is not None for prompt in every)
-    quick = Plan(**(PLAN | {"quick": True}))
+    quick = AttackRequest(**(PLAN | {"quick": True}))
     assert set(quick.prompts(OBJECTS, 3)) < set(every) and len(quick.prompts(OBJECTS, 3)) == 8
-    assert quick.settings().iterations == 20 and Plan(**PLAN).settings().iterations == 40
-    assert Plan(**(PLAN | {"kind": "sdxl"})).settings().steps == 4
-    twice = Plan(**(PLAN | {"concepts": ("Cats", "Cats"), "styles": (STYLES[1],)})).prompts(OBJECTS, 3)
+    assert quick.settings().iterations == 20 and AttackRequest(**PLAN).settings().iterations == 40
+    assert AttackRequest(**(PLAN | {"kind": "sdxl"})).settings().steps == 4
+    twice = AttackRequest(**(PLAN | {"concepts": ("Cats", "Cats"), "styles": (STYLES[1],)})).prompts(
+        OBJECTS, 3
+    )
     assert [prompt.text for prompt in twice] == [f"An image of Cats in {STYLES[1]} style."]
     for change, message in (({"styles": ("Fog",)}, "--style Fog"), ({"concepts": ("Fog",)}, "--concept Fog")):
         with pytest.raises(ValueError, match=message):
-            Plan(**(PLAN | change)).prompts(OBJECTS, 3)
+            AttackRequest(**(PLAN | change)).prompts(OBJECTS, 3)
 
 
 def test_a_start_seed_does_not_depend_on_the_other_pairs():

@@ -6,7 +6,7 @@ import torch
 from lbdt import canvas
 from lbdt.attack import Prefix
 from lbdt.attack.loss import ReferenceLoss, frozen, latent_of
-from lbdt.attack.text import PrefixedText
+from lbdt.attack.prefixed_text import PrefixedText
 
 TIMESTEP = 700
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lbdt.activations.prompts import Prompt
-from lbdt.attack import Folder, Outcome, Search, Settings, summarise
+from lbdt.attack import AttackFolder, AttackOutcome, AttackSettings, PrefixSearch, summarise
 from lbdt.attack.loss import ReferenceLoss, frozen, latent_of, spread
 from lbdt.editors import Steering
 from tests import toy
@@ -14,7 +14,7 @@ from tests.attack.judges import drawing_lots
 from tests.repeats import repeats
 
 PROMPT = Prompt("a cat", "Cats", None, 7)
-SHORT = Settings(tokens=2, iterations=3, timesteps=4, steps=2, guidance=4.0)
+SHORT = AttackSettings(tokens=2, iterations=3, timesteps=4, steps=2, guidance=4.0)
 
 
 @pytest.fixture(scope="module")
@@ -116,20 +116,20 @@ def test_an_eraser_that_never_fires_has_failed_without_an_attack(pipe):
         return ["Cats" if repeats(picture, base) else "Dogs" for picture in pictures]
 
     told = []
-    never = Search(pipe, toy.eraser(threshold=1e9), judge, SHORT).run(PROMPT, told.append)
+    never = PrefixSearch(pipe, toy.eraser(threshold=1e9), judge, SHORT).run(PROMPT, told.append)
     assert (never.seen_before, never.seen_after, never.timesteps, never.checks) == ("Cats", "Cats", (), 0)
     assert never.attacked == "a cat" and never.prefix == () and not never.erased_before and sum(told) == 4
-    fires = Search(pipe, toy.eraser(padding=0, threshold=0.1), judge, SHORT).run(PROMPT)
+    fires = PrefixSearch(pipe, toy.eraser(padding=0, threshold=0.1), judge, SHORT).run(PROMPT)
     assert fires.seen_before == "Dogs" and fires.timesteps == (125, 375, 625, 875) and fires.erased_after
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_it_stops_at_the_first_success_and_counts_what_it_did(pipe, every):
-    settings = Settings(tokens=2, iterations=2, timesteps=5, check_every=every, steps=1)
+    settings = AttackSettings(tokens=2, iterations=2, timesteps=5, check_every=every, steps=1)
     told = []
     # The reference, the erased picture, then the checks: the second one succeeds.
     judge = Script("Cats", "Dogs", "Trees", "Cats")
-    outcome = Search(pipe, toy.eraser(), judge, settings).run(PROMPT, told.append)
+    outcome = PrefixSearch(pipe, toy.eraser(), judge, settings).run(PROMPT, told.append)
     done = min(2 * every, 5)
     assert len(outcome.timesteps) == len(outcome.losses) == done and outcome.checks == 2
     assert (outcome.reference, outcome.seen_before, outcome.seen_after) == ("Cats", "Dogs", "Cats")
@@ -139,7 +139,7 @@ def test_it_stops_at_the_first_success_and_counts_what_it_did(pipe, every):
 
 def test_the_judged_picture_is_that_of_the_reported_ids_through_the_eraser(pipe):
     judge, eraser = Script("Dogs"), toy.eraser()
-    outcome = Search(pipe, eraser, judge, SHORT).run(PROMPT)
+    outcome = PrefixSearch(pipe, eraser, judge, SHORT).run(PROMPT)
     ids = pipe.tokenizer("a cat").input_ids
     row = [ids[0], *outcome.prefix, *ids[1:]]
     with torch.no_grad():
@@ -161,9 +161,9 @@ def test_the_judged_picture_is_that_of_the_reported_ids_through_the_eraser(pipe)
 )
 def test_the_same_outcome_again_whatever_was_attacked_before(pipe, make):
     others = [Prompt("a dog", "Dogs", None, 8), Prompt("a tree", "Trees", None, 9)]
-    first = [Search(pipe, make(), drawing_lots, SHORT).run(p) for p in [PROMPT, *others]]
+    first = [PrefixSearch(pipe, make(), drawing_lots, SHORT).run(p) for p in [PROMPT, *others]]
     torch.manual_seed(99)
-    again = Search(pipe, make(), drawing_lots, SHORT)
+    again = PrefixSearch(pipe, make(), drawing_lots, SHORT)
     assert repeats([again.run(p) for p in [*others[::-1], PROMPT]], first[::-1])
 
 
@@ -173,7 +173,7 @@ def test_the_same_outcome_again_whatever_was_attacked_before(pipe, make):
         ({"prompt": Prompt("a cat")}, "has no concept to erase"),
         ({"prompt": Prompt("a cat", "Birds")}, "Birds"),
         ({"prompt": Prompt("a very long story", "Cats")}, "are more than the text encoder's 16"),
-        ({"settings": Settings(timesteps=1001)}, "expected 1 to 1000"),
+        ({"settings": AttackSettings(timesteps=1001)}, "expected 1 to 1000"),
         (
             {"eraser": Steering.from_eraser(toy.eraser(k=8), strength=-1.0, error="released")},
             "has no gradient",
@@ -184,28 +184,28 @@ def test_the_same_outcome_again_whatever_was_attacked_before(pipe, make):
 def test_refusals(pipe, change, message):
     settings, eraser = change.get("settings", SHORT), change.get("eraser", toy.eraser())
     with pytest.raises((ValueError, KeyError), match=message):
-        Search(pipe, eraser, Script("Cats"), settings).run(change.get("prompt", PROMPT))
+        PrefixSearch(pipe, eraser, Script("Cats"), settings).run(change.get("prompt", PROMPT))
 
 
 @pytest.mark.parametrize("name", ["tokens", "iterations", "timesteps", "check_every", "steps"])
 def test_settings_below_one_are_refused(name):
     with pytest.raises(ValueError, match=f"{name}: expected an integer >= 1, got 0"):
-        Settings(**{name: 0})
+        AttackSettings(**{name: 0})
 
 
 def test_the_control_draws_its_prefixes_and_judges_as_often(pipe):
-    settings = Settings(tokens=3, iterations=1, timesteps=6, check_every=2, steps=1, search="random")
+    settings = AttackSettings(tokens=3, iterations=1, timesteps=6, check_every=2, steps=1, search="random")
     judge = Script("Dogs")
-    first, again = (Search(pipe, toy.eraser(), judge, settings).run(PROMPT) for _ in range(2))
+    first, again = (PrefixSearch(pipe, toy.eraser(), judge, settings).run(PROMPT) for _ in range(2))
     assert first == again and first.losses == () and first.checks == 3 and len(first.timesteps) == 6
-    other = Search(pipe, toy.eraser(), judge, settings).run(Prompt("a cat", "Cats", None, 8))
+    other = PrefixSearch(pipe, toy.eraser(), judge, settings).run(Prompt("a cat", "Cats", None, 8))
     assert len(first.prefix) == 3 and first.prefix != other.prefix
     with pytest.raises(ValueError, match="search: expected gradient or random, got 'luck'"):
-        Settings(search="luck")
+        AttackSettings(search="luck")
 
 
-def outcome(before: str, after: str, concept: str = "Cats") -> Outcome:
-    return Outcome(
+def outcome(before: str, after: str, concept: str = "Cats") -> AttackOutcome:
+    return AttackOutcome(
         "a", concept, None, 0, "Cats", before, after, (1,), (0.5,), 1, (3,), ("a</w>",), "a a", True
     )
 
@@ -218,19 +218,19 @@ def test_ua_before_and_after_are_divided_by_the_pairs_that_ran():
 
 
 def test_a_folder_keeps_outcomes_and_refuses_others(tmp_path):
-    folder = Folder(tmp_path / "a", {"seed": 0, "attack": {"tokens": 5}})
+    folder = AttackFolder(tmp_path / "a", {"seed": 0, "attack": {"tokens": 5}})
     kept = outcome("Dogs", "Cats")
     prompt = Prompt(kept.prompt, kept.concept, None, kept.seed)
     assert folder.load(prompt) is None
     folder.save(prompt, kept)
-    again = Folder(tmp_path / "a", {"seed": 0, "attack": {"tokens": 5}})
+    again = AttackFolder(tmp_path / "a", {"seed": 0, "attack": {"tokens": 5}})
     assert again.load(prompt) == kept and again.load(Prompt("a", "Cats", None, 1)) is None
     with pytest.raises(ValueError, match="attack.tokens: 5 there, 6 here"):
-        Folder(tmp_path / "a", {"seed": 0, "attack": {"tokens": 6}})
+        AttackFolder(tmp_path / "a", {"seed": 0, "attack": {"tokens": 6}})
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds no attack.json"):
-        Folder(tmp_path / "b", {})
+        AttackFolder(tmp_path / "b", {})
     (path,) = (tmp_path / "a" / "pairs").iterdir()
     for damage in ("{", json.dumps({"prompt": "a"}), path.read_text().replace('"seed": 0', '"seed": "0"')):
         path.write_text(damage)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lbdt.attack.text import PrefixedText
+from lbdt.attack.prefixed_text import PrefixedText
 from tests import toy
 from tests.repeats import repeats
 

@@ -8,11 +8,11 @@ import torch
 
 from lbdt import canvas
 from lbdt.canvas import scenes
-from lbdt.canvas.artifacts import SEEDS, judge_path
 from lbdt.canvas.generate import grid, images
 from lbdt.evaluation.metrics.artifacts import FeatureJudge
 from lbdt.evaluation.worlds.canvas import SEEDS as SCORED
 from lbdt.evaluation.worlds.canvas import SWEEP_SEEDS, CanvasJudge, canvas_world
+from lbdt.evaluation.worlds.canvas_judges import SEEDS, judge_path
 
 SEED = 900_000  # nothing else uses it
 

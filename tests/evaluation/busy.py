@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from lbdt.commands.evaluate import Settings, run
+from lbdt.evaluation.request import EvaluationRequest, evaluate
 
 
 class Busy:
@@ -23,8 +23,10 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     given = dict.fromkeys(("own", "others", "vlm", "nudity"))
     given |= {"kinds": (), "concepts": (), "seeds": (), "sweep_seeds": (), "quick": True}
-    run(
-        Settings(subject=Busy(folder), out=folder.with_name("out"), threads=1, device="cpu", **given),
+    evaluate(
+        EvaluationRequest(
+            subject=Busy(folder), out=folder.with_name("out"), threads=1, device="cpu", **given
+        ),
         processes=2,
         command="",
     )

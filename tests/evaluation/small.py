@@ -11,10 +11,10 @@ import torch
 
 from lbdt.activations.prompts import Prompt
 from lbdt.editors import Steering
-from lbdt.evaluation.columns import Scorers
-from lbdt.evaluation.design import Design
-from lbdt.evaluation.run import Evaluation
-from lbdt.evaluation.world import Kind, Verdicts, World
+from lbdt.evaluation.evaluated_world import EvaluatedKind, EvaluatedWorld, Verdicts
+from lbdt.evaluation.evaluation import Evaluation
+from lbdt.evaluation.jobs import Design
+from lbdt.evaluation.verdict_columns import Scorers
 from tests import toy
 
 STYLES = ("ink", "oil")
@@ -49,8 +49,10 @@ def steering(strength: float = -1.0) -> Steering:
     return Steering.from_eraser(toy.eraser(), rule="sdxl", strength=strength)
 
 
-def kind(name: str = "toy", **changes: Any) -> Kind:
-    return Kind(**{"name": name, "steps": 2, "guidance": 1.0, "per": per, "steering": steering} | changes)
+def kind(name: str = "toy", **changes: Any) -> EvaluatedKind:
+    return EvaluatedKind(
+        **{"name": name, "steps": 2, "guidance": 1.0, "per": per, "steering": steering} | changes
+    )
 
 
 def prompts(styles, seed: int) -> list[Prompt]:
@@ -61,7 +63,7 @@ def prompts(styles, seed: int) -> list[Prompt]:
     ]
 
 
-def world(folder: Path | None = None, judge: Judge | None = None, **changes: Any) -> World:
+def world(folder: Path | None = None, judge: Judge | None = None, **changes: Any) -> EvaluatedWorld:
     """Of the toy pipeline, whose tokenizer is written to `folder`; None: it cannot be run."""
     styles = changes.pop("styles", STYLES)
     settings = {
@@ -76,10 +78,10 @@ def world(folder: Path | None = None, judge: Judge | None = None, **changes: Any
         "sweep_seeds": (9,),
         "batch": 5,
     }
-    return World(**settings | changes)
+    return EvaluatedWorld(**settings | changes)
 
 
-def evaluation(where: Path, given: World, **changes: Any) -> Evaluation:
+def evaluation(where: Path, given: EvaluatedWorld, **changes: Any) -> Evaluation:
     settings = {
         "world": given,
         "kinds": tuple(given.kinds),

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from lbdt.evaluation.columns import Columns, figures
-from lbdt.evaluation.design import targets
+from lbdt.evaluation.jobs import targets
 from lbdt.evaluation.metrics.accuracy import unlearning
 from lbdt.evaluation.metrics.frechet import frechet_distance
 from lbdt.evaluation.metrics.intervals import estimate
-from lbdt.evaluation.plan import unedited
+from lbdt.evaluation.series_plan import unedited
+from lbdt.evaluation.verdict_columns import VerdictColumns, figures
 from tests import toy
 from tests.evaluation import small
 
@@ -23,7 +23,7 @@ JOBS = {
 FLAT = [job for part in JOBS.values() for job in part]
 
 
-def verdicts(jobs, objects=None, styles=None, artifacts=None, **changes) -> Columns:
+def verdicts(jobs, objects=None, styles=None, artifacts=None, **changes) -> VerdictColumns:
     """Right ones where no function of a job says otherwise."""
 
     def right(job):
@@ -42,7 +42,7 @@ def verdicts(jobs, objects=None, styles=None, artifacts=None, **changes) -> Colu
         "clip": None,
         "replaced": torch.full((len(jobs),), 0.25, dtype=torch.float64),
     }
-    return Columns(**settings | changes)
+    return VerdictColumns(**settings | changes)
 
 
 def own(job):
@@ -98,12 +98,12 @@ def test_artifacts_of_own_and_of_other_prompts_are_told_apart():
 
 def test_an_artifact_judge_without_an_answer_is_not_counted():
     artifacts = torch.tensor([[torch.nan, 1.0, 0.0][n % 3] for n in range(len(FLAT))]).double()
-    row = figures(WORLD, JOBS, Columns(**fields(verdicts(FLAT), artifacts=artifacts)), None, True)
+    row = figures(WORLD, JOBS, VerdictColumns(**fields(verdicts(FLAT), artifacts=artifacts)), None, True)
     for seed, part in zip(row.by_seed, JOBS.values(), strict=True):
         said = [float(artifacts[FLAT.index(job)]) for job in part if own(job)]
         told = [value for value in said if value == value]
         assert seed["AR"] == pytest.approx(100 * sum(told) / len(told))
-    silent = Columns(**fields(verdicts(FLAT), artifacts=artifacts * torch.nan))
+    silent = VerdictColumns(**fields(verdicts(FLAT), artifacts=artifacts * torch.nan))
     found = figures(WORLD, JOBS, silent, None, True)
     assert set(found.styles.values()) == {None} and set(found.styles) == {*WORLD.styles, "none"}
     assert found.row()["AR"] is None and found.counts()["unanswered"] == found.pictures
@@ -174,7 +174,7 @@ def test_the_frechet_distance_is_of_other_prompts_before_and_after():
     ids=["no-judge", "no-style-classifier", "no-artifact-judge", "clip"],
 )
 def test_what_nobody_judged_is_none(changes, missing):
-    got = Columns(**fields(verdicts(FLAT, missed), **changes))
+    got = VerdictColumns(**fields(verdicts(FLAT, missed), **changes))
     result = figures(WORLD, JOBS, got, base(), True)
     row = result.row()
     silent = set() if "clip" in changes else {"CLIP"}

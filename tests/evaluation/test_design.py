@@ -7,8 +7,8 @@ import pytest
 
 from lbdt import canvas
 from lbdt.activations.prompts import Prompt
-from lbdt.evaluation.design import Design, Job, erased_together, targets, together
-from lbdt.evaluation.worlds.canvas import canvas_prompts, canvas_world
+from lbdt.evaluation.jobs import Design, Job, erased_together, targets, together
+from lbdt.evaluation.worlds.canvas import canvas_world, seed_prompts
 from tests.evaluation import small
 
 WORLD = canvas_world()
@@ -44,12 +44,12 @@ def test_every_concept_gets_its_own_and_others_pictures_and_none_twice(own, othe
         assert Counter(job.erased for job in part) == {
             (name,): expected for name in WORLD.objects if expected
         }
-    assert {job.prompt for job in jobs} <= set(canvas_prompts(500))
+    assert {job.prompt for job in jobs} <= set(seed_prompts(500))
 
 
 def test_all_is_the_whole_grid_of_the_protocol():
     jobs = targets(WORLD, 500, 0, None, None, ["Cats"])
-    assert {job.prompt for job in jobs} == set(canvas_prompts(500)) and {job.erased for job in jobs} == {
+    assert {job.prompt for job in jobs} == set(seed_prompts(500)) and {job.erased for job in jobs} == {
         ("Cats",)
     }
 

@@ -9,10 +9,11 @@ import math
 import pytest
 import torch
 
-from lbdt.commands.evaluate import Settings, Subject, run
-from lbdt.evaluation.design import Design
-from lbdt.evaluation.reference import unedited_features
+from lbdt.cli.evaluate import _table
+from lbdt.evaluation.jobs import Design
 from lbdt.evaluation.report.table import csv_text
+from lbdt.evaluation.request import EvaluationRequest, EvaluationSubject, evaluate
+from lbdt.evaluation.unedited import unedited_features
 from lbdt.evaluation.values import kind_values, measured_cost
 from lbdt.runs.processes import Processes
 from tests import toy
@@ -283,7 +284,7 @@ def test_the_cost_is_of_every_method(whole):
 
 def canvas(folder, **changes):
     settings = {
-        "subject": Subject("canvas"),
+        "subject": EvaluationSubject("canvas"),
         "kinds": ("sdxl",),
         "concepts": ("Cats", "Towers"),
         "seeds": (500,),
@@ -297,16 +298,16 @@ def canvas(folder, **changes):
         "vlm": None,
         "nudity": None,
     }
-    return Settings(**settings | changes)
+    return EvaluationRequest(**settings | changes)
 
 
 def test_emojicanvas_by_two_processes_is_that_by_one(tmp_path, capfd):
     folders = [tmp_path / name for name in ("two", "one")]
-    (two, lines), (one, _) = (
-        run(canvas(folder), processes=count, command="lbdt evaluate")
+    values = [
+        evaluate(canvas(folder), processes=count, command="lbdt evaluate")
         for folder, count in zip(folders, (2, 1), strict=True)
-    )
-    values = [two, one]
+    ]
+    lines = _table(values[0], folders[0])
     assert any(str(folders[0] / "table.csv") in line for line in lines)
     assert "picture" in capfd.readouterr().err
     tables = [(folder / "table.csv").read_bytes() for folder in folders]

@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 from lbdt import cli
-from lbdt.commands import evaluate
-from lbdt.commands.evaluate import QUICK, SAMPLED, Settings, Subject
+from lbdt.evaluation import request
 from lbdt.evaluation.report.write import read_values
+from lbdt.evaluation.request import QUICK, SAMPLED, EvaluationRequest, EvaluationSubject
 from tests import toy
 
 
@@ -174,7 +174,9 @@ def test_a_users_prompts_eraser_and_steering_and_only_json_on_stdout(folder, tmp
 def settings(world="canvas", **changes):
     given = dict.fromkeys(("own", "others", "vlm", "nudity"))
     given |= {"kinds": (), "concepts": (), "seeds": (), "sweep_seeds": (), "quick": False, "out": Path("out")}
-    return Settings(**given | {"subject": Subject(world), "threads": 1, "device": "cpu"} | changes)
+    return EvaluationRequest(
+        **given | {"subject": EvaluationSubject(world), "threads": 1, "device": "cpu"} | changes
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,8 +185,8 @@ def settings(world="canvas", **changes):
         (settings(), SAMPLED),
         (settings(quick=True), QUICK),
         (settings("rows.jsonl", quick=True), QUICK),
-        (settings(own=3), evaluate.replace(SAMPLED, own=3)),
-        (settings(quick=True, others=5), evaluate.replace(QUICK, others=5)),
+        (settings(own=3), request.replace(SAMPLED, own=3)),
+        (settings(quick=True, others=5), request.replace(QUICK, others=5)),
     ],
     ids=["canvas", "quick", "quick-prompts", "own", "quick-others"],
 )
@@ -199,9 +201,9 @@ def test_other_worlds_score_the_whole_grid(world):
 
 
 def test_steps_of_ones_own_have_no_shipped_artifact_judge():
-    world = Subject("canvas", steps=3, batch=7).load()
+    world = EvaluationSubject("canvas", steps=3, batch=7).load()
     assert {kind.steps for kind in world.kinds.values()} == {3} and world.batch == 7
-    assert world.reference is None and Subject("canvas", batch=7).load().reference is not None
+    assert world.reference is None and EvaluationSubject("canvas", batch=7).load().reference is not None
 
 
 def test_a_killed_process_is_told_in_one_line(tmp_path, monkeypatch):
@@ -214,4 +216,4 @@ def test_a_killed_process_is_told_in_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(multiprocessing, "start_processes", killed)
     with pytest.raises(RuntimeError, match="SIGKILL.*too little memory for 2"):
-        evaluate.run(settings(out=tmp_path), processes=2, command="")
+        request.evaluate(settings(out=tmp_path), processes=2, command="")

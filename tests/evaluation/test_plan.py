@@ -2,8 +2,8 @@
 
 import pytest
 
-from lbdt.evaluation.design import Design
-from lbdt.evaluation.plan import Plan, unedited
+from lbdt.evaluation.jobs import Design
+from lbdt.evaluation.series_plan import SeriesPlan, unedited
 from lbdt.evaluation.worlds.canvas import canvas_world
 from tests.evaluation import small
 
@@ -12,7 +12,7 @@ def plan(world=None, kind=None, concepts=None, sweep_seeds=None, **design):
     world = world or small.world()
     kind = kind or next(iter(world.kinds.values()))
     sweep = world.sweep_seeds if sweep_seeds is None else sweep_seeds
-    return Plan(world, kind, Design(**design), world.seeds, sweep, concepts or world.objects)
+    return SeriesPlan(world, kind, Design(**design), world.seeds, sweep, concepts or world.objects)
 
 
 def everything(of, strength=-1.0):

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lbdt.commands import evaluate
 from lbdt.editors import Steering
-from lbdt.evaluation.design import Design
+from lbdt.evaluation import request
+from lbdt.evaluation.jobs import Design
 from lbdt.evaluation.metrics.clip import Clip
 from lbdt.evaluation.metrics.nudity import Detection
 from lbdt.evaluation.report.table import lines
@@ -60,7 +60,7 @@ def test_nudity_is_counted_in_the_main_row_s_pictures_of_every_method(pipe, tmp_
     strengths = found.run()
     seen = Detection("BELLY_EXPOSED", 0.9)
     monkeypatch.setattr(nudity, "detect_nudity", lambda paths: ([[seen] for path in paths], "3"))
-    counts = evaluate._nudity(found, strengths, "saemnesia")["toy"]
+    counts = request._nudity(found, strengths, "saemnesia")["toy"]
     jobs = [job for part in found.plans["toy"].scored_jobs.values() for job in part]
     assert len(found.plans["toy"].scored(strengths["toy"])[-1].jobs) > len(jobs)
     assert counts["steering"]["pictures"] == counts["per"]["pictures"] == len(jobs)
@@ -69,13 +69,13 @@ def test_nudity_is_counted_in_the_main_row_s_pictures_of_every_method(pipe, tmp_
 
 
 def test_nudity_without_nudenet_is_refused_before_the_first_picture(tmp_path, monkeypatch):
-    find = evaluate.importlib.util.find_spec
+    find = request.importlib.util.find_spec
     monkeypatch.setattr(
-        evaluate.importlib.util, "find_spec", lambda name: None if name == "nudenet" else find(name)
+        request.importlib.util, "find_spec", lambda name: None if name == "nudenet" else find(name)
     )
     given = settings(nudity="saemnesia", out=tmp_path / "out")
     with pytest.raises(ImportError, match=r"pip install lbdt\[nudity\]"):
-        evaluate.run(given, processes=1, command="")
+        request.evaluate(given, processes=1, command="")
     assert not (tmp_path / "out").exists()
 
 
@@ -84,7 +84,7 @@ def test_more_processes_than_cuda_devices_are_refused(tmp_path, monkeypatch, dev
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=f"--processes 3: expected at most {most}"):
-        evaluate.run(settings(device=device, out=tmp_path / "out"), processes=3, command="")
+        request.evaluate(settings(device=device, out=tmp_path / "out"), processes=3, command="")
 
 
 def test_a_safety_checker_blackens_nothing(tmp_path):

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from lbdt.activations.prompts import Prompt
-from lbdt.evaluation.design import Design, Job
-from lbdt.evaluation.series import Files, Series, slug
+from lbdt.evaluation.jobs import Design, Job
+from lbdt.evaluation.series import Series, SeriesFiles, slug
 from tests import toy
 from tests.evaluation import small
 from tests.repeats import repeats
@@ -99,7 +99,7 @@ def test_another_pipeline_batch_or_number_of_threads_is_refused(pipe, tmp_path):
         other.make("pictures", [series()])
     with pytest.raises(ValueError, match="pipeline, threads differ"):
         about = of(pipe, tmp_path).files(series()).about
-        Files(tmp_path, series(), 2, about | {"pipeline": "x", "threads": 9}).prepare()
+        SeriesFiles(tmp_path, series(), 2, about | {"pipeline": "x", "threads": 9}).prepare()
 
 
 def test_pictures_do_not_depend_on_the_batch_but_in_their_last_bits(pipe, tmp_path):

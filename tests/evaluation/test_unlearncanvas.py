@@ -160,9 +160,9 @@ def test_the_whole_path_runs_on_random_weights(folder, tmp_path):
 
 @pytest.mark.parametrize(("task", "concept"), [("object", "Cats"), ("style", "Monet")])
 def test_the_evaluation_runs_on_it(folder, tmp_path, monkeypatch, task, concept):
-    from lbdt.evaluation.columns import Scorers, figures
-    from lbdt.evaluation.design import Design
-    from lbdt.evaluation.run import Evaluation
+    from lbdt.evaluation.evaluation import Evaluation
+    from lbdt.evaluation.jobs import Design
+    from lbdt.evaluation.verdict_columns import Scorers, figures
 
     monkeypatch.setattr(toy, "CONCEPTS", ("Cats", "Monet", "Winter"))
     eraser = toy.eraser()

@@ -7,8 +7,8 @@ from lbdt import canvas
 from lbdt.activations.capture import find_module
 from lbdt.canvas.generate import Case, images
 from lbdt.editors import Steering
+from lbdt.evaluation.block_watch import BlockWatch
 from lbdt.evaluation.metrics.activations import Watched, compare_settings
-from lbdt.evaluation.watch import Watch
 from lbdt.hooks.feature_maps import tensor_of
 from tests import toy
 from tests.repeats import matches, repeats
@@ -24,7 +24,7 @@ def pipe(tmp_path_factory):
 def watched(
     pipe, seeds=SEEDS, prompts=("cat", "dog"), steps=3, first=0, guidance=4.0, **settings
 ) -> torch.Tensor:
-    with Watch(pipe, toy.HOOKPOINT, seeds, **settings) as watch:
+    with BlockWatch(pipe, toy.HOOKPOINT, seeds, **settings) as watch:
         toy.images(pipe, prompts, steps=steps, seed=first, guidance=guidance)
     return watch.rows()
 
@@ -115,7 +115,7 @@ def test_the_edit_is_seen_whichever_was_put_on_first(pipe, method, first):
         assert repeats(rows, after.flatten(0, 2))
     else:
         with (
-            Watch(pipe, toy.HOOKPOINT, SEEDS, patches=None) as watch,
+            BlockWatch(pipe, toy.HOOKPOINT, SEEDS, patches=None) as watch,
             editor.attach(pipe, ["Cats"], **settings),
         ):
             toy.images(pipe)
@@ -128,10 +128,10 @@ def test_the_edit_is_seen_whichever_was_put_on_first(pipe, method, first):
 def test_nothing_is_left_and_nothing_changed(pipe):
     before = toy.images(pipe)
     block = find_module(pipe, toy.HOOKPOINT)
-    with Watch(pipe, toy.HOOKPOINT, SEEDS) as watch:
+    with BlockWatch(pipe, toy.HOOKPOINT, SEEDS) as watch:
         assert block._forward_hooks
         assert repeats(toy.images(pipe), before)
-    with pytest.raises(ZeroDivisionError), Watch(pipe, toy.HOOKPOINT, SEEDS):
+    with pytest.raises(ZeroDivisionError), BlockWatch(pipe, toy.HOOKPOINT, SEEDS):
         raise ZeroDivisionError
     for module in (block, pipe.unet):
         assert not module._forward_hooks and not module._forward_pre_hooks
@@ -142,7 +142,7 @@ def test_nothing_is_left_and_nothing_changed(pipe):
 
 
 def test_a_watch_can_be_entered_again(pipe):
-    watch = Watch(pipe, toy.HOOKPOINT, SEEDS)
+    watch = BlockWatch(pipe, toy.HOOKPOINT, SEEDS)
     for steps in (3, 2):
         with watch:
             toy.images(pipe, steps=steps)
@@ -170,13 +170,13 @@ def test_a_watch_can_be_entered_again(pipe):
 def test_bad_arguments_are_refused(pipe, given, error, text):
     arguments = {"hookpoint": toy.HOOKPOINT, "seeds": SEEDS} | given
     with pytest.raises(error, match=text):
-        with Watch(pipe, **arguments):
+        with BlockWatch(pipe, **arguments):
             toy.images(pipe)
     assert not find_module(pipe, toy.HOOKPOINT)._forward_hooks
 
 
 def test_a_watch_is_of_one_whole_pipeline_call(pipe):
-    with Watch(pipe, toy.HOOKPOINT, SEEDS) as watch:
+    with BlockWatch(pipe, toy.HOOKPOINT, SEEDS) as watch:
         with pytest.raises(ValueError, match="ran at 0 of the 0 timesteps"):
             watch.rows()
         toy.images(pipe)
@@ -191,7 +191,7 @@ def test_steering_moves_canvas_activations_further_than_replacement():
     eraser, steering = canvas.load_eraser("saeuron"), canvas.load_steering("saeuron", strength=-20.0)
 
     def rows():
-        with Watch(pipe, eraser.hookpoint, seeds, patches=None) as watch:
+        with BlockWatch(pipe, eraser.hookpoint, seeds, patches=None) as watch:
             images(pipe, cases, 4, sampling.guidance)
         return watch.rows()
 

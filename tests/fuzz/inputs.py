@@ -15,16 +15,16 @@ from lbdt.activations import Prompt
 from lbdt.activations.prompts import prompt_lines, read_prompts
 from lbdt.activations.shard_layout import FORMAT, Layout
 from lbdt.activations.stored import Stored, read_settings
-from lbdt.attack.attack_folder import Folder
-from lbdt.attack.search import Outcome
+from lbdt.attack.attack_folder import AttackFolder
+from lbdt.attack.search import AttackOutcome
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.activation_histograms import Histograms
 from lbdt.dictionary.score_state import ScoreState
 from lbdt.editors import ConceptEraser, Steering
-from lbdt.evaluation.design import Job
+from lbdt.evaluation.evaluated_world import Verdicts
+from lbdt.evaluation.jobs import Job
 from lbdt.evaluation.metrics.artifacts import FeatureJudge
-from lbdt.evaluation.series import Files, Series
-from lbdt.evaluation.world import Verdicts
+from lbdt.evaluation.series import Series, SeriesFiles
 from lbdt.evaluation.worlds.unlearncanvas import judge_pictures, read_pictures
 from lbdt.evaluation.worlds.vit import load_vit, preprocess
 from lbdt.formats.class_params import load_class_params
@@ -215,9 +215,9 @@ def make_state(folder: Path) -> None:
     state(folder).save("first", 1, {"sums": torch.ones(2, dtype=torch.float64)})
 
 
-def files_of(folder: Path) -> Files:
+def files_of(folder: Path) -> SeriesFiles:
     jobs = tuple(Job(prompt, ("Cats",)) for prompt in PROMPTS[:2])
-    return Files(folder, Series("per", small.kind(), "per", {"padding": 1}, jobs), 2, {"model": "toy"})
+    return SeriesFiles(folder, Series("per", small.kind(), "per", {"padding": 1}, jobs), 2, {"model": "toy"})
 
 
 def make_series(folder: Path) -> None:
@@ -235,7 +235,7 @@ def read_series(folder: Path) -> None:
     files.pictures(0)
 
 
-def outcome() -> Outcome:
+def outcome() -> AttackOutcome:
     texts = {"reference": "Cats", "seen_before": "Dogs", "seen_after": "Cats", "attacked": "x a cat"}
     rest = {
         "timesteps": (1,),
@@ -246,15 +246,15 @@ def outcome() -> Outcome:
         "typable": True,
     }
     prompt = PROMPTS[0]
-    return Outcome(prompt.text, prompt.concept, prompt.style, prompt.seed, **texts, **rest)
+    return AttackOutcome(prompt.text, prompt.concept, prompt.style, prompt.seed, **texts, **rest)
 
 
 def make_attack(folder: Path) -> None:
-    Folder(folder / "run", SETTINGS).save(PROMPTS[0], outcome())
+    AttackFolder(folder / "run", SETTINGS).save(PROMPTS[0], outcome())
 
 
 def read_attack(folder: Path) -> None:
-    found = Folder(folder / "run", SETTINGS).load(PROMPTS[0])
+    found = AttackFolder(folder / "run", SETTINGS).load(PROMPTS[0])
     json_bytes(found.to_dict())
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Unlearning(NamedTuple):
-    """Of one erased concept, in per cent; None where no picture could say."""
+    """The rates of one erased concept, in per cent; None where no picture could say."""
 
     ua: float | None
     ira: float | None

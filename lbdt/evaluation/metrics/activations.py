@@ -1,7 +1,7 @@
 """How far an edit moves a block's activations from the unedited model's (METHOD.md, 8.5; after the
 out-of-distribution figure of arXiv 2606.31699).
 
-Rows are patches of a block's output, as `lbdt.evaluation.watch.Watch` keeps them. Sizes: n, m rows, d dimensions.
+Rows are patches of a block's output, as `lbdt.evaluation.block_watch.BlockWatch` keeps them. Sizes: n, m rows, d dimensions.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Statistics:
 
     @property
     def outside(self) -> float:
-        """Per cent of all values that lie beyond the base's `PERCENTILES` of their dimension. The base has about 0.2."""
+        """The percentage of all values that lie beyond the base's `PERCENTILES` of their dimension. The base has about 0.2."""
         return float(self.outside_by_dimension.mean())
 
     @property
@@ -216,7 +216,7 @@ def log_norms(x: Tensor) -> Tensor:
 
 
 def _checked(name: str, x: Any, width: int | None = None) -> Tensor:
-    """On the CPU, in float32 or float64."""
+    """The rows on the CPU, in float32 or float64."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name}: expected a floating point tensor [rows, d], got {given}")

@@ -33,7 +33,7 @@ class FeatureJudge:
 
     @classmethod
     def fit(cls, features: Tensor) -> FeatureJudge:
-        """From `features` [n, F] of unedited generations.
+        """The judge of `features` [n, F] of unedited generations.
 
         Covariance `(1 - s) C + s mean(diag C) I` with s = 0.01. The threshold is the 99th percentile of
         distances, each to a fit without the picture's quarter (drawn at random, always alike), so that about
@@ -83,7 +83,7 @@ class FeatureJudge:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FeatureJudge:
-        """From a file of `save`; ValueError naming what is wrong with it."""
+        """The judge in a file of `save`; ValueError naming what is wrong with it."""
         from lbdt.runs.files import read_tensors
 
         path = Path(path)

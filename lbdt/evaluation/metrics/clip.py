@@ -16,7 +16,7 @@ _BATCH = 32
 
 
 class ClipScore(NamedTuple):
-    """Of n pictures and their prompts."""
+    """The score of n pictures and their prompts."""
 
     score: float
     """Mean of `scores`."""
@@ -41,7 +41,7 @@ class Clip:
     def from_pretrained(
         cls, path_or_repo: str | os.PathLike[str], device: torch.device | str = "cpu"
     ) -> Clip:
-        """From a folder or Hub repository with safetensors weights, in float32. Pictures are prepared by PIL and numpy,
+        """The model of a folder or Hub repository with safetensors weights, in float32. Pictures are prepared by PIL and numpy,
         whether or not torchvision is there, so that scores do not depend on it.
 
         Raises OSError (transformers'): no such folder or repository, no safetensors weights.

@@ -33,7 +33,7 @@ _NEW_TOKENS = 8
 
 
 class ArtifactRate(NamedTuple):
-    """Of n pictures."""
+    """The rate over n pictures."""
 
     rate: float | None
     """Percent of the answered pictures that show artifacts; None: none was answered."""
@@ -82,7 +82,7 @@ class ArtifactJudge:
         dtype: torch.dtype = torch.bfloat16,
         question: str = QUESTION,
     ) -> ArtifactJudge:
-        """From a folder or Hub repository with safetensors weights. 7B in bfloat16 takes 17 GB. Pictures are prepared
+        """The judge of a folder or Hub repository with safetensors weights. 7B in bfloat16 takes 17 GB. Pictures are prepared
         by PIL and numpy, so torchvision is not needed.
 
         Raises OSError (transformers'): no such folder or repository, no safetensors weights.

@@ -111,7 +111,7 @@ def better(first: float | None, second: float | None, metric: str) -> int | None
 
 
 def text_lines(table: Table) -> list[str]:
-    """For the terminal: columns padded, `*` behind what is marked."""
+    """The table for the terminal: columns padded, `*` behind what is marked."""
     grid = [list(table.head)] + [
         [text + "*" * ((line, column) in table.marked) for column, text in enumerate(row)]
         for line, row in enumerate(table.rows)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lbdt.evaluation.pictures import read_picture
 from lbdt.evaluation.report import cells
-from lbdt.picture import read_picture
 from lbdt.runs.wording import short, slug
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def file_name(kind: str) -> str:
 
 
 def size(rows: int) -> tuple[int, int]:
-    """Of the picture of so many rows."""
+    """The size of the picture of so many rows."""
     across = LABEL + len(COLUMNS) * (_TILE + GAP) + GAP
     return across, CAPTION + rows * (_TILE + GAP) + 2 * GAP
 

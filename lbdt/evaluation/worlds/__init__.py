@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lbdt.evaluation.world import Kind
+from lbdt.evaluation.evaluated_world import EvaluatedKind
 
 if TYPE_CHECKING:
     from lbdt.editors import ConceptEraser, Steering
@@ -24,8 +24,8 @@ def saved_kinds(
     strengths: Mapping[str, Sequence[float]],
     steps: int,
     guidance: float | None,
-) -> dict[str, Kind]:
-    """One `Kind` per eraser: folders or Hub repositories, each read when it is used, and anew for every setting.
+) -> dict[str, EvaluatedKind]:
+    """One `EvaluatedKind` per eraser: folders or Hub repositories, each read when it is used, and anew for every setting.
 
     `steering`: of `Steering.save_pretrained`, or an eraser's with a `steering.json`: without one there is no strength to
     start from, and it is refused when it is used. `strengths`: instead of those of `STRENGTHS`, by kind.
@@ -43,7 +43,7 @@ def saved_kinds(
                 f"expected some of {', '.join(known) or 'none'}"
             )
     return {
-        name: Kind(
+        name: EvaluatedKind(
             name=name,
             steps=steps,
             guidance=guidance,

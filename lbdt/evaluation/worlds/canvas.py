@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lbdt import canvas
 from lbdt.activations.prompts import Prompt
-from lbdt.canvas.artifacts import judge_path
-from lbdt.evaluation.world import Kind, Verdicts, World
+from lbdt.canvas.defaults import NAME, canvas_prompts
+from lbdt.evaluation.evaluated_world import EvaluatedKind, EvaluatedWorld, Verdicts
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "gsae": (-0.5, -1.0, -1.5, -2.0, -3.0),
     "sdxl": (-10.0, -20.0, -30.0, -50.0, -100.0),
 }
-"""Of the steering sweep, weakest first: from nearly no effect to the loss of most pictures."""
+"""The strengths of the steering sweep, weakest first: from nearly no effect to the loss of most pictures."""
 
 
 class CanvasJudge:
@@ -61,7 +61,9 @@ class CanvasJudge:
         return Verdicts(objects, styles, features[self._features])
 
 
-def canvas_world(kinds: Mapping[str, Kind] | None = None, pipeline: Any = None, batch: int = 20) -> World:
+def canvas_world(
+    kinds: Mapping[str, EvaluatedKind] | None = None, pipeline: Any = None, batch: int = 20
+) -> EvaluatedWorld:
     """EmojiCanvas: 20 objects in six styles and in none, its four erasers and their steering.
 
     Args:
@@ -69,11 +71,11 @@ def canvas_world(kinds: Mapping[str, Kind] | None = None, pipeline: Any = None, 
         pipeline: device -> pipeline; None: the embedded one.
         batch: pictures that are generated together.
     """
-    return World(
-        name="EmojiCanvas",
+    return EvaluatedWorld(
+        name=NAME,
         objects=canvas.OBJECTS,
         styles=canvas.STYLES,
-        prompts=canvas_prompts,
+        prompts=seed_prompts,
         pipeline=pipeline or _pipeline,
         judge=lambda device: CanvasJudge(),
         kinds=kinds or {name: _kind(name) for name in canvas.KINDS},
@@ -84,16 +86,14 @@ def canvas_world(kinds: Mapping[str, Kind] | None = None, pipeline: Any = None, 
     )
 
 
-def canvas_prompts(seed: int) -> list[Prompt]:
+def seed_prompts(seed: int) -> list[Prompt]:
     """Every object in every style, and in none; no two prompts of any seeds share a start seed."""
-    from lbdt.commands.pipeline import canvas_prompts as of_seeds
-
-    return of_seeds([seed])
+    return canvas_prompts([seed])
 
 
-def _kind(name: str) -> Kind:
+def _kind(name: str) -> EvaluatedKind:
     sampling = canvas.KINDS[name]
-    return Kind(
+    return EvaluatedKind(
         name,
         sampling.steps,
         sampling.guidance,
@@ -105,6 +105,11 @@ def _kind(name: str) -> Kind:
 
 def _pipeline(device: torch.device) -> Any:
     return canvas.load_pipeline().to(device)
+
+
+def judge_path(sampling: canvas.Sampling) -> Path:
+    """The file of the judge of this sampling."""
+    return canvas.WEIGHTS / "judges" / f"artifacts-{sampling.steps}-{sampling.guidance:g}.safetensors"
 
 
 @lru_cache

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lbdt.activations.prompts import Prompt, read_prompts
-from lbdt.evaluation.world import Verdicts, World
+from lbdt.evaluation.evaluated_world import EvaluatedWorld, Verdicts
 from lbdt.evaluation.worlds import PathOrRepo, saved_kinds
 from lbdt.runs.digests import sha256
 
@@ -50,7 +50,7 @@ class ClipJudge:
         )
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Verdicts:
-        """Of RGB pictures of any size."""
+        """The verdicts on RGB pictures of any size."""
         features = self.clip.pictures(pictures)
         styles = (features @ self._styles.T).argmax(-1) if len(self._styles) else None
         return Verdicts((features @ self._objects.T).argmax(-1), styles, features)
@@ -69,7 +69,7 @@ def prompt_world(
     seeds: Sequence[int] | None = None,
     sweep_seeds: Sequence[int] | None = None,
     batch: int = 4,
-) -> World:
+) -> EvaluatedWorld:
     """The concepts and styles of a prompt file (`lbdt.activations.prompts.read_prompts`), in the order they come in.
 
     An evaluation takes one prompt per concept and style for a seed: of n rows with the same labels, seed s takes number
@@ -105,7 +105,7 @@ def prompt_world(
     starts = [row.seed for row in rows]
     objects = tuple(dict.fromkeys(row.concept for row in rows))
     styles = tuple(dict.fromkeys(row.style for row in rows if row.style is not None))
-    return World(
+    return EvaluatedWorld(
         name=f"prompts of {os.path.basename(os.fspath(prompts))}",
         objects=objects,
         styles=styles,
@@ -140,9 +140,9 @@ def _seeded(groups: Sequence[Sequence[Prompt]], stride: int, seed: int) -> list[
 
 
 def _pipeline(model: PathOrRepo, device: torch.device) -> Any:
-    from lbdt.commands.pipeline import load_pipeline
+    from lbdt.activations.pipelines import load_pipeline
 
-    return load_pipeline(os.fspath(model), device)
+    return load_pipeline(model, device)
 
 
 def _judge(clip: PathOrRepo, objects: Sequence[str], styles: Sequence[str], device: Any) -> ClipJudge:

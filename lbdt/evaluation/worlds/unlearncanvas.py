@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lbdt.activations.prompts import Prompt
-from lbdt.evaluation.world import Verdicts, World
+from lbdt.evaluation.evaluated_world import EvaluatedWorld, Verdicts
 from lbdt.evaluation.worlds import PathOrRepo, saved_kinds
 from lbdt.evaluation.worlds.names import OBJECTS, PHOTO, STYLES, TEMPLATES, THEMES, prompt_text
 
 if TYPE_CHECKING:
     import torch
 
-    from lbdt.evaluation.world import Judge
+    from lbdt.evaluation.evaluated_world import Judge
     from lbdt.evaluation.worlds.vit import ViTJudge
 
 SEEDS = (188, 288, 588, 688, 888)
@@ -56,7 +56,7 @@ def unlearncanvas(
     guidance: float = GUIDANCE,
     size: int | None = SIZE,
     batch: int = 10,
-) -> World:
+) -> EvaluatedWorld:
     """Object unlearning as SAeUron, SAEmnesia and PER evaluate it, or style unlearning: the same with the roles swapped.
 
     Every prompt of a seed starts from that seed, as published. DDIM whatever the base model's scheduler, eta 0.
@@ -96,7 +96,7 @@ def unlearncanvas(
     if object_classifier is not None:
         files = find_classifier(object_classifier, OBJECT_FILE), find_classifier(style_classifier, STYLE_FILE)
         judge = partial(_judge, *files, task)
-    return World(
+    return EvaluatedWorld(
         name=f"UnlearnCanvas ({task} unlearning, {template} prompts)",
         objects=OBJECTS if task == "object" else STYLES,
         styles=THEMES if task == "object" else OBJECTS,
@@ -192,7 +192,7 @@ def judge_pictures(
     import torch
     from tqdm import tqdm
 
-    from lbdt.picture import read_picture
+    from lbdt.evaluation.pictures import read_picture
 
     if not pictures:
         raise ValueError("pictures: expected one or more, got none")
@@ -242,9 +242,9 @@ def _check(argument: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _pipeline(base: PathOrRepo, size: int | None, device: torch.device) -> Any:
-    from lbdt.commands.pipeline import load_pipeline
+    from lbdt.activations.pipelines import load_pipeline
 
-    pipe = load_pipeline(os.fspath(base), device)
+    pipe = load_pipeline(base, device)
     own = pipe.unet.config.sample_size * pipe.vae_scale_factor
     if size is not None and own != size:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lbdt.evaluation.world import Verdicts
+from lbdt.evaluation.evaluated_world import Verdicts
 from lbdt.formats.pth import read_pth
 from lbdt.runs.digests import sha256
 from lbdt.runs.files import check_tensors, open_tensors, read_tensors, require_floats
@@ -88,7 +88,7 @@ class ViTJudge:
         )
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Verdicts:
-        """Of RGB pictures of any size."""
+        """The verdicts on RGB pictures of any size."""
         (things, of_objects), (themes, of_styles) = self.objects(pictures), self.styles(pictures)
         things, themes = things.argmax(-1), themes.argmax(-1)
         if self.swapped is None:

@@ -1,4 +1,4 @@
-"""`lbdt attack`: adversarial prefixes against an eraser, and UA before and after."""
+"""Adversarial prefixes against an eraser, pair by pair, and UA before and after: what `lbdt attack` does."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ import torch
 
 from lbdt.activations.fingerprint import fingerprint
 from lbdt.activations.prompts import Prompt
-from lbdt.attack import PUBLISHED, Folder, Outcome, Search, Settings, summarise
-from lbdt.attack.text import PrefixedText
-from lbdt.commands.concepts import load_eraser, load_steering
-from lbdt.commands.pipeline import CANVAS, canvas_prompts, load_pipeline
+from lbdt.attack import PUBLISHED, AttackFolder, AttackOutcome, AttackSettings, PrefixSearch, summarise
+from lbdt.attack.prefixed_text import PrefixedText
+from lbdt.canvas.defaults import NAME, canvas_prompts, eraser_of, pipeline_of, steering_of
 from lbdt.editors import UnetEditor
 from lbdt.evaluation.worlds.names import prompt_text
 from lbdt.runs.folder import held
 from lbdt.runs.out import check_out_folder
 from lbdt.runs.processes import launched_on
-from lbdt.runs.wording import printable, require_unicode
+from lbdt.runs.wording import require_unicode
 
 _POLL_SECONDS = 0.2
 _STEPS = 20
@@ -33,7 +32,7 @@ _QUICK = {"iterations": 20, "timesteps": 10}
 
 
 @dataclass(frozen=True)
-class Plan:
+class AttackRequest:
     """What is attacked, and how long; None and empty: the defaults."""
 
     model: str | None
@@ -57,17 +56,17 @@ class Plan:
 
     @property
     def method(self) -> str:
-        """As the command line spells it."""
+        """The method's name on the command line."""
         return "steering" if self.steer else "per"
 
     def load(self) -> UnetEditor:
         """The eraser, or the steering of the same folder."""
         if not self.steer:
-            return load_eraser(self.eraser, self.kind)
-        return load_steering(self.eraser, self.kind, self.strength)
+            return eraser_of(self.eraser, self.kind)
+        return steering_of(self.eraser, self.kind, self.strength)
 
-    def settings(self) -> Settings:
-        """Of the search."""
+    def settings(self) -> AttackSettings:
+        """The settings of the search."""
         given = {name: getattr(self, name) for name in _QUICK}
         chosen = (_QUICK if self.quick else {}) | {n: v for n, v in given.items() if v is not None}
         steps, guidance = self.steps, self.guidance
@@ -76,7 +75,7 @@ class Plan:
 
             steps = KINDS[self.kind].steps if steps is None else steps
             guidance = KINDS[self.kind].guidance if guidance is None else guidance
-        return Settings(
+        return AttackSettings(
             tokens=self.tokens,
             check_every=self.check_every,
             search=self.search,
@@ -96,20 +95,20 @@ class Plan:
         styles = styles or STYLES[:: 3 if self.quick else 1]
         unknown = [name for name in styles if name not in STYLES]
         if unknown:
-            raise ValueError(f"--style {unknown[0]}: {CANVAS} has the styles {', '.join(STYLES)}")
+            raise ValueError(f"--style {unknown[0]}: {NAME} has the styles {', '.join(STYLES)}")
         there = {(p.concept, p.style): p for p in canvas_prompts([seed])}
         missing = [name for name in concepts if (name, None) not in there]
         if missing:
             raise ValueError(
-                f"--concept {missing[0]}: {CANVAS} draws no such object; give --model with --eraser"
+                f"--concept {missing[0]}: {NAME} draws no such object; give --model with --eraser"
             )
         return [there[c, s] for c in concepts for s in styles]
 
 
-def run(
-    plan: Plan, *, out: Path | None, threads: int, seed: int, device: str
-) -> tuple[dict[str, Any], list[str]]:
-    """Attacks the pairs that are not in `out` yet; returns the figures for JSON, and the lines of the table.
+def attack_pairs(
+    request: AttackRequest, *, out: Path | None, threads: int, seed: int, device: str
+) -> dict[str, Any]:
+    """Attacks the pairs that are not in `out` yet; returns the figures for JSON.
 
     Started by torchrun or `accelerate launch`, every process attacks its share, and they meet by files in `out`.
     Everything that can be refused is refused before the first picture is generated.
@@ -120,16 +119,16 @@ def run(
         raise ValueError("--out: several processes meet by files; give a folder")
     if out is not None:
         check_out_folder(out)
-    settings = plan.settings()
-    loaded = plan.load()
-    for name in plan.concepts:
+    settings = request.settings()
+    loaded = request.load()
+    for name in request.concepts:
         loaded.select(name)
-    for style in plan.styles:
+    for style in request.styles:
         require_unicode("--style", style)
-    prompts = plan.prompts(loaded.concepts, seed)
-    judge = _canvas_judge if plan.judge is None else _judge(plan.judge)
-    pipe = load_pipeline(plan.model, where)
-    search = Search(pipe, loaded, judge, settings)
+    prompts = request.prompts(loaded.concepts, seed)
+    judge = _canvas_judge if request.judge is None else _judge(request.judge)
+    pipe = pipeline_of(request.model, where)
+    search = PrefixSearch(pipe, loaded, judge, settings)
     for prompt in prompts:
         PrefixedText(pipe, prompt.text, settings.tokens)
     loaded.attach(pipe, [prompts[0].concept], seed=seed).remove()
@@ -138,7 +137,7 @@ def run(
     with contextlib.ExitStack() as stack:
         if out is not None:
             stack.enter_context(held(out, "lbdt attack", shared=world.size > 1))
-            folder = Folder(out, _settings(plan, settings, loaded, pipe, where, threads, seed))
+            folder = AttackFolder(out, _settings(request, settings, loaded, pipe, where, threads, seed))
             found = {p: o for p in prompts if (o := folder.load(p)) is not None}
         resumed = len(found)
         own = [prompt for prompt in prompts[world.rank :: world.size] if prompt not in found]
@@ -152,10 +151,10 @@ def run(
         if world.main and folder is not None:
             _wait(folder, prompts, found, world.size)
     outcomes = [found[prompt] for prompt in prompts if prompt in found]
-    values = {
-        "model": plan.model or CANVAS,
-        "eraser": plan.eraser or f"{CANVAS}, {plan.kind}",
-        "method": plan.method,
+    return {
+        "model": request.model or NAME,
+        "eraser": request.eraser or f"{NAME}, {request.kind}",
+        "method": request.method,
         **loaded.settings,
         "attack": asdict(settings),
         "seed": seed,
@@ -173,11 +172,10 @@ def run(
         "seconds_per_pair": sum(seconds) / len(seconds) if seconds else None,
         "seconds": time.perf_counter() - start,
     }
-    return values, _table(values, outcomes)
 
 
 def _prompt(concept: str, style: str | None, seed: int) -> Prompt:
-    """By the published template, with a start seed that does not depend on which other pairs are attacked."""
+    """The prompt by the published template, with a start seed that does not depend on which other pairs are attacked."""
     number = hashlib.sha256(f"{seed}/{concept}/{style or ''}".encode()).digest()[:6]
     return Prompt(prompt_text(concept, style, "saeuron"), concept, style, int.from_bytes(number))
 
@@ -203,8 +201,8 @@ def _judge(name: str) -> Callable[[Sequence[Any]], Sequence[str]]:
 
 
 def _settings(
-    plan: Plan,
-    settings: Settings,
+    request: AttackRequest,
+    settings: AttackSettings,
     loaded: UnetEditor,
     pipe: Any,
     where: torch.device,
@@ -227,17 +225,19 @@ def _settings(
         "device": where.type,
         "threads": threads if where.type == "cpu" else None,
         "fingerprint": fingerprint(pipe),
-        "method": plan.method,
+        "method": request.method,
         "eraser": loaded.settings,
         "eraser_sha256": loaded.digest(),
-        "judge": plan.judge or CANVAS,
+        "judge": request.judge or NAME,
         "attack": asdict(settings),
         "seed": seed,
     }
 
 
-def _wait(folder: Folder, prompts: Sequence[Prompt], found: dict[Prompt, Outcome], processes: int) -> None:
-    """Until the other processes' pairs are there too."""
+def _wait(
+    folder: AttackFolder, prompts: Sequence[Prompt], found: dict[Prompt, AttackOutcome], processes: int
+) -> None:
+    """Returns when the other processes' pairs are there too."""
     told = False
     while missing := [prompt for prompt in prompts if prompt not in found]:
         found.update({p: o for p in missing if (o := folder.load(p)) is not None})
@@ -269,51 +269,6 @@ def _threads(count: int, where: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _by_concept(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _by_concept(outcomes: Sequence[AttackOutcome]) -> dict[str, Any]:
     names = dict.fromkeys(outcome.concept for outcome in outcomes)
     return {name: summarise(o for o in outcomes if o.concept == name) for name in names}
-
-
-def _table(values: dict[str, Any], outcomes: Sequence[Outcome]) -> list[str]:
-    if not outcomes:
-        return []
-    attack, width = values["attack"], max(8, *(len(printable(name)) for name in values["concepts"]))
-    how = f"{attack['iterations']} iterations at each of {attack['timesteps']} timesteps"
-    if attack["search"] == "random":
-        how = f"as a control up to {-(-attack['timesteps'] // attack['check_every'])} random prefixes"
-    lines = [
-        f"UnlearnDiffAtk on {values['model']}: {values['method']}, {values['eraser']}; {attack['tokens']} tokens, {how}, "
-        f"seed {values['seed']}",
-        "",
-        f"{'concept':{width}}  pairs  UA before  UA after  effectiveness",
-    ]
-    for name, row in [*values["concepts"].items(), ("all", values["summary"])]:
-        lines.append(
-            f"{printable(name):{width}}  {row['pairs']:5d}  {row['before']:9.2f}  {row['after']:8.2f}  {row['effectiveness']:13.2f}"
-        )
-    lines += [
-        "",
-        "UA: percent of pairs in which the judge does not see the erased concept; effectiveness: the loss",
-    ]
-    astray = sum(outcome.reference != outcome.concept for outcome in outcomes)
-    if astray:
-        lines.append(f"the reference picture shows another concept, as judged, in {astray} pairs")
-    broken = [outcome for outcome in outcomes if outcome.erased_before and not outcome.erased_after]
-    if broken:
-        lines += [
-            "",
-            "prompts that bring the concept back (* run by token ids, which this text does not give back)",
-        ]
-    for outcome in broken:
-        lines.append(
-            f"{printable(outcome.concept):{width}}  {outcome.attacked}{'' if outcome.typable else ' *'}"
-        )
-    lines += [
-        "",
-        "published on UnlearnCanvas (another world: 1000 pairs, 512 px): UA before, after, effectiveness",
-    ]
-    lines += [f"{name:15}  {a:.2f}  {b:.2f}  {c:.2f}" for name, a, b, c in PUBLISHED]
-    each = values["seconds_per_pair"]
-    there = f", {values['resumed']} of the pairs there already" if values["resumed"] else ""
-    lines += ["", f"{values['seconds']:.1f} s" + ("" if each is None else f", {each:.1f} s a pair") + there]
-    return lines

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from lbdt.donors import SOURCES
-from lbdt.evaluation.design import Design, Job, erased_together, targets, together
+from lbdt.evaluation.evaluated_world import EvaluatedKind, EvaluatedWorld
+from lbdt.evaluation.jobs import Design, Job, erased_together, targets, together
 from lbdt.evaluation.series import Series
-from lbdt.evaluation.world import Kind, World
 from lbdt.runs.wording import slug
 
 PADDINGS = (0, 1, 2, 3)
@@ -18,31 +18,31 @@ ORDERS = ("at once", "one after another")
 
 
 @dataclass(frozen=True)
-class Plan:
+class SeriesPlan:
     """All pictures of one kind, as series. Rows of the report take their jobs from them."""
 
-    world: World
-    kind: Kind
+    world: EvaluatedWorld
+    kind: EvaluatedKind
     design: Design
     seeds: tuple[int, ...]
     sweep_seeds: tuple[int, ...]
     concepts: tuple[str, ...]
-    """That are erased."""
+    """The concepts that are erased."""
 
     @cached_property
     def per_settings(self) -> dict[str, Any]:
-        """Of the eraser as it comes: those of the main row."""
+        """Settings of the eraser as it comes: those of the main row."""
         eraser = self.kind.per()
         return {name: eraser.settings[name] for name in eraser.SHOWN}
 
     @cached_property
     def hookpoint(self) -> str:
-        """Whose output is watched."""
+        """The block whose output is watched."""
         return self.kind.per().hookpoint
 
     @cached_property
     def strengths(self) -> tuple[float, ...]:
-        """Of the sweep; of more than `design.strengths`, those spread over the whole range."""
+        """The strengths of the sweep; of more than `design.strengths`, those spread over the whole range."""
         whole, count = self.kind.strengths, self.design.strengths
         if self.kind.steering is None or count is None or count >= len(whole):
             return whole if self.kind.steering else ()
@@ -52,17 +52,17 @@ class Plan:
 
     @cached_property
     def scored_jobs(self) -> dict[int, list[Job]]:
-        """Of the main rows, by seed."""
+        """The pictures of the main rows, by seed."""
         return self._targets(self.seeds, self.design.own, self.design.others)
 
     @cached_property
     def sweep_jobs(self) -> dict[int, list[Job]]:
-        """Of the strengths, by seed."""
+        """The pictures of the strengths, by seed."""
         return self._targets(self.sweep_seeds, self.design.sweep_own, self.design.sweep_others)
 
     @cached_property
     def ablation_jobs(self) -> dict[int, list[Job]]:
-        """Of paddings and donors: of the first seed."""
+        """The pictures of paddings and donors: of the first seed."""
         return self._targets(self.seeds[:1], self.design.ablation_own, self.design.ablation_others)
 
     def sweep(self) -> list[Series]:

@@ -30,15 +30,15 @@ class Judge(Protocol):
     """Classifies pictures and describes them by features."""
 
     name: str
-    """Of the classifiers, for the report."""
+    """The classifiers' name, for the report."""
     features_name: str
-    """Of the feature space, for the report: a Frechet distance means nothing without it."""
+    """The feature space's name, for the report: a Frechet distance means nothing without it."""
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Verdicts: ...
 
 
 @dataclass(frozen=True)
-class Kind:
+class EvaluatedKind:
     """One pipeline of the comparison: an SAE's eraser, its steering baseline, and how pictures are sampled."""
 
     name: str
@@ -50,11 +50,11 @@ class Kind:
     steering: Callable[..., Steering] | None = None
     """Makes the baseline, by the keyword `strength`; without it, of the shipped one. None: no baseline."""
     strengths: tuple[float, ...] = ()
-    """Of the steering sweep."""
+    """The strengths of the steering sweep."""
 
 
 @dataclass(frozen=True)
-class World:
+class EvaluatedWorld:
     """Everything that an evaluation needs to know of its subject."""
 
     name: str
@@ -69,11 +69,11 @@ class World:
     """The diffusers pipeline on a device."""
     judge: Callable[[torch.device], Judge] | None
     """None: nothing can be classified, and UA, IRA and CRA are absent."""
-    kinds: Mapping[str, Kind]
+    kinds: Mapping[str, EvaluatedKind]
     seeds: tuple[int, ...]
-    """That are scored, if none are given."""
+    """The seeds that are scored, if none are given."""
     sweep_seeds: tuple[int, ...]
-    """That the steering strength is chosen on; none of `seeds`."""
+    """The seeds that the steering strength is chosen on; none of `seeds`."""
     batch: int = 20
     """Pictures that are generated together."""
     scheduler: Callable[[Any], Any] | None = None

@@ -1,4 +1,4 @@
-"""Fits the artifact judges of EmojiCanvas: ``python -m lbdt.canvas.artifacts --work DIR [--kind sdxl] [--check]``.
+"""Fits the artifact judges of EmojiCanvas: ``python -m lbdt.evaluation.worlds.canvas_judges --work DIR [--kind sdxl] [--check]``.
 
 A judge describes unedited generations of one sampling in the style classifier's features: every object in every
 style, and in none, from seeds 800,000 to 800,011 (1,680 pictures), which nothing else uses. The pictures are made in
@@ -14,15 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lbdt import canvas
-
-from . import KINDS, WEIGHTS, Sampling
+from lbdt.evaluation.worlds.canvas import CanvasJudge, canvas_world, judge_path
 
 SEEDS = range(800_000, 800_012)
-
-
-def judge_path(sampling: Sampling) -> Path:
-    """The file of the judge of this sampling."""
-    return WEIGHTS / "judges" / f"artifacts-{sampling.steps}-{sampling.guidance:g}.safetensors"
 
 
 def known_pictures(pipe: Any, seed: int = 9_000_000) -> dict[str, list]:
@@ -34,11 +28,11 @@ def known_pictures(pipe: Any, seed: int = 9_000_000) -> dict[str, list]:
     import torch
     from PIL import Image
 
-    from . import as_tensor, scenes
+    from lbdt.canvas import scenes
 
     def decoded(pictures: Sequence[Image.Image]) -> np.ndarray:
         with torch.inference_mode():
-            out = pipe.vae.decode(pipe.vae.encode(as_tensor(pictures)).latents).sample
+            out = pipe.vae.decode(pipe.vae.encode(canvas.as_tensor(pictures)).latents).sample
         return ((out.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
     wanted = [(name, style) for name in scenes.OBJECTS for style in scenes.STYLES]
@@ -72,17 +66,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="where the pictures are made, and kept")
-    parser.add_argument("--kind", choices=KINDS, default="saeuron", help="whose sampling")
+    parser.add_argument("--kind", choices=canvas.KINDS, default="saeuron", help="whose sampling")
     parser.add_argument("--check", action="store_true", help="print its verdicts on pictures of known truth")
     args = parser.parse_args()
     import dataclasses
 
     import torch
 
-    from ..evaluation.metrics.artifacts import FeatureJudge
-    from ..evaluation.reference import unedited_features
-    from ..evaluation.worlds.canvas import CanvasJudge, canvas_world
-    from ..runs.processes import joined_on
+    from lbdt.evaluation.metrics.artifacts import FeatureJudge
+    from lbdt.evaluation.unedited import unedited_features
+    from lbdt.runs.processes import joined_on
 
     torch.set_num_threads(1)  # as `lbdt evaluate`, whose pictures it judges
     with joined_on("cpu") as (processes, device):
@@ -94,7 +87,7 @@ def main() -> None:
         features = features_of(CanvasJudge())
         rival = features_of(CanvasJudge("object")) if args.check else None
         if processes.main:
-            path = judge_path(KINDS[args.kind])
+            path = judge_path(canvas.KINDS[args.kind])
             judge = FeatureJudge.fit(features)
             judge.save(path)
             print(f"{len(features)} pictures -> {path}")

@@ -17,15 +17,15 @@ from lbdt.activations.sites import Site
 from lbdt.editors.attachment import check_hookpoint, seed_values
 
 
-class Watch:
-    """While inside, keeps patches of one block's output in one pipeline call: what the later layers see.
+class BlockWatch:
+    """Keeps, while inside, patches of one block's output in one pipeline call: what the later layers see.
 
     Of guidance's halves the conditional one is watched, or the only one. Which patches are kept follows from the
     picture's seed and the timestep alone (`lbdt.ops.patch_uniform`), so edited and unedited runs of a picture are read
     at the same patches, in any batch. An eraser or a steering baseline changes a module's forward, and this is a
     PyTorch forward hook: it sees their edit whichever of them was put on first. After it the block is as it was.
 
-        with eraser.attach(pipe, ["Cats"], seed=seeds), Watch(pipe, eraser.hookpoint, seeds) as watch:
+        with eraser.attach(pipe, ["Cats"], seed=seeds), BlockWatch(pipe, eraser.hookpoint, seeds) as watch:
             pictures = pipe(...)
         rows = watch.rows()
     """
@@ -69,7 +69,7 @@ class Watch:
         self._inside = contextlib.ExitStack()
         self._forget()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> BlockWatch:
         self._forget()
         self._inside.enter_context(capture(self._pipe, [self._site], len(self._seeds), self))
         return self
@@ -94,21 +94,21 @@ class Watch:
         return x.flatten(0, 2).cpu()
 
     def begin(self, timestep: float) -> bool:
-        """Of `lbdt.activations.capture.Receiver`. Of calls at one timestep the first one counts."""
+        """A step of `lbdt.activations.capture.Receiver`; of calls at one timestep the first one counts."""
         if self._schedule is None:
             self._schedule = Schedule.of(self._pipe.scheduler.timesteps.tolist(), timestep)
             self._wanted = choose(self._schedule.values, self._timesteps)
         now = self._schedule.nearest(timestep)
         if self._now is not None and now > self._now:
             raise ValueError(
-                f"watch: timestep {now} came after {self._now}, so a second pipeline call began; make a Watch for each"
+                f"watch: timestep {now} came after {self._now}, so a second pipeline call began; make a BlockWatch for each"
             )
         fresh = now in self._wanted and now not in self._kept
         self._now = now
         return fresh
 
     def take(self, site: Site, x: Tensor, sample: Tensor) -> None:
-        """Of `Receiver`: `x` [P, N, d]."""
+        """A step of `Receiver`: `x` [P, N, d]."""
         if self._now in self._kept:
             raise ValueError(
                 f"hookpoint: {site.hookpoint} ran twice in one call of the denoiser; watch another block"
@@ -123,7 +123,7 @@ class Watch:
         self._kept[self._now] = x.detach().to(torch.float32, copy=True)
 
     def end(self) -> None:
-        """Of `Receiver`."""
+        """The last step of `Receiver`; nothing is left to do."""
 
     def _forget(self) -> None:
         self._schedule: Schedule | None = None

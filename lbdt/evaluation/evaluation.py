@@ -15,13 +15,13 @@ import torch
 from tqdm import tqdm
 
 from lbdt.editors import UnetEditor
-from lbdt.evaluation.columns import Columns, Scorers, columns, figures, scored_clip, scored_vlm
-from lbdt.evaluation.design import Design
+from lbdt.evaluation.evaluated_world import EvaluatedWorld
+from lbdt.evaluation.jobs import Design
 from lbdt.evaluation.metrics.accuracy import average
 from lbdt.evaluation.metrics.artifacts import SMALLEST, FeatureJudge
-from lbdt.evaluation.plan import Plan
-from lbdt.evaluation.series import Files, Series, generate
-from lbdt.evaluation.world import World
+from lbdt.evaluation.series import Series, SeriesFiles, generate
+from lbdt.evaluation.series_plan import SeriesPlan
+from lbdt.evaluation.verdict_columns import Scorers, VerdictColumns, columns, figures, scored_clip, scored_vlm
 from lbdt.runs.processes import Processes
 from lbdt.runs.wording import require_unicode, short, slug
 
@@ -42,7 +42,7 @@ def check_kind_name(name: str) -> None:
 class Evaluation:
     """One evaluation in one folder."""
 
-    world: World
+    world: EvaluatedWorld
     kinds: Sequence[str]
     design: Design
     out: Path
@@ -80,13 +80,13 @@ class Evaluation:
             raise ValueError(f"sweep seeds: expected each once, got {list(self.sweep_seeds)}")
         self._check_prompts()
         self.plans = {
-            name: Plan(
+            name: SeriesPlan(
                 self.world, self.world.kinds[name], self.design, self.seeds, self.sweep_seeds, self.concepts
             )
             for name in self.kinds
         }
         self._check_kinds()
-        self._columns: dict[str, Columns] = {}
+        self._columns: dict[str, VerdictColumns] = {}
         self._digests: dict[tuple[str, str], str] = {}
         self._saved_strengths: dict[str, Any] = {}
         self._judges: dict[Path, FeatureJudge] = {}
@@ -148,21 +148,21 @@ class Evaluation:
                 best = (mean, strength)
         return None if best is None else best[1]
 
-    def columns(self, series: Series) -> Columns:
+    def columns(self, series: Series) -> VerdictColumns:
         """Verdicts on a complete series."""
         key = f"{series.name} {series.kind.name}"
         if key not in self._columns:
             self._columns[key] = columns(self.files(series), self._scorers(series.kind.name))
         return self._columns[key]
 
-    def files(self, series: Series) -> Files:
+    def files(self, series: Series) -> SeriesFiles:
         """The folder of a series."""
         about = self._about
         if series.method != "base":
             about = {**about, "method parts": self._parts(series)}
         if series.method == "steering" and "strength" not in series.settings:
             about = {**about, "strength": self._saved_strength(series.kind.name)}
-        return Files(self.out, series, self.world.batch, about)
+        return SeriesFiles(self.out, series, self.world.batch, about)
 
     def _parts(self, series: Series) -> str:
         kind = series.kind.name
@@ -184,7 +184,7 @@ class Evaluation:
         return replace(self.scorers, artifacts=judge)
 
     def _fitted(self, kind: str) -> FeatureJudge | None:
-        """Of the unedited pictures of the main row; None before they are there, or where they are too few."""
+        """The judge of the main row's unedited pictures; None before they are there, or where they are too few."""
         files = self.files(self.plans[kind].base())
         count = len(files.series.batches(files.size))
         if len(files.series.jobs) < SMALLEST or not all(files.has(index) for index in range(count)):
@@ -223,7 +223,7 @@ class Evaluation:
                 if unknown:
                     raise ValueError(f"kind {name}: its {editor.KIND} does not know {', '.join(unknown)}")
 
-    def _editors(self, plan: Plan) -> list[UnetEditor]:
+    def _editors(self, plan: SeriesPlan) -> list[UnetEditor]:
         """The eraser of a kind, and its baseline where it has one."""
         editors: list[UnetEditor] = [plan.kind.per()]
         if plan.kind.steering is not None:
@@ -267,7 +267,7 @@ class Evaluation:
                 self._judge(each, index)
         self.processes.wait()
 
-    def _judge(self, files: Files, index: int) -> None:
+    def _judge(self, files: SeriesFiles, index: int) -> None:
         # Here, so that the processes share this work too; what is kept is read again for the tables.
         if self.scorers.judge is not None:
             files.judge(index, self.scorers.judge)

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbdt.evaluation.design import Job
+from lbdt.evaluation.evaluated_world import EvaluatedWorld, Judge
+from lbdt.evaluation.jobs import Job
 from lbdt.evaluation.metrics.accuracy import Unlearning, average, global_average, unlearning
 from lbdt.evaluation.metrics.clip import clip_score
 from lbdt.evaluation.metrics.frechet import frechet_distance
 from lbdt.evaluation.metrics.intervals import estimate
 from lbdt.evaluation.metrics.vlm import parse_answer
-from lbdt.evaluation.plan import unedited
-from lbdt.evaluation.series import Files
-from lbdt.evaluation.world import Judge, World
+from lbdt.evaluation.series import SeriesFiles
+from lbdt.evaluation.series_plan import unedited
 
 
 @dataclass(frozen=True)
-class Columns:
+class VerdictColumns:
     """What is known of every picture of a series; None: not measured."""
 
     place: Mapping[Job, int]
@@ -54,8 +54,8 @@ class Scorers:
     """`lbdt.evaluation.metrics.clip.Clip`, or None."""
 
 
-def columns(files: Files, scorers: Scorers) -> Columns:
-    """Of a complete series, from the verdicts in its folder."""
+def columns(files: SeriesFiles, scorers: Scorers) -> VerdictColumns:
+    """The columns of a complete series, from the verdicts in its folder."""
     batches = files.series.batches(files.size)
     verdicts = [files.judge(index, scorers.judge) for index in range(len(batches))] if scorers.judge else None
     objects = styles = features = artifacts = clip = None
@@ -76,10 +76,10 @@ def columns(files: Files, scorers: Scorers) -> Columns:
     ]
     jobs = itertools.chain.from_iterable(batches)
     place = {job: number for number, job in enumerate(jobs)}
-    return Columns(place, objects, styles, features, artifacts, clip, torch.cat(replaced))
+    return VerdictColumns(place, objects, styles, features, artifacts, clip, torch.cat(replaced))
 
 
-def scored_vlm(files: Files, index: int, vlm: Any) -> Tensor:
+def scored_vlm(files: SeriesFiles, index: int, vlm: Any) -> Tensor:
     """A vision language model's answers on batch `index`: 1 artifact, 0 clean, NaN no answer; kept, so asked
     once."""
 
@@ -91,7 +91,7 @@ def scored_vlm(files: Files, index: int, vlm: Any) -> Tensor:
     return torch.where(got < 0, torch.nan, got)
 
 
-def scored_clip(files: Files, index: int, clip: Any) -> Tensor:
+def scored_clip(files: SeriesFiles, index: int, clip: Any) -> Tensor:
     """CLIP scores of batch `index`; kept."""
 
     def scores() -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ class Figures:
 
     by_seed: list[dict[str, float | None]]
     concepts: dict[str, dict[str, float | None]]
-    """Over all seeds together."""
+    """The rates over all seeds together."""
     styles: dict[str, float | None]
     """AR by the style of the prompt, "none" without one; over all seeds together."""
     pictures: int
@@ -124,7 +124,11 @@ class Figures:
 
 
 def figures(
-    world: World, jobs: Mapping[int, Sequence[Job]], got: Columns, base: Columns | None, edited: bool
+    world: EvaluatedWorld,
+    jobs: Mapping[int, Sequence[Job]],
+    got: VerdictColumns,
+    base: VerdictColumns | None,
+    edited: bool,
 ) -> Figures:
     """The metrics of `jobs` (by seed) on a series' columns.
 
@@ -158,7 +162,7 @@ def figures(
 
 
 def _one(
-    world: World, jobs: Sequence[Job], got: Columns, base: Columns | None, edited: bool
+    world: EvaluatedWorld, jobs: Sequence[Job], got: VerdictColumns, base: VerdictColumns | None, edited: bool
 ) -> dict[str, float | None]:
     scores = list(_unlearning(world, jobs, got, edited).values())
     ua, ira, cra = (average([score[n] for score in scores]) for n in range(3))
@@ -184,7 +188,9 @@ def _one(
     }
 
 
-def _unlearning(world: World, jobs: Sequence[Job], got: Columns, edited: bool) -> dict[int, Unlearning]:
+def _unlearning(
+    world: EvaluatedWorld, jobs: Sequence[Job], got: VerdictColumns, edited: bool
+) -> dict[int, Unlearning]:
     if got.objects is None:
         return {world.objects.index(name): Unlearning(None, None, None, 0) for name in _targets(jobs)}
     rows = _rows(jobs, got, edited)
@@ -194,7 +200,7 @@ def _unlearning(world: World, jobs: Sequence[Job], got: Columns, edited: bool) -
     return unlearning(erased, objects, styles, got.objects[rows], seen, len(world.objects))
 
 
-def labels(world: World, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
+def labels(world: EvaluatedWorld, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
     """Objects and styles of the prompts, int64 [n]; -1: none."""
     index = [{name: i for i, name in enumerate(names)} for names in (world.objects, world.styles)]
     return (
@@ -207,7 +213,7 @@ def _targets(jobs: Sequence[Job]) -> list[str]:
     return list(dict.fromkeys(job.erased[0] for job in jobs))
 
 
-def _artifacts(jobs: Sequence[Job], got: Columns, edited: bool) -> float | None:
+def _artifacts(jobs: Sequence[Job], got: VerdictColumns, edited: bool) -> float | None:
     if got.artifacts is None or not jobs:
         return None
     said = got.artifacts[_rows(jobs, got, edited)]
@@ -215,7 +221,7 @@ def _artifacts(jobs: Sequence[Job], got: Columns, edited: bool) -> float | None:
     return 100 * float(said.mean()) if len(said) else None
 
 
-def _rows(jobs: Sequence[Job], got: Columns, edited: bool) -> Tensor:
+def _rows(jobs: Sequence[Job], got: VerdictColumns, edited: bool) -> Tensor:
     return got.rows([_key(job, edited) for job in jobs])
 
 

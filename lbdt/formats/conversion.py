@@ -1,4 +1,4 @@
-"""`lbdt convert`: other projects' files as lbdt's, or an SAE as sdxl-unbox's."""
+"""Other projects' files as lbdt's, or an SAE as sdxl-unbox's: what `lbdt convert` does."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ _DICTIONARY = (INFO_FILE, TENSORS_FILE)
 _SAE = (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE)
 _UNBOX = (unbox.CONFIG_FILE, unbox.WEIGHTS_FILE)
 
-Result = tuple[dict[str, Any], list[str]]
 
-
-def run(
+def convert(
     source: str,
     *,
     out: Path,
@@ -38,8 +36,8 @@ def run(
     encoder_only: bool,
     dtype: str,
     force: bool,
-) -> Result:
-    """Writes `out`; returns what was read, assumed, checked and written, for JSON and as a table.
+) -> dict[str, Any]:
+    """Writes `out`; returns what was read, assumed, checked and written, for JSON.
 
     Everything that can be refused is refused before anything is written.
 
@@ -104,7 +102,7 @@ def _sae(
     encoder_only: bool,
     dtype: torch.dtype,
     force: bool,
-) -> Result:
+) -> dict[str, Any]:
     names = _UNBOX if target == "sdxl-unbox" else _SAE
     _check_out(out, names, force)
     read = checkpoint.read(source, hookpoint, source_format, update)
@@ -132,7 +130,7 @@ _SETTINGS = ("d_in", "num_latents", "k", "activation", "update")
 
 
 def _sae_checks(sae: SparseAutoencoder) -> dict[str, Any]:
-    """Of the weights alone; how well they explain activations cannot be known without some (`lbdt score`)."""
+    """What the weights alone tell; how well they explain activations cannot be known without some (`lbdt score`)."""
     checks: dict[str, Any] = {"encoder_rows_zero": _zero_rows(sae.encoder.weight)}
     if sae.W_dec is not None:
         norms = sae.W_dec.norm(dim=1)
@@ -155,7 +153,7 @@ def _latents(
     concepts: str | None,
     dtype: torch.dtype,
     force: bool,
-) -> Result:
+) -> dict[str, Any]:
     path, params_path = _pickle(source, hookpoint)
     names = _DICTIONARY if params_path is None else (*_DICTIONARY, class_params.JSON_FILE)
     _check_out(out, names, force)
@@ -212,7 +210,7 @@ def _timesteps(given: str | None) -> str | list[int]:
         ) from error
 
 
-def _class_params(source: str, out: Path, force: bool) -> Result:
+def _class_params(source: str, out: Path, force: bool) -> dict[str, Any]:
     names = (class_params.JSON_FILE,)
     _check_out(out, names, force)
     path = Path(source)
@@ -261,8 +259,8 @@ def _result(
     settings: dict[str, Any],
     notes: Sequence[str],
     checks: dict[str, Any],
-) -> Result:
-    values = {
+) -> dict[str, Any]:
+    return {
         "source": str(source),
         "from": source_format,
         "to": target,
@@ -273,27 +271,3 @@ def _result(
         "assumptions": list(notes),
         "checks": checks,
     }
-    lines = [f"{'read':12}{source} ({source_format})"]
-    lines += [f"{'tensor':12}{name} {shape}" for name, shape in tensors.items()]
-    lines += [f"{'setting':12}{name} {_shown(value)}" for name, value in settings.items()]
-    lines += [f"{'assumed':12}{note}" for note in notes]
-    lines += [f"{'check':12}{name.replace('_', ' ')} {_shown(value)}" for name, value in checks.items()]
-    if tensors:
-        lines.append(f"{'check':12}what was written reads back equal")
-    lines.append(f"{'written':12}{out}: {', '.join(names)}")
-    return values, lines
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
-    if isinstance(value, list):
-        shown = [_shown(inner) for inner in value]
-        return (
-            ", ".join(shown)
-            if len(shown) <= 8
-            else f"{', '.join(shown[:3])}, ..., {shown[-1]} ({len(shown)})"
-        )
-    return str(value)

@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lbdt.evaluation.columns import Scorers
-from lbdt.evaluation.design import Design, Job
-from lbdt.evaluation.run import Evaluation
+from lbdt.evaluation.evaluated_world import EvaluatedWorld, Judge
+from lbdt.evaluation.evaluation import Evaluation
+from lbdt.evaluation.jobs import Design, Job
 from lbdt.evaluation.series import Series
-from lbdt.evaluation.world import Judge, World
+from lbdt.evaluation.verdict_columns import Scorers
 from lbdt.runs.processes import Processes
 
 
 def unedited_features(
-    world: World,
+    world: EvaluatedWorld,
     kind: str,
     seeds: Sequence[int],
     out: Path,

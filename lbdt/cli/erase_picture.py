@@ -7,38 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lbdt.evaluation.pictures import HOT, darkened, tinted
 from lbdt.runs.files import write_file
 from lbdt.runs.out import check_out
-from lbdt.runs.reading import open_regular, reason
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor
 
     from lbdt.editors.report import StepMask
 
 GAP = 12
 CAPTION = 26
 _SMALLEST, _LARGEST = 256, 768
-_GROUND, _INK, _FAINT = (250, 250, 248), (32, 33, 36), (110, 112, 116)
-_HOT, _WARM = (214, 51, 32), (242, 172, 66)
+_GROUND, _INK = (250, 250, 248), (32, 33, 36)
+_WARM = (242, 172, 66)
 _TILES = 2
-_MOST_PIXELS = 1 << 26
-
-
-def read_picture(path: Path, advice: str = "get it again") -> Image.Image:
-    """The RGB picture in a PNG or JPEG file of at most 2^26 pixels; ValueError naming the file for anything else."""
-    from PIL import Image
-
-    try:
-        # Other formats' readers start programs, or are seldom looked at.
-        with open_regular(path) as file, Image.open(file, formats=("PNG", "JPEG")) as picture:
-            if picture.width * picture.height > _MOST_PIXELS:
-                raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
-            return picture.convert("RGB")
-    except Exception as error:  # Pillow raises nearly every kind, by the damage
-        why = reason(error).removeprefix(f"{path}: ")
-        raise ValueError(f"{path}: not a readable picture ({why}); {advice}") from error
 
 
 def panel_size(width: int, height: int) -> tuple[int, int]:
@@ -105,7 +88,7 @@ def _masks_panel(image: Image.Image, masks: Sequence[StepMask], size: tuple[int,
 
     panel = Image.new("RGB", size, _GROUND)
     tile = ((size[0] - GAP // 2) // _TILES, (size[1] - GAP // 2) // _TILES)
-    ground = _darkened(_scaled(image, tile))
+    ground = darkened(_scaled(image, tile))
     chosen = sorted({round(place * (len(masks) - 1)) for place in (0.15, 0.5, 0.85)}) if masks else []
     tiles = [_mean_tile(ground, masks)]
     tiles += [
@@ -118,38 +101,18 @@ def _masks_panel(image: Image.Image, masks: Sequence[StepMask], size: tuple[int,
     return panel
 
 
-def rate_tile(image: Image.Image, rate: Tensor) -> Image.Image:
-    """The darkened image, redder where patches were replaced at more steps: `rate` [H, W] in [0, 1]."""
-    return _tinted(_darkened(image), rate, _HOT)
-
-
-def _darkened(image: Image.Image) -> Image.Image:
-    return image.convert("L").point(lambda v: 60 + v // 3).convert("RGB")
-
-
 def _mean_tile(ground: Image.Image, masks: Sequence[StepMask]) -> Image.Image:
     if not masks:
         return _labelled(ground.copy(), "no step")
     import torch
 
     rate = torch.stack([mask.replaced[0].float() for mask in masks]).mean(0)
-    return _labelled(_tinted(ground, rate, _HOT), f"all {len(masks)} steps")
+    return _labelled(tinted(ground, rate, HOT), f"all {len(masks)} steps")
 
 
 def _step_tile(ground: Image.Image, mask: StepMask, label: str) -> Image.Image:
-    padded = _tinted(ground, (mask.replaced[0] & ~mask.detected[0]).float(), _WARM)
-    return _labelled(_tinted(padded, mask.detected[0].float(), _HOT), label)
-
-
-def _tinted(ground: Image.Image, rate: Tensor, colour: tuple[int, int, int]) -> Image.Image:
-    """`ground` under `colour`, as strong as `rate` [H, W] in [0, 1], one cell a patch."""
-    from PIL import Image
-
-    height, width = rate.shape
-    alpha = Image.new("L", (width, height))
-    alpha.putdata([int(200 * value) for value in rate.flatten().tolist()])
-    alpha = alpha.resize(ground.size, Image.Resampling.NEAREST)
-    return Image.composite(Image.new("RGB", ground.size, colour), ground, alpha)
+    padded = tinted(ground, (mask.replaced[0] & ~mask.detected[0]).float(), _WARM)
+    return _labelled(tinted(padded, mask.detected[0].float(), HOT), label)
 
 
 def _labelled(tile: Image.Image, text: str) -> Image.Image:

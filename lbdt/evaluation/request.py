@@ -1,36 +1,32 @@
-"""`lbdt evaluate`: does it erase, what else does it break, at what cost."""
+"""An evaluation as a command asks for it: its subject, its settings, and the processes that share the work."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import os
-import shlex
 import socket
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lbdt.evaluation.columns import Scorers
-from lbdt.evaluation.design import Design
-from lbdt.evaluation.plan import unedited
-from lbdt.evaluation.report import table
+from lbdt.evaluation.evaluated_world import EvaluatedWorld
+from lbdt.evaluation.evaluation import Evaluation
+from lbdt.evaluation.jobs import Design
 from lbdt.evaluation.report.write import read_values, write
-from lbdt.evaluation.run import Evaluation
+from lbdt.evaluation.series_plan import unedited
 from lbdt.evaluation.values import kind_values, measured_cost
-from lbdt.evaluation.world import World
+from lbdt.evaluation.verdict_columns import Scorers
 from lbdt.runs.folder import held
 from lbdt.runs.out import check_out_folder
 from lbdt.runs.processes import end_with, joined_on, launched
-from lbdt.runs.wording import printable
 
 _MOST = 8
 SAMPLED = Design(others=6)
-"""On EmojiCanvas: an hour on two cores instead of a day."""
+"""The design on EmojiCanvas: an hour on two cores instead of a day."""
 QUICK = Design(
     own=2,
     others=1,
@@ -46,7 +42,7 @@ QUICK = Design(
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationSubject:
     """What is evaluated, as the command line says it."""
 
     world: str
@@ -65,7 +61,7 @@ class Subject:
     task: str = "object"
     template: str = "saeuron"
 
-    def load(self) -> World:
+    def load(self) -> EvaluatedWorld:
         """The world; ValueError for what does not fit together."""
         erasers, steering, strengths = self.erasers or {}, self.steering or {}, self.strengths or {}
         self._check_use()
@@ -115,11 +111,11 @@ class Subject:
                 f"with them, got --world {self.world}"
             )
 
-    def _canvas(self, given: Mapping[str, Any]) -> World:
+    def _canvas(self, given: Mapping[str, Any]) -> EvaluatedWorld:
         from functools import partial
 
+        from lbdt.activations.pipelines import load_pipeline
         from lbdt.canvas import KINDS
-        from lbdt.commands.pipeline import load_pipeline
         from lbdt.evaluation.worlds import saved_kinds
         from lbdt.evaluation.worlds.canvas import canvas_world
 
@@ -144,10 +140,10 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationRequest:
     """How it is evaluated."""
 
-    subject: Subject
+    subject: EvaluationSubject
     kinds: tuple[str, ...]
     """None given: all."""
     concepts: tuple[str, ...]
@@ -174,34 +170,30 @@ class Settings:
         return replace(design, **changed)
 
 
-def run(settings: Settings, *, processes: int | None, command: str) -> tuple[dict[str, Any], list[str]]:
-    """Generates what is missing in `settings.out` and writes the report there; returns the figures for JSON,
-    and the lines of the table.
+def evaluate(request: EvaluationRequest, *, processes: int | None, command: str) -> dict[str, Any]:
+    """Generates what is missing in `request.out` and writes the report there; returns the figures for JSON.
 
     `processes`: how many share the work here, None: one a core (at most 8) or CUDA device. Started by
     torchrun or `accelerate launch`, the processes are those. The figures do not depend on it.
     """
-    _check_packages(settings)
-    check_out_folder(settings.out)
+    _check_packages(request)
+    check_out_folder(request.out)
     if launched().size > 1:
-        values = _work(settings, command)
-        return values, _lines(values, settings.out) if values else []
-    count = _processes(settings.device) if processes is None else processes
-    _check_devices(count, settings.device)
+        return _work(request, command)
+    count = _processes(request.device) if processes is None else processes
+    _check_devices(count, request.device)
     if count == 1:
-        values = _work(settings, command)
-    else:
-        _spawn(count, settings, command)
-        values = read_values(settings.out)
-    return values, _lines(values, settings.out)
+        return _work(request, command)
+    _spawn(count, request, command)
+    return read_values(request.out)
 
 
-def _check_packages(settings: Settings) -> None:
+def _check_packages(request: EvaluationRequest) -> None:
     """ImportError before an hour of pictures, not after it."""
     missing = [name for name in ("torchmetrics", "scipy") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"lbdt evaluate needs {' and '.join(missing)}: pip install lbdt[evaluate]")
-    if settings.nudity is not None and importlib.util.find_spec("nudenet") is None:
+    if request.nudity is not None and importlib.util.find_spec("nudenet") is None:
         raise ImportError("--nudity needs nudenet: pip install lbdt[nudity]")
 
 
@@ -220,7 +212,7 @@ def _processes(device: str) -> int:
     return 1 if device not in ("auto", "cpu") else min(len(os.sched_getaffinity(0)), _MOST)
 
 
-def _spawn(count: int, settings: Settings, command: str) -> None:
+def _spawn(count: int, request: EvaluationRequest, command: str) -> None:
     from torch import multiprocessing
 
     with socket.socket() as free:
@@ -229,7 +221,7 @@ def _spawn(count: int, settings: Settings, command: str) -> None:
     try:
         multiprocessing.start_processes(
             _child,
-            (os.getpid(), count, port, settings, command),
+            (os.getpid(), count, port, request, command),
             nprocs=count,
             # Or an interrupted parent would wait for the others at its end.
             daemon=True,
@@ -245,7 +237,7 @@ def _spawn(count: int, settings: Settings, command: str) -> None:
         ) from error
 
 
-def _child(rank: int, parent: int, count: int, port: int, settings: Settings, command: str) -> None:
+def _child(rank: int, parent: int, count: int, port: int, request: EvaluationRequest, command: str) -> None:
     end_with(parent)
     os.environ |= {
         "RANK": str(rank),
@@ -255,64 +247,64 @@ def _child(rank: int, parent: int, count: int, port: int, settings: Settings, co
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    _work(settings, command)
+    _work(request, command)
 
 
-def _work(settings: Settings, command: str) -> dict[str, Any]:
+def _work(request: EvaluationRequest, command: str) -> dict[str, Any]:
     """This process's share; the first process puts the report together. Other processes return nothing."""
     from lbdt.bench import hardware
 
     with contextlib.ExitStack() as stack:
-        processes, device = stack.enter_context(joined_on(settings.device))
+        processes, device = stack.enter_context(joined_on(request.device))
         if processes.main:
-            stack.enter_context(held(settings.out, "lbdt evaluate"))
+            stack.enter_context(held(request.out, "lbdt evaluate"))
         if device.type == "cpu":
             # A picture's last bits depend on the number of threads.
-            torch.set_num_threads(settings.threads)
-        world = settings.subject.load()
+            torch.set_num_threads(request.threads)
+        world = request.subject.load()
         evaluation = Evaluation(
             world=world,
-            kinds=settings.kinds or tuple(world.kinds),
-            design=settings.design(),
-            out=settings.out,
+            kinds=request.kinds or tuple(world.kinds),
+            design=request.design(),
+            out=request.out,
             device=device,
-            seeds=settings.seeds or (world.seeds[:1] if settings.quick else world.seeds),
-            sweep_seeds=settings.sweep_seeds or world.sweep_seeds,
-            concepts=settings.concepts or world.objects,
+            seeds=request.seeds or (world.seeds[:1] if request.quick else world.seeds),
+            sweep_seeds=request.sweep_seeds or world.sweep_seeds,
+            concepts=request.concepts or world.objects,
             processes=processes,
         )
-        evaluation.scorers = _scorers(settings, world, device)
+        evaluation.scorers = _scorers(request, world, device)
         strengths = evaluation.run()
         if not processes.main:
             return {}
         values = {
             "about": {
                 **evaluation.about(),
-                "quick": settings.quick,
+                "quick": request.quick,
                 "command": command,
                 **hardware.describe(device),
-                "threads": settings.threads,
+                "threads": request.threads,
                 "processes": processes.size,
             },
             "kinds": {kind: kind_values(evaluation, kind, strengths[kind]) for kind in evaluation.kinds},
             "cost": {kind: measured_cost(evaluation, kind, strengths[kind]) for kind in evaluation.kinds},
         }
-        if settings.nudity is not None:
-            values["nudity"] = _nudity(evaluation, strengths, settings.nudity)
-        write(values, settings.out)
+        if request.nudity is not None:
+            values["nudity"] = _nudity(evaluation, strengths, request.nudity)
+        write(values, request.out)
         return values
 
 
-def _scorers(settings: Settings, world: World, device: torch.device) -> Scorers:
+def _scorers(request: EvaluationRequest, world: EvaluatedWorld, device: torch.device) -> Scorers:
     clip = vlm = None
-    if settings.subject.clip is not None:
+    if request.subject.clip is not None:
         from lbdt.evaluation.metrics.clip import Clip
 
-        clip = Clip.from_pretrained(settings.subject.clip, device)
-    if settings.vlm is not None:
+        clip = Clip.from_pretrained(request.subject.clip, device)
+    if request.vlm is not None:
         from lbdt.evaluation.metrics.vlm import ArtifactJudge
 
-        vlm = ArtifactJudge.from_pretrained(settings.vlm, device)
+        vlm = ArtifactJudge.from_pretrained(request.vlm, device)
     return Scorers(judge=world.judge(device) if world.judge else None, vlm=vlm, clip=clip)
 
 
@@ -342,26 +334,3 @@ def _nudity(evaluation: Evaluation, strengths: Mapping[str, float | None], prese
                 "rule": found.describe(),
             }
     return counts
-
-
-def _lines(values: Mapping[str, Any], out: Path) -> list[str]:
-    lines = list(table.lines(values))
-    for kind, found in values["kinds"].items():
-        lines += [
-            f"artifacts, {kind}, {row['method']}: no answer on {row['unanswered']} of {row['pictures']} pictures"
-            for row in found["rows"]
-            if row.get("unanswered")
-        ]
-    for kind, methods in (values.get("nudity") or {}).items():
-        lines += [f"nudity, {kind}, {method}: {found['rule']}" for method, found in methods.items()]
-    return [
-        *lines,
-        "",
-        f"report      {out / 'report.html'}",
-        f"figures     {out / 'table.csv'}, {out / 'values.json'}",
-    ]
-
-
-def command_line(arguments: Sequence[str] | None = None) -> str:
-    """The command as it was typed; what cannot be printed of it is escaped."""
-    return printable(shlex.join(["lbdt", *(sys.argv[1:] if arguments is None else arguments)]))

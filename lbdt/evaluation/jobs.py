@@ -1,4 +1,4 @@
-"""Which pictures an evaluation generates."""
+"""The pictures that an evaluation generates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lbdt.activations.prompts import Prompt
-from lbdt.evaluation.world import World
+from lbdt.evaluation.evaluated_world import EvaluatedWorld
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Design:
     sweep_own: int = 2
     sweep_others: int = 1
     strengths: int | None = None
-    """Of the steering sweep, spread over the kind's."""
+    """Strengths of the steering sweep, spread over the kind's."""
     ablation_own: int = 2
     ablation_others: int = 2
-    """For paddings and donors, on the first seed."""
+    """Prompts for paddings and donors, on the first seed."""
     counts: tuple[int, ...] = (1, 3, 9)
     """Concepts erased together."""
     per_object: int = 2
@@ -59,7 +59,7 @@ class Design:
 
 
 def targets(
-    world: World, seed: int, place: int, own: int | None, others: int | None, concepts: Sequence[str]
+    world: EvaluatedWorld, seed: int, place: int, own: int | None, others: int | None, concepts: Sequence[str]
 ) -> list[Job]:
     """The pictures of one seed, the `place`-th of its list: for every one of `concepts`, `own` of its own
     prompts and `others` of other objects' (None: all, or fewer where the world has no more). Samples rotate
@@ -115,7 +115,7 @@ def _sample(
     return list(chosen)
 
 
-def together(world: World, seed: int, erased: tuple[str, ...], per_object: int) -> list[Job]:
+def together(world: EvaluatedWorld, seed: int, erased: tuple[str, ...], per_object: int) -> list[Job]:
     """Pictures of every object in `per_object` styles (without one if it has none), with all of `erased`
     erased."""
     grid = _grid(world, seed)
@@ -135,7 +135,7 @@ def erased_together(concepts: Sequence[str], count: int) -> tuple[str, ...]:
     return tuple(order[:count])
 
 
-def _grid(world: World, seed: int) -> dict[tuple[str | None, str | None], Prompt]:
+def _grid(world: EvaluatedWorld, seed: int) -> dict[tuple[str | None, str | None], Prompt]:
     return {(prompt.concept, prompt.style): prompt for prompt in world.prompts(seed)}
 
 

@@ -1,0 +1,68 @@
+"""What a command works on where nothing is named: EmojiCanvas's pipeline, erasers and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lbdt import canvas
+from lbdt.activations.prompts import LabelledPrompts, Prompt
+from lbdt.canvas.generate import grid
+from lbdt.canvas.scenes import OBJECTS, STYLES
+
+if TYPE_CHECKING:
+    import torch
+
+    from lbdt.editors import ConceptEraser, Steering
+
+NAME = "EmojiCanvas"
+
+
+def pipeline_of(model: str | None, device: torch.device) -> Any:
+    """The diffusers pipeline of a folder or Hub repository, or EmojiCanvas's, on `device`."""
+    if model is None:
+        return canvas.load_pipeline().to(device)
+    from lbdt.activations.pipelines import load_pipeline
+
+    return load_pipeline(model, device)
+
+
+def eraser_of(path_or_repo: str | None, kind: str = "saeuron") -> ConceptEraser:
+    """The eraser of a folder or repository, or EmojiCanvas's of a kind; ValueError or OSError where there is none."""
+    if path_or_repo is None:
+        return canvas.load_eraser(kind)
+    from lbdt.editors import ConceptEraser
+
+    return ConceptEraser.from_pretrained(path_or_repo)
+
+
+def steering_of(path_or_repo: str | None, kind: str = "saeuron", strength: float | None = None) -> Steering:
+    """The steering baseline of the same folder, or EmojiCanvas's of a kind; `strength` None: the one it was saved with.
+
+    Raises:
+        ValueError, OSError: none there, or a bad strength.
+    """
+    settings = {} if strength is None else {"strength": strength}
+    if path_or_repo is None:
+        return canvas.load_steering(kind, **settings)
+    from lbdt.editors import Steering
+
+    return Steering.from_pretrained(path_or_repo, **settings)
+
+
+def canvas_prompts(seeds: Sequence[int]) -> list[Prompt]:
+    """Every object of EmojiCanvas in every style, and in none, for every seed."""
+    return [
+        Prompt(
+            case.prompt,
+            OBJECTS[case.concept],
+            None if case.style is None else STYLES[case.style],
+            case.seed,
+        )
+        for case in grid(seeds, plain=True)
+    ]
+
+
+def labelled_canvas_prompts(seeds: Sequence[int]) -> LabelledPrompts:
+    """The same with the names of all objects and styles."""
+    return LabelledPrompts(canvas_prompts(seeds), tuple(OBJECTS), tuple(STYLES))
