@@ -229,6 +229,15 @@ def row(command: Command, work: Path, moments: int) -> None:
     write_file(work / "row.json", json_bytes(cells))
 
 
+IMPORTED = (
+    *("activations.batches", "activations.collecting", "activations.generated", "activations.pipelines"),
+    *("activations.stored", "attack.pairs", "bench.runner", "canvas.defaults", "cli.erase_picture"),
+    *("dictionary.selectivity", "editors", "evaluation.request", "formats.conversion"),
+    *("training.assignment", "training.heldout", "training.recipe_training"),
+)
+"""Modules of lbdt that the commands import when they run; these import the rest."""
+
+
 def _import() -> None:
     """Everything that the commands would import, once for all that are forked; nothing is computed."""
     import diffusers
@@ -241,8 +250,8 @@ def _import() -> None:
     ):
         for name in names:
             getattr(package, name)
-    for name in COMMANDS:
-        importlib.import_module(f"lbdt.commands.{name}")
+    for name in IMPORTED:
+        importlib.import_module(f"lbdt.{name}")
     torch.set_num_threads(1)
 
 
