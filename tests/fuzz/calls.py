@@ -50,10 +50,12 @@ def laid_out(random, t):
     return t
 
 
-def spoiled(random, arguments, spare=()):
+def spoiled(random, arguments):
     """`arguments` with one of them changed, mostly for the worse."""
-    name = random.choice([n for n, v in arguments.items() if v is not None and n not in spare])
+    name = random.choice([n for n, v in arguments.items() if v is not None])
     value = arguments[name]
+    if isinstance(value, list) or (isinstance(value, torch.Tensor) and (value.is_meta or value.is_sparse)):
+        return arguments  # spoiled before
     if isinstance(value, str):
         return {**arguments, name: random.choice(("", "far", "mean ", "random"))}
     if isinstance(value, int):
@@ -71,7 +73,9 @@ def spoiled(random, arguments, spare=()):
             lambda t: t.to("meta"),
             lambda t: t.to_sparse(),
             lambda t: t.unsqueeze(-1).expand(*t.shape, 2),
-            lambda t: (t.long() + random.choice(NUMBERS[:-1])).to(t.dtype),
+            lambda t: (
+                t.clone() if t.is_floating_point() else (t.long() + random.choice(NUMBERS[:-1])).to(t.dtype)
+            ),
             lambda t: t.detach().clone().requires_grad_() if t.is_floating_point() else t.clone(),
             lambda t: t.tolist(),
             lambda t: None,
