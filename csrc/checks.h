@@ -143,6 +143,11 @@ inline void check_replace_patches(
     bool in_place) {
   using torch::headeronly::ScalarType;
   const Span map = check_feature_map(x, false);
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+          dtype == ScalarType::BFloat16,
+      "x: expected float32, float64, float16 or bfloat16, got ", torch::headeronly::toString(dtype));
   const int64_t batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3), count = patches(x);
   STD_TORCH_CHECK(batch < kMostChannels, "x: expected fewer than 2^31 images, got ", batch);
   STD_TORCH_CHECK(

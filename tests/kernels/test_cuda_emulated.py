@@ -183,11 +183,12 @@ def test_replace_patches_bank_in_x(library):
 
 def test_bad_arguments_are_refused(library):
     given, replaced = replace._cpp_arguments(*inputs(bank=3).values()), torch.zeros(2, 64, dtype=torch.bool)
-    bad = {1: given[1][:, :9], 2: given[2].double(), 3: given[3].half(), 4: -1, 5: 3}
+    bad = {0: given[0].int(), 1: given[1][:, :9], 2: given[2].double(), 3: given[3].half(), 4: -1, 5: 3}
     for place, value in bad.items():
         with pytest.raises(RuntimeError, match="expected"):
             changed = (*given[:place], value, *given[place + 1 :])
             torch.ops.lbdt_emulated.replace_patches_cpp_(*changed, replaced)
+        assert not replaced.any()
     one = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="halves: expected"):
         torch.ops.lbdt_emulated.patch_uniform_cpp(one, one, one[:1], torch.zeros(2, 3))

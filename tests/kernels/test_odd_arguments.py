@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lbdt import ops
+from lbdt import _build, ops
 from tests import backends
 from tests.backends import on_device
 from tests.layouts import bits
@@ -123,3 +123,19 @@ def test_buffers_cut_from_one_are_apart(backend):
     ops.record_patches(**arguments, backend=backend)
     got = (arguments["rows"], arguments["cells"], arguments["written"])
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.skipif(not backends.HAS_CPP, reason="no C++ compiler")
+@pytest.mark.parametrize("name", ["replace_patches_cpp", "replace_patches_cpp_"])
+def test_an_internal_op_refuses_before_it_writes(name):
+    assert _build.load() is None
+    x = torch.zeros(1, 2, 3, 3, dtype=torch.int32)
+    mask, u, replaced = (
+        torch.eye(9, dtype=torch.bool)[:1],
+        torch.zeros(1, 9),
+        torch.zeros(1, 9, dtype=torch.bool),
+    )
+    out = () if name.endswith("_") else (x.clone(),)
+    with pytest.raises(RuntimeError, match="x: expected float32, .* got Int"):
+        getattr(torch.ops.lbdt, name)(x, mask, u, None, 0, 0, *out, replaced)
+    assert not replaced.any()
