@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import sys
 import time
@@ -21,12 +20,12 @@ from lbdt.attack.prefixed_text import PrefixedText
 from lbdt.canvas.defaults import NAME, canvas_prompts, eraser_of, pipeline_of, steering_of
 from lbdt.editors import UnetEditor
 from lbdt.evaluation.worlds.names import prompt_text
+from lbdt.runs.digests import sha256
 from lbdt.runs.folder import held
 from lbdt.runs.out import check_out_folder
-from lbdt.runs.processes import launched_on
+from lbdt.runs.processes import awaited, launched_on
 from lbdt.runs.wording import require_unicode
 
-_POLL_SECONDS = 0.2
 _STEPS = 20
 _QUICK = {"iterations": 20, "timesteps": 10}
 
@@ -176,8 +175,8 @@ def attack_pairs(
 
 def _prompt(concept: str, style: str | None, seed: int) -> Prompt:
     """The prompt by the published template, with a start seed that does not depend on which other pairs are attacked."""
-    number = hashlib.sha256(f"{seed}/{concept}/{style or ''}".encode()).digest()[:6]
-    return Prompt(prompt_text(concept, style, "saeuron"), concept, style, int.from_bytes(number))
+    number = int(sha256(f"{seed}/{concept}/{style or ''}")[:12], 16)
+    return Prompt(prompt_text(concept, style, "saeuron"), concept, style, number)
 
 
 def _canvas_judge(pictures: Sequence[Any]) -> list[str]:
@@ -238,16 +237,13 @@ def _wait(
     folder: AttackFolder, prompts: Sequence[Prompt], found: dict[Prompt, AttackOutcome], processes: int
 ) -> None:
     """Returns when the other processes' pairs are there too."""
-    told = False
-    while missing := [prompt for prompt in prompts if prompt not in found]:
+
+    def complete() -> bool | None:
+        missing = [prompt for prompt in prompts if prompt not in found]
         found.update({p: o for p in missing if (o := folder.load(p)) is not None})
-        if len(found) < len(prompts):
-            if not told:
-                sys.stderr.write(
-                    f"attack: waiting for the pairs of the other processes ({processes} in all)\n"
-                )
-                told = True
-            time.sleep(_POLL_SECONDS)
+        return all(prompt in found for prompt in prompts) or None
+
+    awaited(complete, f"attack: waiting for the pairs of the other processes ({processes} in all)")
 
 
 def _bar(total: int, shown: bool) -> Any:
