@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from lbdt.evaluation.values import kind_values, measured_cost
 from lbdt.evaluation.verdict_columns import Scorers
 from lbdt.runs.folder import held
 from lbdt.runs.out import check_out_folder
-from lbdt.runs.processes import end_with, joined_on, launched
+from lbdt.runs.processes import joined_on, launched, spawn
 
 _MOST = 8
 SAMPLED = Design(others=6)
@@ -184,7 +183,7 @@ def evaluate(request: EvaluationRequest, *, processes: int | None, command: str)
     _check_devices(count, request.device)
     if count == 1:
         return _work(request, command)
-    _spawn(count, request, command)
+    spawn(count, _work, request, command)
     return read_values(request.out)
 
 
@@ -210,44 +209,6 @@ def _processes(device: str) -> int:
     if device in ("auto", "cuda") and torch.cuda.is_available():
         return torch.cuda.device_count()
     return 1 if device not in ("auto", "cpu") else min(len(os.sched_getaffinity(0)), _MOST)
-
-
-def _spawn(count: int, request: EvaluationRequest, command: str) -> None:
-    from torch import multiprocessing
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    try:
-        multiprocessing.start_processes(
-            _child,
-            (os.getpid(), count, port, request, command),
-            nprocs=count,
-            # Or an interrupted parent would wait for the others at its end.
-            daemon=True,
-            start_method="spawn",
-        )
-    except multiprocessing.ProcessRaisedException as error:
-        # The child's traceback is in its text; its last line is what went wrong.
-        raise RuntimeError(str(error).strip().splitlines()[-1].partition(": ")[2] or str(error)) from error
-    except multiprocessing.ProcessExitedException as error:
-        raise RuntimeError(
-            f"a process was ended ({error}); is there too little memory for {count}? The same command goes "
-            "on, also with fewer --processes"
-        ) from error
-
-
-def _child(rank: int, parent: int, count: int, port: int, request: EvaluationRequest, command: str) -> None:
-    end_with(parent)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    _work(request, command)
 
 
 def _work(request: EvaluationRequest, command: str) -> dict[str, Any]:

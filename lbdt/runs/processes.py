@@ -7,11 +7,12 @@ import ctypes
 import datetime
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -105,7 +106,53 @@ def awaited(look: Callable[[], _T | None], tell: str = "") -> _T:
     return found
 
 
-def end_with(parent: int) -> None:
+def spawn(count: int, work: Callable[..., object], *arguments: Any) -> None:
+    """Calls `work(*arguments)`, which are pickled, in `count` new processes that are started as torchrun would start
+    them, and returns when all are done. They end with this process, however it ends (Linux).
+
+    Raises:
+        RuntimeError: what went wrong in one of them, or that one was ended.
+    """
+    from torch import multiprocessing
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    try:
+        multiprocessing.start_processes(
+            _spawned,
+            (os.getpid(), count, port, work, arguments),
+            nprocs=count,
+            # Or an interrupted parent would wait for the others at its end.
+            daemon=True,
+            start_method="spawn",
+        )
+    except multiprocessing.ProcessRaisedException as error:
+        # The child's traceback is in its text; its last line is what went wrong.
+        raise RuntimeError(str(error).strip().splitlines()[-1].partition(": ")[2] or str(error)) from error
+    except multiprocessing.ProcessExitedException as error:
+        raise RuntimeError(
+            f"a process was ended ({error}); is there too little memory for {count}? The same command goes "
+            "on, also with fewer --processes"
+        ) from error
+
+
+def _spawned(
+    rank: int, parent: int, count: int, port: int, work: Callable[..., object], arguments: Sequence[Any]
+) -> None:
+    _end_with(parent)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    work(*arguments)
+
+
+def _end_with(parent: int) -> None:
     """Ends this process as soon as `parent`, the id of the one that started it, has ended in whatever way (Linux)."""
     # Not SIGINT, which what a shell runs in the background ignores, and with it what that starts.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
