@@ -232,7 +232,7 @@ def row(command: Command, work: Path, moments: int) -> None:
 IMPORTED = (
     *("activations.batches", "activations.collecting", "activations.generated", "activations.pipelines"),
     *("activations.stored", "attack.pairs", "bench.runner", "canvas.defaults", "cli.erase_picture"),
-    *("dictionary.selectivity", "editors", "evaluation.request", "formats.conversion"),
+    *("dictionary.selectivity", "editors", "evaluation.request", "cli.conversion"),
     *("training.assignment", "training.heldout", "training.recipe_training"),
 )
 """Modules of lbdt that the commands import when they run; these import the rest."""

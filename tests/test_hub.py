@@ -128,7 +128,7 @@ SCRIPT = f"""
     import json, os, sys, tempfile, urllib.error, urllib.request
     from pathlib import Path
     import lbdt
-    from lbdt.formats import conversion
+    from lbdt.cli import conversion
     SAE = lbdt.SparseAutoencoder.from_pretrained
     options = dict(target="lbdt", update=None, timesteps=None, concepts=None, encoder_only=False)
     options |= dict(dtype="float32", force=False, hookpoint={HOOK!r})

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from lbdt.activations import Prompt, read_prompts
 from lbdt.activations.stored import Stored
 from lbdt.dictionary import ConceptDictionary
+from lbdt.dictionary.latents_pickle import read_latents
 from lbdt.editors import ConceptEraser, Steering
 from lbdt.evaluation.metrics.artifacts import FeatureJudge
 from lbdt.evaluation.pictures import read_picture
 from lbdt.evaluation.worlds.vit import load_vit
 from lbdt.formats.class_params import load_class_params
-from lbdt.formats.latents import read_latents
 from lbdt.formats.pickles import read_pickle
 from lbdt.formats.pth import read_pth
 from lbdt.runs.reading import parse_json, read_bytes, read_json

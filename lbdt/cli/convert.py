@@ -70,7 +70,7 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Turn another project's SAE, latents pickle or steering parameters into lbdt's files, without running its code."""
-    from lbdt.formats.conversion import convert
+    from lbdt.cli.conversion import convert
 
     values = convert(
         source,

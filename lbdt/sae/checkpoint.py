@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from lbdt.formats import FORMATS, configs, unbox
+from lbdt.formats import FORMATS
 from lbdt.runs.files import json_bytes, read_json, read_tensors, require_floats, tensor_bytes
 from lbdt.runs.folder import write_folder
 from lbdt.runs.hub import resolve_folder
+from lbdt.sae import published_configs, unbox
 from lbdt.sae.model import SparseAutoencoder
 
 CONFIG_FILE = "cfg.json"
@@ -102,7 +103,7 @@ def read(
     folder = resolve_folder(path_or_repo, hookpoint, marker=_MARKERS, files=_FILES[format])
     named = format != "auto"
     if not named:
-        format = configs.detect(folder)
+        format = published_configs.detect(folder)
     if format in ("sdxl-unbox", "steerers") or (
         format == "saemnesia"
         and not (folder / WEIGHTS_FILE).exists()
@@ -110,8 +111,8 @@ def read(
     ):
         return _read_unbox(folder, format, named, update)
     path = folder / CONFIG_FILE
-    config = configs.config_of(read_json(path), format, str(path))
-    notes = list(configs.notes(format, named, update))
+    config = published_configs.config_of(read_json(path), format, str(path))
+    notes = list(published_configs.notes(format, named, update))
     if update is not None and update != config.update:
         if format == "lbdt":
             raise ValueError(

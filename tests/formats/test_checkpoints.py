@@ -6,8 +6,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from lbdt.formats import FORMATS, unbox
-from lbdt.sae import SAEConfig, SparseAutoencoder, checkpoint
+from lbdt.formats import FORMATS
+from lbdt.sae import SAEConfig, SparseAutoencoder, checkpoint, unbox
 from lbdt.testing import assert_close
 from tests.formats import fixtures, published
 

@@ -9,9 +9,8 @@ from typer.testing import CliRunner
 
 from lbdt import cli
 from lbdt.dictionary import ConceptDictionary
-from lbdt.formats import unbox
 from lbdt.formats.class_params import load_class_params
-from lbdt.sae import SparseAutoencoder
+from lbdt.sae import SparseAutoencoder, unbox
 from tests.formats import fixtures
 
 HOOK = "unet.up_blocks.1.attentions.1"

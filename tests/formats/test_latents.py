@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from lbdt.formats.latents import SPACINGS, read_latents, spaced_timesteps
+from lbdt.dictionary.latents_pickle import SPACINGS, read_latents, spaced_timesteps
 from tests.formats import fixtures
 
 
@@ -117,7 +117,7 @@ def test_a_large_pickle_is_read_in_little_memory(tmp_path, kind):
     assert path.stat().st_size > 400_000_000
     code = f"""
         import resource, pathlib, torch
-        from lbdt.formats.latents import read_latents
+        from lbdt.dictionary.latents_pickle import read_latents
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         read = read_latents(pathlib.Path({str(path)!r}), progress=False)
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -19,6 +19,7 @@ from lbdt.attack.attack_folder import AttackFolder
 from lbdt.attack.search import AttackOutcome
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.activation_histograms import Histograms
+from lbdt.dictionary.latents_pickle import read_latents
 from lbdt.dictionary.score_state import ScoreState
 from lbdt.editors import ConceptEraser, Steering
 from lbdt.evaluation.evaluated_world import Verdicts
@@ -28,7 +29,6 @@ from lbdt.evaluation.series import Series, SeriesFiles
 from lbdt.evaluation.worlds.unlearncanvas import judge_pictures, read_pictures
 from lbdt.evaluation.worlds.vit import load_vit, preprocess
 from lbdt.formats.class_params import load_class_params
-from lbdt.formats.latents import read_latents
 from lbdt.runs.digests import raw, sha256
 from lbdt.runs.files import json_bytes
 from lbdt.sae import SAEConfig, SparseAutoencoder

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lbdt.formats import unbox
 from lbdt.runs.files import read_json
 from lbdt.runs.reading import brief
+from lbdt.sae import unbox
 from lbdt.sae.config import SAEConfig
 
 _SPARSIFY_OFF = {

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from lbdt.dictionary.dictionary_files import INFO_FILE, TENSORS_FILE
-from lbdt.formats import class_params, unbox
-from lbdt.formats.latents import SPACINGS, read_latents
+from lbdt.dictionary.latents_pickle import SPACINGS, read_latents
+from lbdt.formats import class_params
 from lbdt.runs.files import write_files
 from lbdt.runs.folder import replaced
 from lbdt.runs.hub import check_subfolder, resolve_folder
 from lbdt.runs.out import check_out_folder
-from lbdt.sae import SparseAutoencoder, checkpoint
+from lbdt.sae import SparseAutoencoder, checkpoint, unbox
 
 _PICKLES = "cls_latents_dict_*.pkl"
 _DICTIONARY = (INFO_FILE, TENSORS_FILE)
