@@ -1,4 +1,4 @@
-"""Which project wrote a checkpoint folder, and its `cfg.json` as an `SAEConfig` (METHOD.md, 7.1)."""
+"""The project that wrote a checkpoint folder, and its `cfg.json` as an `SAEConfig` (METHOD.md, 7.1)."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ def _sparsify(values: dict[str, Any], source: str) -> dict[str, Any]:
     activation = values.get("activation", "topk")
     if activation != "topk":
         raise ValueError(
-            f"{source}: activation: {brief(activation)} is not supported (lbdt knows no such rank test); expected 'topk'"
+            f"{source}: activation: {brief(activation)} is not supported (lbdt knows no such rank test); "
+            "expected 'topk'"
         )
     return {key: value for key, value in values.items() if key not in (*_SPARSIFY_OFF, *_SPARSIFY_UNUSED)}
