@@ -1,4 +1,4 @@
-"""`lbdt.runs.folder`: held by one run at a time, replaced whole or never mixed, and erasers whose parts belong together."""
+"""`lbdt.runs.folder`: held by one run at a time, replaced whole or never mixed; erasers whose parts belong together."""
 
 import errno
 import os

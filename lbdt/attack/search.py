@@ -107,11 +107,11 @@ class AttackOutcome:
 
     @property
     def erased_after(self) -> bool:
-        """Nor with it."""
+        """The judge does not see the concept with an attack either."""
         return self.seen_after != self.concept
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields for JSON."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @classmethod
