@@ -358,3 +358,14 @@ def test_an_interrupted_command_ends_with_130_and_one_line(tmp_path):
     printed, rest = done.communicate()
     assert done.returncode == 130 and printed == "" and not list(tmp_path.iterdir())
     assert "Traceback" not in rest and rest.splitlines()[-1] == "lbdt: interrupted"
+
+
+def test_an_interruption_inside_of_generated_code_ends_alike(tmp_path):
+    """torch compiles by `exec` of text."""
+    (tmp_path / "interrupted.py").write_text(
+        "import typer\nfrom lbdt.cli.options import reported\n\n\n"
+        "def command() -> None:\n    exec('raise KeyboardInterrupt')\n\n\ntyper.run(reported(command))\n"
+    )
+    command = [sys.executable, "-m", "interrupted"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "lbdt: interrupted\n")
