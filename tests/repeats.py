@@ -4,6 +4,7 @@ torch aligns whatever it allocates to 64 bytes, and no product depends on an add
 in its bits. With `.ci/test --misaligned` no two products agree so far; then TOLERANCES hold.
 """
 
+import io
 import json
 import math
 import os
@@ -85,6 +86,8 @@ def _close_tensors(actual: Tensor, expected: Tensor) -> bool:
 
 
 def _content(data: bytes) -> Any:
+    if data.startswith(b"\x89PNG"):
+        return Image.open(io.BytesIO(data))
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError:

@@ -13,6 +13,7 @@ from lbdt.evaluation.metrics.artifacts import FeatureJudge
 from lbdt.evaluation.worlds.canvas import SEEDS as SCORED
 from lbdt.evaluation.worlds.canvas import SWEEP_SEEDS, CanvasJudge, canvas_world
 from lbdt.evaluation.worlds.canvas_judges import SEEDS, judge_path
+from tests.repeats import repeats
 
 SEED = 900_000  # nothing else uses it
 
@@ -131,7 +132,7 @@ def test_the_judge_is_the_two_classifiers_and_the_style_classifiers_features(cle
     pictures = [Image.fromarray(part) for part in pixels]
     verdicts = CanvasJudge()(pictures)
     objects, styles = canvas.classify(pictures)
-    assert torch.equal(verdicts.objects, objects) and torch.equal(verdicts.styles, styles)
-    assert torch.equal(verdicts.features, features(canvas.as_tensor(pictures), 1).float())
+    expected = [objects, styles, features(canvas.as_tensor(pictures), 1).float()]
+    assert repeats([verdicts.objects, verdicts.styles, verdicts.features], expected)
     with pytest.raises(ValueError, match="expects 128 x 128, got 64 x 32"):
         CanvasJudge()([Image.new("RGB", (64, 32))])

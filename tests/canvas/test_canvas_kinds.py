@@ -5,6 +5,7 @@ import torch
 
 from lbdt import canvas
 from lbdt.canvas.generate import Case, images
+from tests.repeats import repeats
 
 CATS = canvas.OBJECTS.index("Cats")
 OTHERS = [canvas.OBJECTS.index(name) for name in ("Trees", "Birds", "Flowers", "Towers")]
@@ -44,7 +45,7 @@ def test_each_steering_baseline_changes_pictures_of_cats_and_comes_off(pipe, kin
         steered = images(pipe, CASES[:2], *sampling)
     assert steering.report().replaced > 0
     assert ((steered - base).abs().mean(dim=(1, 2, 3)) > 0).all()
-    assert torch.equal(images(pipe, CASES[:2], *sampling), base)
+    assert repeats(images(pipe, CASES[:2], *sampling), base)
 
 
 @pytest.mark.parametrize(

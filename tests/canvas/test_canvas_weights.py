@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from lbdt import canvas, cli
 from lbdt.canvas.generate import Case, images
+from tests.repeats import repeats
 
 CATS = canvas.OBJECTS.index("Cats")
 OTHERS = [
@@ -85,7 +86,7 @@ def test_the_mask_is_found_on_cats_and_hardly_on_others(pipe, base):
 
 
 def test_after_removal_the_pipeline_is_what_it_was(pipe, base, erased):
-    assert torch.equal(images(pipe, CASES), base)
+    assert repeats(images(pipe, CASES), base)
 
 
 @pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])

