@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from lbdt import cli
 from lbdt.editors import ConceptEraser, Steering
-from lbdt.evaluation.worlds.names import OBJECTS, THEMES
+from lbdt.evaluation.worlds.unlearncanvas import OBJECTS, THEMES
 from tests import toy
 from tests.evaluation.test_clip import tiny_clip
 from tests.evaluation.test_nudity import RED, install

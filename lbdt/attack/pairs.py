@@ -19,7 +19,7 @@ from lbdt.attack import PUBLISHED, AttackFolder, AttackOutcome, AttackSettings, 
 from lbdt.attack.prefixed_text import PrefixedText
 from lbdt.canvas.defaults import NAME, canvas_prompts, eraser_of, pipeline_of, steering_of
 from lbdt.editors import UnetEditor
-from lbdt.evaluation.worlds.names import prompt_text
+from lbdt.evaluation.worlds.unlearncanvas import prompt_text
 from lbdt.runs.digests import sha256
 from lbdt.runs.folder import held
 from lbdt.runs.out import check_out_folder

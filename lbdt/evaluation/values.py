@@ -22,9 +22,8 @@ from torch import Tensor
 from lbdt.donors import SOURCES
 from lbdt.evaluation.evaluation import Evaluation
 from lbdt.evaluation.jobs import Job
-from lbdt.evaluation.metrics.accuracy import average, mean_by
+from lbdt.evaluation.metrics.accuracy import average, estimate, mean_by
 from lbdt.evaluation.metrics.activations import Watched, compare_settings
-from lbdt.evaluation.metrics.intervals import estimate
 from lbdt.evaluation.series import Series, generate
 from lbdt.evaluation.series_plan import PADDINGS, SeriesPlan, unedited
 from lbdt.evaluation.verdict_columns import Figures, VerdictColumns, figures, labels

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from lbdt.evaluation.evaluated_world import EvaluatedWorld, Judge
 from lbdt.evaluation.jobs import Job
-from lbdt.evaluation.metrics.accuracy import Unlearning, average, global_average, unlearning
+from lbdt.evaluation.metrics.accuracy import Unlearning, average, estimate, global_average, unlearning
 from lbdt.evaluation.metrics.clip import clip_score
 from lbdt.evaluation.metrics.frechet import frechet_distance
-from lbdt.evaluation.metrics.intervals import estimate
 from lbdt.evaluation.metrics.vlm import parse_answer
 from lbdt.evaluation.series import SeriesFiles
 from lbdt.evaluation.series_plan import unedited

@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lbdt.evaluation.metrics.activations import (
+    REACH,
     SMALLEST_NORM,
     Watched,
     compare_settings,
+    edges_of,
     fit,
+    histogram,
     log_norms,
 )
-from lbdt.evaluation.metrics.histograms import REACH, edges_of, histogram
 
 WHOLE = st.integers(-50, 50).map(float)
 

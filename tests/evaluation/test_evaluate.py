@@ -13,8 +13,8 @@ from lbdt.cli.evaluate import _table
 from lbdt.evaluation.jobs import Design
 from lbdt.evaluation.report.table import csv_text
 from lbdt.evaluation.request import EvaluationRequest, EvaluationSubject, evaluate
-from lbdt.evaluation.unedited import unedited_features
 from lbdt.evaluation.values import kind_values, measured_cost
+from lbdt.evaluation.worlds.canvas_judges import unedited_features
 from lbdt.runs.processes import Processes
 from tests import toy
 from tests.evaluation import small

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from lbdt.evaluation.metrics.intervals import estimate
+from lbdt.evaluation.metrics.accuracy import estimate
 
 
 @pytest.mark.parametrize(

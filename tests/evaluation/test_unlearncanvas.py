@@ -10,11 +10,15 @@ from lbdt.activations.prompts import Prompt
 from lbdt.editors import Steering
 from lbdt.evaluation.worlds import STRENGTHS
 from lbdt.evaluation.worlds import unlearncanvas as uc
-from lbdt.evaluation.worlds.names import OBJECTS, PHOTO, STYLES, THEMES, prompt_text
 from lbdt.evaluation.worlds.unlearncanvas import (
+    OBJECTS,
+    PHOTO,
+    STYLES,
+    THEMES,
     find_classifier,
     judge_pictures,
     picture_name,
+    prompt_text,
     read_pictures,
     unlearncanvas,
 )

@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lbdt.evaluation.metrics.histograms import BINS, edges_of, histogram
-
 PERCENTILES = (0.1, 99.9)
 """Values beyond these of the base, by dimension, are outside."""
 SMALLEST_NORM = 2.0**-24
 """Smaller L2 norms, 0 too, count as this one, so that every log2 is finite."""
+BINS = 60
+"""Bins of the histograms."""
+REACH = 2.0
+"""How far the bins go beyond the base's range, in such ranges. A strong edit moves values a hundred times as far, and
+all others would share one bin."""
 _BLOCK = 16  # dimensions at a time, so that no float64 copy of all rows is held
 
 
@@ -213,6 +216,51 @@ def percentile(ascending: Tensor, q: float) -> Tensor:
 def log_norms(x: Tensor) -> Tensor:
     """log2 of the L2 norms of the rows of `x` [n, d], at least log2 of `SMALLEST_NORM`: float64 [n]."""
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).clamp(min=SMALLEST_NORM).log2()
+
+
+def edges_of(base: Tensor, others: Sequence[Tensor], bins: int, percentiles: tuple[float, float]) -> Tensor:
+    """Equal bins from the smallest lower to the largest upper percentile of all samples (nearest row), but at most
+    `REACH` times the base's range beyond the base's.
+
+    Args:
+        base: [n], n >= 1, finite.
+        others: each [m]; empty ones are skipped.
+        bins: >= 1.
+        percentiles: (lower, upper).
+
+    Returns:
+        float64 [bins + 1], strictly ascending.
+
+    Raises:
+        ValueError: fewer than one bin, or an empty base.
+    """
+    if bins < 1:
+        raise ValueError(f"bins: expected an integer >= 1, got {bins}")
+    if not len(base):
+        raise ValueError("base: expected one value or more, got none")
+    low, high = _range(base, percentiles)
+    # A base that is constant still needs a bin with a width.
+    reach = max(REACH * (high - low), 2.0**-10 * max(abs(low), abs(high), 1.0))
+    ranges = [_range(sample, percentiles) for sample in others if len(sample)]
+    lowest = max(low - reach, min([low, *(r[0] for r in ranges)]))
+    highest = min(high + reach, max([high, *(r[1] for r in ranges)]))
+    if lowest == highest:
+        lowest, highest = low - reach, high + reach
+    return torch.linspace(lowest, highest, bins + 1, dtype=torch.float64)
+
+
+def histogram(sample: Tensor, edges: Tensor) -> dict[str, list[float]]:
+    """ "edges" and "share": the fraction of `sample` [n] in each bin [edge, next edge). Values beyond all edges are
+    in the outer bins, so the shares' sum is 1 (0 for an empty sample)."""
+    places = torch.bucketize(sample.double(), edges[1:-1].contiguous(), right=True)
+    counts = torch.bincount(places, minlength=len(edges) - 1)
+    return {"edges": edges.tolist(), "share": (counts.double() / max(len(sample), 1)).tolist()}
+
+
+def _range(sample: Tensor, percentiles: tuple[float, float]) -> tuple[float, float]:
+    ordered = sample.double().sort().values
+    low, high = (float(ordered[round(q / 100 * (len(sample) - 1))]) for q in percentiles)
+    return low, high
 
 
 def _checked(name: str, x: Any, width: int | None = None) -> Tensor:

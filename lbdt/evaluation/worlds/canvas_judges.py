@@ -10,13 +10,54 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lbdt import canvas
+from lbdt.evaluation.evaluated_world import EvaluatedWorld, Judge
+from lbdt.evaluation.evaluation import Evaluation
+from lbdt.evaluation.jobs import Design, Job
+from lbdt.evaluation.metrics.artifacts import FeatureJudge
+from lbdt.evaluation.series import Series
+from lbdt.evaluation.verdict_columns import Scorers
 from lbdt.evaluation.worlds.canvas import CanvasJudge, canvas_world, judge_path
+from lbdt.runs.processes import Processes, joined_on
 
 SEEDS = range(800_000, 800_012)
+
+
+def unedited_features(
+    world: EvaluatedWorld,
+    kind: str,
+    seeds: Sequence[int],
+    out: Path,
+    device: torch.device,
+    judge: Judge,
+    processes: Processes,
+) -> Tensor:
+    """float32 [n, F] of every prompt of `seeds` by the sampling of `kind`, in their order; made in `out`,
+    resumably."""
+    evaluation = Evaluation(
+        world=world,
+        kinds=[kind],
+        design=Design(),
+        out=out,
+        device=device,
+        seeds=tuple(seeds),
+        sweep_seeds=(),
+        concepts=world.objects,
+        processes=processes,
+        scorers=Scorers(judge=judge),
+    )
+    jobs = tuple(Job(prompt) for seed in seeds for prompt in world.prompts(seed))
+    how = world.kinds[kind]
+    series = Series(f"base-{how.steps}-{how.guidance}/unedited", how, "base", {}, jobs)
+    evaluation.make("unedited", [series])
+    return evaluation.columns(series).features
 
 
 def known_pictures(pipe: Any, seed: int = 9_000_000) -> dict[str, list]:
@@ -25,7 +66,6 @@ def known_pictures(pipe: Any, seed: int = 9_000_000) -> dict[str, list]:
     "empty" scenes are what a clean erasure leaves: the landscape in its style, without an object.
     """
     import numpy as np
-    import torch
     from PIL import Image
 
     from lbdt.canvas import scenes
@@ -69,19 +109,11 @@ def main() -> None:
     parser.add_argument("--kind", choices=canvas.KINDS, default="saeuron", help="whose sampling")
     parser.add_argument("--check", action="store_true", help="print its verdicts on pictures of known truth")
     args = parser.parse_args()
-    import dataclasses
-
-    import torch
-
-    from lbdt.evaluation.metrics.artifacts import FeatureJudge
-    from lbdt.evaluation.unedited import unedited_features
-    from lbdt.runs.processes import joined_on
-
     torch.set_num_threads(1)  # as `lbdt evaluate`, whose pictures it judges
     with joined_on("cpu") as (processes, device):
-        world = dataclasses.replace(canvas_world(), reference=None)  # it is what is being made
+        world = replace(canvas_world(), reference=None)  # it is what is being made
 
-        def features_of(look: CanvasJudge) -> torch.Tensor:
+        def features_of(look: CanvasJudge) -> Tensor:
             return unedited_features(world, args.kind, SEEDS, args.work, device, look, processes)
 
         features = features_of(CanvasJudge())

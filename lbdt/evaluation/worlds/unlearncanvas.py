@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lbdt.activations.prompts import Prompt
 from lbdt.evaluation.evaluated_world import EvaluatedWorld, Verdicts
 from lbdt.evaluation.worlds import PathOrRepo, saved_kinds
-from lbdt.evaluation.worlds.names import OBJECTS, PHOTO, STYLES, TEMPLATES, THEMES, prompt_text
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +21,31 @@ if TYPE_CHECKING:
     from lbdt.evaluation.evaluated_world import Judge
     from lbdt.evaluation.worlds.vit import ViTJudge
 
+OBJECTS = (
+    *("Architectures", "Bears", "Birds", "Butterfly", "Cats", "Dogs", "Fishes", "Flame", "Flowers", "Frogs"),
+    *("Horses", "Human", "Jellyfish", "Rabbits", "Sandwiches", "Sea", "Statues", "Towers", "Trees"),
+    "Waterfalls",
+)
+"""The object classifier's classes, in its order."""
+PHOTO = "Seed_Images"
+"""The theme of the photographs that the styles were painted from: a class of the classifier, and no style."""
+THEMES = (
+    *("Abstractionism", "Artist_Sketch", "Blossom_Season", "Bricks", "Byzantine", "Cartoon", "Cold_Warm"),
+    *("Color_Fantasy", "Comic_Etch", "Crayon", "Cubism", "Dadaism", "Dapple", "Defoliation", "Early_Autumn"),
+    *("Expressionism", "Fauvism", "French", "Glowing_Sunset", "Gorgeous_Love", "Greenfield", "Impressionism"),
+    *("Ink_Art", "Joy", "Liquid_Dreams", "Magic_Cube", "Meta_Physics", "Meteor_Shower", "Monet", "Mosaic"),
+    *("Neon_Lines", "On_Fire", "Pastel", "Pencil_Drawing", "Picasso", "Pop_Art", "Red_Blue_Ink", "Rust"),
+    *(PHOTO, "Sketch", "Sponge_Dabbed", "Structuralism", "Superstring", "Surrealism", "Ukiyoe", "Van_Gogh"),
+    *("Vibrant_Flow", "Warm_Love", "Warm_Smear", "Watercolor", "Winter"),
+)
+"""The style classifier's classes, in its order."""
+STYLES = tuple(theme for theme in THEMES if theme != PHOTO)
+TEMPLATES = {
+    "saeuron": ("An image of {object} in {style} style.", "An image of {object}."),
+    "official": ("A {object} image in {style} style.", "A {object} image."),
+}
+"""Styled and plain: "saeuron" is SAeUron's, SAEmnesia's and PER's; "official" is UnlearnCanvas' own, whose plain form no
+source states: it is ours. Figures of the two are not of identical prompts."""
 SEEDS = (188, 288, 588, 688, 888)
 SWEEP_SEEDS = (42,)
 STEPS, GUIDANCE, SIZE = 100, 9.0, 512
@@ -117,6 +141,23 @@ def prompts(seed: int, task: str = "object", template: str = "saeuron") -> list[
     _check("task", task, TASKS)
     styles = (*STYLES, None) if task == "object" else STYLES
     return [_prompt(thing, style, seed, task, template) for thing in OBJECTS for style in styles]
+
+
+def prompt_text(thing: str, style: str | None, template: str = "saeuron") -> str:
+    """The prompt of an object in a style or (None) in none. Underscores become spaces; the official template says
+    "Photo" for `PHOTO`.
+
+    Raises:
+        ValueError: another template.
+    """
+    if template not in TEMPLATES:
+        raise ValueError(f"template: expected one of {', '.join(TEMPLATES)}; got {template!r}")
+    styled, plain = TEMPLATES[template]
+    if style is None:
+        return plain.format(object=thing)
+    if style == PHOTO and template == "official":
+        style = "Photo"
+    return styled.format(object=thing, style=style.replace("_", " "))
 
 
 def picture_name(prompt: Prompt) -> str:
