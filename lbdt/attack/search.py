@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lbdt.activations.capture import quiet
 from lbdt.attack.loss import ReferenceLoss, frozen, latent_of, spread
+from lbdt.attack.outcomes import AttackOutcome
 from lbdt.attack.prefix import Prefix
 from lbdt.attack.prefixed_text import PrefixedText, check_pipeline
 from lbdt.runs.digests import sha256
-from lbdt.runs.reading import brief
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,18 +23,6 @@ if TYPE_CHECKING:
     from lbdt.editors import UnetEditor
 
 SEARCHES = ("gradient", "random")
-
-_TEXT, _COUNT = ((str,), None), ((int,), None)
-_KINDS: dict[str, tuple[tuple[type, ...], tuple[type, ...] | None]] = {
-    **dict.fromkeys(("prompt", "concept", "reference", "seen_before", "seen_after", "attacked"), _TEXT),
-    "style": ((str, type(None)), None),
-    **dict.fromkeys(("seed", "checks"), _COUNT),
-    **dict.fromkeys(("timesteps", "prefix"), ((list,), (int,))),
-    "losses": ((list,), (int, float)),
-    "words": ((list,), (str,)),
-    "typable": ((bool,), None),
-}
-"""What a field of an `AttackOutcome` in JSON may be, and its items."""
 
 # Start seeds of the reference pictures, so that none is the attacked picture.
 _REFERENCE = 1_000_003
@@ -68,63 +56,6 @@ class AttackSettings:
                 raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
         if self.search not in SEARCHES:
             raise ValueError(f"search: expected {' or '.join(SEARCHES)}, got {self.search!r}")
-
-
-@dataclass(frozen=True)
-class AttackOutcome:
-    """What became of one prompt. JSON-like, and the same for the same pipeline, eraser, settings and prompt."""
-
-    prompt: str
-    concept: str
-    style: str | None
-    seed: int
-    """Seed of the start noise of the judged pictures, and of the eraser's donors."""
-    reference: str
-    """What the judge sees in the reference picture, made without the eraser."""
-    seen_before: str
-    """What it sees in the erased picture, without an attack."""
-    seen_after: str
-    """What it sees in the last picture that was judged."""
-    timesteps: tuple[int, ...]
-    """The attacked ones; none where the eraser failed without an attack."""
-    losses: tuple[float, ...]
-    """Mean over the iterations of each of them; none of a random search."""
-    checks: int
-    """Pictures that were judged, the one without an attack not counted."""
-    prefix: tuple[int, ...]
-    """Token ids in front of the prompt in the last judged picture."""
-    words: tuple[str, ...]
-    """The same, as the vocabulary spells them."""
-    attacked: str
-    """The whole attacked prompt as text."""
-    typable: bool
-    """Whether the tokenizer makes the same ids of that text; if not, only the ids are what was run."""
-
-    @property
-    def erased_before(self) -> bool:
-        """The judge does not see the concept, without an attack."""
-        return self.seen_before != self.concept
-
-    @property
-    def erased_after(self) -> bool:
-        """The judge does not see the concept with an attack either."""
-        return self.seen_after != self.concept
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields for JSON."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Any) -> AttackOutcome:
-        """The inverse; ValueError where keys or types are others."""
-        names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
-            raise ValueError(f"expected an object with the keys {', '.join(sorted(names))}")
-        for name, (kinds, inner) in _KINDS.items():
-            value = values[name]
-            if type(value) not in kinds or not (inner is None or all(type(item) in inner for item in value)):
-                raise ValueError(f"{name}: expected {kinds[0].__name__}, got {brief(value)}")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
 class PrefixSearch:

@@ -15,8 +15,7 @@ from lbdt.activations import Prompt
 from lbdt.activations.prompts import prompt_lines, read_prompts
 from lbdt.activations.shard_layout import FORMAT, Layout
 from lbdt.activations.stored import Stored, read_settings
-from lbdt.attack.attack_folder import AttackFolder
-from lbdt.attack.search import AttackOutcome
+from lbdt.attack import AttackFolder, AttackOutcome
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.activation_histograms import Histograms
 from lbdt.dictionary.latents_pickle import read_latents
