@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lbdt.evaluation.report import cells, table
+from lbdt.evaluation.report import cells, tables
 from lbdt.evaluation.report.write import read_values
 from lbdt.runs.files import write_files
 
@@ -53,7 +53,7 @@ def others_line(values: Mapping[str, Any]) -> str:
 
 def main_lines(values: Mapping[str, Any]) -> list[str]:
     """The table of the four pipelines, in Markdown."""
-    return table.markdown(values)
+    return tables.markdown(values)
 
 
 def inside_lines(values: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from lbdt import canvas
 from lbdt.attack import AttackOutcome, summarise
 from lbdt.bench import timing_table
 from lbdt.evaluation.report import cells
-from lbdt.evaluation.report.table import csv_text
+from lbdt.evaluation.report.tables import csv_text
 from lbdt.evaluation.report.write import read_values
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -247,9 +247,9 @@ def _numbers(option: str, text: str | None, number: type) -> tuple:
 
 
 def _table(values: Mapping[str, Any], out: Path) -> list[str]:
-    from lbdt.evaluation.report import table
+    from lbdt.evaluation.report import tables
 
-    lines = list(table.lines(values))
+    lines = list(tables.lines(values))
     for kind, found in values["kinds"].items():
         lines += [
             f"artifacts, {kind}, {row['method']}: no answer on {row['unanswered']} of {row['pictures']} pictures"

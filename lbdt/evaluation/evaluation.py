@@ -18,7 +18,7 @@ from lbdt.editors import UnetEditor
 from lbdt.evaluation.evaluated_world import EvaluatedWorld
 from lbdt.evaluation.jobs import Design
 from lbdt.evaluation.metrics.accuracy import average
-from lbdt.evaluation.metrics.artifacts import SMALLEST, FeatureJudge
+from lbdt.evaluation.metrics.feature_distances import SMALLEST, FeatureJudge
 from lbdt.evaluation.series import Series, SeriesFiles, generate
 from lbdt.evaluation.series_plan import SeriesPlan
 from lbdt.evaluation.verdict_columns import Scorers, VerdictColumns, columns, figures, scored_clip, scored_vlm

@@ -38,7 +38,7 @@ def _mean(*figures: float | None) -> float:
 
 
 @dataclass(frozen=True)
-class Erasure:
+class ErasureRow:
     """A row of the page's Table 1, per cent; a misprinted figure is the corrected one here."""
 
     pipeline: str
@@ -67,7 +67,7 @@ class Erasure:
 
 
 @dataclass(frozen=True)
-class Attack:
+class AttackRow:
     """A row of the page's Table 2: UA in per cent before and after UnlearnDiffAtk."""
 
     pipeline: str
@@ -83,7 +83,7 @@ class Attack:
 
 
 @dataclass(frozen=True)
-class Method:
+class MethodRow:
     """A row of SAEmnesia's table (METHOD.md, 10.4); None where nothing is printed."""
 
     method: str
@@ -104,38 +104,38 @@ class Method:
 
 
 ERASURE = (
-    Erasure("saeuron", "steering", 87.16, 85.57, 74.14, 57.0, 82.29, 72.47),
-    Erasure("saeuron", "per", 85.37, 81.14, 86.55, 16.3, 84.35, 84.19),
-    Erasure("saemnesia", "steering", 94.65, 91.39, 88.48, 49.8, 91.51, 81.18),
-    Erasure("saemnesia", "per", 91.37, 91.92, 97.97, 15.5, 93.45, 91.44, {"average": 93.45}),
-    Erasure("gsae", "steering", 78.14, 96.14, 95.56, 43.1, 89.94, 81.69),
-    Erasure("gsae", "per", 94.02, 96.11, 95.87, 22.5, 95.33, 90.88),
-    Erasure("sdxl", "steering", 95.00, 5.00, None, 61.0, 50.0, 46.33),
-    Erasure("sdxl", "per", 94.31, 53.41, None, 8.0, 73.86, 79.90, {"IRA": 35.41}),
+    ErasureRow("saeuron", "steering", 87.16, 85.57, 74.14, 57.0, 82.29, 72.47),
+    ErasureRow("saeuron", "per", 85.37, 81.14, 86.55, 16.3, 84.35, 84.19),
+    ErasureRow("saemnesia", "steering", 94.65, 91.39, 88.48, 49.8, 91.51, 81.18),
+    ErasureRow("saemnesia", "per", 91.37, 91.92, 97.97, 15.5, 93.45, 91.44, {"average": 93.45}),
+    ErasureRow("gsae", "steering", 78.14, 96.14, 95.56, 43.1, 89.94, 81.69),
+    ErasureRow("gsae", "per", 94.02, 96.11, 95.87, 22.5, 95.33, 90.88),
+    ErasureRow("sdxl", "steering", 95.00, 5.00, None, 61.0, 50.0, 46.33),
+    ErasureRow("sdxl", "per", 94.31, 53.41, None, 8.0, 73.86, 79.90, {"IRA": 35.41}),
 )
 """Project page of PER, Table 1 (METHOD.md, 10.2)."""
 
 ATTACK = (
-    Attack("saeuron", "steering", 83.7, 34.2, 49.5),
-    Attack("saeuron", "per", 84.6, 28.3, 56.3),
-    Attack("saemnesia", "steering", 97.6, 57.5, 40.1),
-    Attack("saemnesia", "per", 91.1, 56.2, 34.9),
+    AttackRow("saeuron", "steering", 83.7, 34.2, 49.5),
+    AttackRow("saeuron", "per", 84.6, 28.3, 56.3),
+    AttackRow("saemnesia", "steering", 97.6, 57.5, 40.1),
+    AttackRow("saemnesia", "per", 91.1, 56.2, 34.9),
 )
 """Project page of PER, Table 2 (METHOD.md, 10.3)."""
 
 METHODS = (
-    Method("ESD", "objects", 92.15, 55.78, 44.23, 64.05, 65.55, 17.8, 4.3),
-    Method("FMN", "objects", 45.64, 90.63, 73.46, 69.91, 131.37, 17.9, 4.2),
-    Method("UCE", "objects", 94.31, 39.35, 34.67, 56.11, 182.01, 5.1, 1.7),
-    Method("CA", "objects", 46.67, 90.11, 81.97, 72.92, 54.21, 10.1, 4.2),
-    Method("SalUn", "objects", 86.91, 96.35, 99.59, 94.28, 61.05, 30.8, 4.0),
-    Method("SEOT", "objects", 23.25, 95.57, 82.71, 67.18, 62.38, 7.34, 0),
-    Method("SPM", "objects", 71.25, 90.79, 81.65, 81.23, 59.79, 6.9, 0),
-    Method("EDiff", "objects", 86.67, 94.03, 48.48, 76.39, 81.42, 27.8, 4.0),
-    Method("SHS", "objects", 80.73, 81.15, 67.99, 76.62, 119.34, 31.2, 4.0),
-    Method("SAeUron", "objects", 87.16, 85.57, 74.14, 82.29, 62.69, 2.8, 0.2),
-    Method("SAEmnesia", "objects", 94.65, 91.39, 88.48, 91.51, 56.15, 2.8, 0.2),
-    Method("SAeUron", "styles", 95.80, 99.10, 99.40),
-    Method("SAEmnesia", "styles", 96.60, 98.67, 99.30),
+    MethodRow("ESD", "objects", 92.15, 55.78, 44.23, 64.05, 65.55, 17.8, 4.3),
+    MethodRow("FMN", "objects", 45.64, 90.63, 73.46, 69.91, 131.37, 17.9, 4.2),
+    MethodRow("UCE", "objects", 94.31, 39.35, 34.67, 56.11, 182.01, 5.1, 1.7),
+    MethodRow("CA", "objects", 46.67, 90.11, 81.97, 72.92, 54.21, 10.1, 4.2),
+    MethodRow("SalUn", "objects", 86.91, 96.35, 99.59, 94.28, 61.05, 30.8, 4.0),
+    MethodRow("SEOT", "objects", 23.25, 95.57, 82.71, 67.18, 62.38, 7.34, 0),
+    MethodRow("SPM", "objects", 71.25, 90.79, 81.65, 81.23, 59.79, 6.9, 0),
+    MethodRow("EDiff", "objects", 86.67, 94.03, 48.48, 76.39, 81.42, 27.8, 4.0),
+    MethodRow("SHS", "objects", 80.73, 81.15, 67.99, 76.62, 119.34, 31.2, 4.0),
+    MethodRow("SAeUron", "objects", 87.16, 85.57, 74.14, 82.29, 62.69, 2.8, 0.2),
+    MethodRow("SAEmnesia", "objects", 94.65, 91.39, 88.48, 91.51, 56.15, 2.8, 0.2),
+    MethodRow("SAeUron", "styles", 95.80, 99.10, 99.40),
+    MethodRow("SAEmnesia", "styles", 96.60, 98.67, 99.30),
 )
 """Project page and README of SAEmnesia (METHOD.md, 10.4); the means were checked against the printed ones."""

@@ -87,7 +87,7 @@ class EvaluationSubject:
                 template=self.template,
                 **given,
             )
-        from lbdt.evaluation.worlds.prompts import prompt_world
+        from lbdt.evaluation.worlds.prompt_world import prompt_world
 
         return prompt_world(
             self.world,
@@ -116,7 +116,7 @@ class EvaluationSubject:
         from lbdt.activations.pipelines import load_pipeline
         from lbdt.canvas import KINDS
         from lbdt.evaluation.worlds import saved_kinds
-        from lbdt.evaluation.worlds.canvas import canvas_world
+        from lbdt.evaluation.worlds.canvas_world import canvas_world
 
         sampling = KINDS["saeuron"]
         kinds = None

@@ -23,7 +23,7 @@ from lbdt.donors import SOURCES
 from lbdt.evaluation.evaluation import Evaluation
 from lbdt.evaluation.jobs import Job
 from lbdt.evaluation.metrics.accuracy import average, estimate, mean_by
-from lbdt.evaluation.metrics.activations import Watched, compare_settings
+from lbdt.evaluation.metrics.activation_shift import WatchedRows, compare_settings
 from lbdt.evaluation.series import Series, generate
 from lbdt.evaluation.series_plan import PADDINGS, SeriesPlan, unedited
 from lbdt.evaluation.verdict_columns import Figures, VerdictColumns, figures, labels
@@ -152,7 +152,7 @@ def _activations(evaluation: Evaluation, plan: SeriesPlan) -> list[dict[str, Any
     if not rows:
         return []
     others = [
-        Watched(each.method, dict(each.settings), watched)
+        WatchedRows(each.method, dict(each.settings), watched)
         for each, watched in zip(series[1:], rows[1:], strict=True)
     ]
     return compare_settings(rows[0], others)

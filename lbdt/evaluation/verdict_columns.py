@@ -14,7 +14,7 @@ from lbdt.evaluation.evaluated_world import EvaluatedWorld, Judge
 from lbdt.evaluation.jobs import Job
 from lbdt.evaluation.metrics.accuracy import Unlearning, average, estimate, global_average, unlearning
 from lbdt.evaluation.metrics.clip import clip_score
-from lbdt.evaluation.metrics.frechet import frechet_distance
+from lbdt.evaluation.metrics.feature_distances import frechet_distance
 from lbdt.evaluation.metrics.vlm import parse_answer
 from lbdt.evaluation.series import SeriesFiles
 from lbdt.evaluation.series_plan import unedited
@@ -46,7 +46,7 @@ class Scorers:
 
     judge: Judge | None = None
     artifacts: Any = None
-    """`lbdt.evaluation.metrics.artifacts.FeatureJudge`, or None."""
+    """`lbdt.evaluation.metrics.feature_distances.FeatureJudge`, or None."""
     vlm: Any = None
     """`lbdt.evaluation.metrics.vlm.ArtifactJudge`, instead of `artifacts`, or None."""
     clip: Any = None

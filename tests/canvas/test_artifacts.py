@@ -9,10 +9,10 @@ import torch
 from lbdt import canvas
 from lbdt.canvas import scenes
 from lbdt.canvas.generate import grid, images
-from lbdt.evaluation.metrics.artifacts import FeatureJudge
-from lbdt.evaluation.worlds.canvas import SEEDS as SCORED
-from lbdt.evaluation.worlds.canvas import SWEEP_SEEDS, CanvasJudge, canvas_world
+from lbdt.evaluation.metrics.feature_distances import FeatureJudge
 from lbdt.evaluation.worlds.canvas_judges import SEEDS, judge_path
+from lbdt.evaluation.worlds.canvas_world import SEEDS as SCORED
+from lbdt.evaluation.worlds.canvas_world import SWEEP_SEEDS, CanvasJudge, canvas_world
 from tests.repeats import repeats
 
 SEED = 900_000  # nothing else uses it

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lbdt.evaluation.metrics.activations import (
+from lbdt.evaluation.metrics.activation_shift import (
     REACH,
     SMALLEST_NORM,
-    Watched,
+    WatchedRows,
     compare_settings,
     edges_of,
     fit,
@@ -109,7 +109,7 @@ def test_the_number_of_threads_does_not_matter():
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(compare_settings(base, [Watched("steering", {}, x)]))
+            found.append(compare_settings(base, [WatchedRows("steering", {}, x)]))
     finally:
         torch.set_num_threads(before)
     assert found[0] == found[1]
@@ -187,7 +187,8 @@ def test_settings_share_their_bins_and_the_dimension_that_steering_moves_most():
     steered[:, 11] += 1.5
     replaced[:, 3] += 40  # further, but not by steering
     found = compare_settings(
-        base, [Watched("per", {"padding": 1}, replaced), Watched("steering", {"strength": -5.0}, steered)]
+        base,
+        [WatchedRows("per", {"padding": 1}, replaced), WatchedRows("steering", {"strength": -5.0}, steered)],
     )
     assert [(e["method"], e["settings"]) for e in found] == [
         ("base", {}),
@@ -220,7 +221,7 @@ def test_settings_share_their_bins_and_the_dimension_that_steering_moves_most():
 
 def test_a_setting_whose_rows_are_all_broken_is_still_listed():
     base = gaussian(20)
-    found = compare_settings(base, [Watched("steering", {}, torch.full_like(base, float("inf")))])
+    found = compare_settings(base, [WatchedRows("steering", {}, torch.full_like(base, float("inf")))])
     assert (found[1]["outside"], found[1]["wasserstein"], sum(found[1]["norms"]["share"])) == (
         100.0,
         None,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.spatial.distance import mahalanobis
 
-from lbdt.evaluation.metrics.artifacts import FeatureJudge
+from lbdt.evaluation.metrics.feature_distances import FeatureJudge
 from lbdt.runs.files import tensor_bytes
 from lbdt.testing import assert_close
 from tests.repeats import repeats

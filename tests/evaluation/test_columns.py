@@ -9,7 +9,7 @@ import torch
 
 from lbdt.evaluation.jobs import targets
 from lbdt.evaluation.metrics.accuracy import estimate, unlearning
-from lbdt.evaluation.metrics.frechet import frechet_distance
+from lbdt.evaluation.metrics.feature_distances import frechet_distance
 from lbdt.evaluation.series_plan import unedited
 from lbdt.evaluation.verdict_columns import VerdictColumns, figures
 from tests import toy

@@ -8,7 +8,7 @@ import pytest
 from lbdt import canvas
 from lbdt.activations.prompts import Prompt
 from lbdt.evaluation.jobs import Design, Job, erased_together, targets, together
-from lbdt.evaluation.worlds.canvas import canvas_world, seed_prompts
+from lbdt.evaluation.worlds.canvas_world import canvas_world, seed_prompts
 from tests.evaluation import small
 
 WORLD = canvas_world()

@@ -11,7 +11,7 @@ import torch
 
 from lbdt.cli.evaluate import _table
 from lbdt.evaluation.jobs import Design
-from lbdt.evaluation.report.table import csv_text
+from lbdt.evaluation.report.tables import csv_text
 from lbdt.evaluation.request import EvaluationRequest, EvaluationSubject, evaluate
 from lbdt.evaluation.values import kind_values, measured_cost
 from lbdt.evaluation.worlds.canvas_judges import unedited_features

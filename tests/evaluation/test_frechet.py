@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from lbdt.evaluation.metrics.frechet import frechet_distance
+from lbdt.evaluation.metrics.feature_distances import frechet_distance
 
 
 def draw(count, width=6, seed=0, scale=1.0):

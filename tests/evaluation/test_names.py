@@ -14,7 +14,7 @@ import pytest
 from lbdt.dictionary import ConceptDictionary
 from lbdt.evaluation.evaluation import check_kind_name
 from lbdt.evaluation.jobs import Design
-from lbdt.evaluation.report.table import csv_text, lines
+from lbdt.evaluation.report.tables import csv_text, lines
 from lbdt.evaluation.report.write import write
 from lbdt.evaluation.values import kind_values
 from lbdt.runs.wording import legible, printable, short

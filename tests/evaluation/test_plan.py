@@ -4,7 +4,7 @@ import pytest
 
 from lbdt.evaluation.jobs import Design
 from lbdt.evaluation.series_plan import SeriesPlan, unedited
-from lbdt.evaluation.worlds.canvas import canvas_world
+from lbdt.evaluation.worlds.canvas_world import canvas_world
 from tests.evaluation import small
 
 

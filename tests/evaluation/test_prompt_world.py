@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from lbdt.evaluation.metrics.clip import Clip
-from lbdt.evaluation.worlds.prompts import ClipJudge, prompt_world
+from lbdt.evaluation.worlds.prompt_world import ClipJudge, prompt_world
 from tests import toy
 from tests.evaluation.test_clip import pictures, tiny_clip
 from tests.repeats import repeats

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lbdt.evaluation import published
-from lbdt.evaluation.report import grid, table
+from lbdt.evaluation.report import grid, tables
 from lbdt.evaluation.report.write import read_values, write
 from tests.evaluation import sample_values as sample
 
@@ -23,11 +23,11 @@ def values():
 
 
 def read(values):
-    return list(csv.DictReader(io.StringIO(table.csv_text(values))))
+    return list(csv.DictReader(io.StringIO(tables.csv_text(values))))
 
 
 def test_the_terminal_shows_means_intervals_and_the_better_method(values):
-    lines = table.lines(values)
+    lines = tables.lines(values)
     assert lines[0].split()[:4] == ["pipeline", "method", "pictures", "UA"]
     steering, per = lines[2], lines[3]
     assert steering.startswith("saeuron    steering (strength -5)") and "30.5 ± 3.0" in steering
@@ -38,7 +38,7 @@ def test_the_terminal_shows_means_intervals_and_the_better_method(values):
 
 
 def test_the_readme_table_has_four_pipelines_with_three_rows_each(values):
-    lines = table.markdown(values)
+    lines = tables.markdown(values)
     assert lines[0] == "| pipeline | method | pictures | UA | IRA | CRA | AR | AR others | GA | FD |"
     rows = [line.split(" | ") for line in lines[2:14]]
     assert [row[0].strip("| ") for row in rows] == [name for name in sample.KINDS for _ in range(3)]
@@ -60,22 +60,22 @@ def test_what_is_marked(steering, per, metric, marked):
     rows = [sample.row(method, 50, 50, 50, 50, 5) for method in ("steering", "per")]
     for row, value in zip(rows, (steering, per), strict=True):
         row[metric] = None if value is None else sample.estimate(value)
-    found = table.main_table({"kinds": {"k": {"rows": rows}}}, (metric,))
+    found = tables.main_table({"kinds": {"k": {"rows": rows}}}, (metric,))
     assert [rows[line]["method"] for line, _ in sorted(found.marked)] == marked
 
 
 def test_what_was_not_measured_is_a_dash_with_one_seed_there_is_no_interval():
-    lines = table.lines(sample.bare())
+    lines = tables.lines(sample.bare())
     assert lines[2].split() == "saeuron PER (padding 1) 780 90.0 95.0 - 8.0 - 69.2 -".split()
     assert "not measured" in lines[3] and "were not compared" in lines[4]
-    assert table.lines({"about": {}, "kinds": {}}) == ["no pipeline was evaluated"]
+    assert tables.lines({"about": {}, "kinds": {}}) == ["no pipeline was evaluated"]
 
 
 def test_the_verdict_counts_wins_losses_and_ties(values):
     changed = copy.deepcopy(values)
     changed["kinds"]["gsae"]["rows"][1]["AR"] = sample.estimate(1.0)
     changed["kinds"]["sdxl"]["rows"][1]["AR"] = changed["kinds"]["sdxl"]["rows"][2]["AR"]
-    first, second = table.verdict(changed)
+    first, second = tables.verdict(changed)
     assert first.startswith(
         "artifact rate: PER is better than steering in 2 of 4 pipelines (saeuron 9.0 against 30.5,"
     )
@@ -86,7 +86,7 @@ def test_the_verdict_counts_wins_losses_and_ties(values):
 def test_an_interval_that_is_cut_at_100_keeps_its_longer_half():
     row = sample.row("per", 99, 50, 50, 5, 1.0)
     assert row["UA"]["high"] == 100.0
-    assert table.main_table({"kinds": {"k": {"rows": [row]}}}).rows[0][3] == "99.0 ± 3.0"
+    assert tables.main_table({"kinds": {"k": {"rows": [row]}}}).rows[0][3] == "99.0 ± 3.0"
 
 
 def test_the_csv_has_every_part_and_every_figure(values):
@@ -116,9 +116,9 @@ def test_the_csv_is_the_same_whenever_and_wherever_it_was_measured(values):
     changed = copy.deepcopy(values)
     changed["about"] = {"date": "another", "device": {"name": "cuda"}}
     del changed["cost"]
-    assert table.csv_text(changed) == table.csv_text(values)
+    assert tables.csv_text(changed) == tables.csv_text(values)
     changed["kinds"]["saeuron"]["rows"][0]["UA"]["mean"] += 1e-9  # another order of the same sum
-    assert table.csv_text(changed) == table.csv_text(values)
+    assert tables.csv_text(changed) == tables.csv_text(values)
 
 
 def test_the_csv_quotes_names():
@@ -128,12 +128,12 @@ def test_the_csv_quotes_names():
 
 
 def test_the_published_table_shows_the_printed_figures_and_marks_the_corrected_ones():
-    rows = table.published_table().rows
+    rows = tables.published_table().rows
     assert rows[3] == ["saemnesia", "PER", "91.37", "91.92", "97.97", "93.75 [*]", "15.5", "91.44"]
     assert rows[7] == ["sdxl", "PER", "94.31", "53.41 [*]", "-", "73.86", "8.0", "79.90"]
     assert sum("[*]" in text for row in rows for text in row) == 2
-    assert len(table.published_attack_table().rows) == 4
-    assert len(table.published_methods_table().rows) == len(published.METHODS)
+    assert len(tables.published_attack_table().rows) == 4
+    assert len(tables.published_methods_table().rows) == len(published.METHODS)
 
 
 def test_the_grid_has_a_row_a_concept_and_keeps_the_columns_apart(tmp_path):
@@ -175,7 +175,7 @@ def test_the_folder_holds_what_is_returned(tmp_path, values):
     lasting, times = (json.loads(files[name].read_text()) for name in ("values", "times"))
     assert times == {"date": small["about"]["date"], "cost": small["cost"]}
     assert lasting["kinds"] == small["kinds"] and set(lasting) == {"about", "kinds"}
-    assert files["table"].read_text() == table.csv_text(small)
+    assert files["table"].read_text() == tables.csv_text(small)
     before = {name: path.read_bytes() for name, path in files.items()}
     assert {name: path.read_bytes() for name, path in write(small, tmp_path).items()} == before
 
@@ -215,6 +215,6 @@ def test_a_figure_that_is_not_a_number_is_refused(tmp_path):
 
 
 def test_importing_the_report_does_not_import_matplotlib():
-    code = "import sys; from lbdt.evaluation.report import table, plots, write; print('matplotlib' in sys.modules)"
+    code = "import sys; from lbdt.evaluation.report import tables, plots, write; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -14,10 +14,10 @@ from lbdt.evaluation import request
 from lbdt.evaluation.jobs import Design
 from lbdt.evaluation.metrics.clip import Clip
 from lbdt.evaluation.metrics.nudity import Detection
-from lbdt.evaluation.report.table import lines
+from lbdt.evaluation.report.tables import lines
 from lbdt.evaluation.series import slug
 from lbdt.evaluation.values import kind_values
-from lbdt.evaluation.worlds.prompts import ClipJudge, prompt_world
+from lbdt.evaluation.worlds.prompt_world import ClipJudge, prompt_world
 from lbdt.evaluation.worlds.vit import ViTJudge
 from tests import toy
 from tests.evaluation import small

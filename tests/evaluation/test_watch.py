@@ -8,7 +8,7 @@ from lbdt.activations.capture import find_module
 from lbdt.canvas.generate import Case, images
 from lbdt.editors import Steering
 from lbdt.evaluation.block_watch import BlockWatch
-from lbdt.evaluation.metrics.activations import Watched, compare_settings
+from lbdt.evaluation.metrics.activation_shift import WatchedRows, compare_settings
 from lbdt.hooks.feature_maps import tensor_of
 from tests import toy
 from tests.repeats import matches, repeats
@@ -202,7 +202,7 @@ def test_steering_moves_canvas_activations_further_than_replacement():
         steered = rows()
     assert repeats(rows(), base)
     before, per, steer = compare_settings(
-        base, [Watched("per", {}, replaced), Watched("steering", {"strength": -20.0}, steered)]
+        base, [WatchedRows("per", {}, replaced), WatchedRows("steering", {"strength": -20.0}, steered)]
     )
     assert base.shape == (2 * 4 * 64, 192)
     assert before["wasserstein"] == 0 < per["wasserstein"] < steer["wasserstein"]

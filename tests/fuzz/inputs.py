@@ -23,7 +23,7 @@ from lbdt.dictionary.score_state import ScoreState
 from lbdt.editors import ConceptEraser, Steering
 from lbdt.evaluation.evaluated_world import Verdicts
 from lbdt.evaluation.jobs import Job
-from lbdt.evaluation.metrics.artifacts import FeatureJudge
+from lbdt.evaluation.metrics.feature_distances import FeatureJudge
 from lbdt.evaluation.series import Series, SeriesFiles
 from lbdt.evaluation.worlds.unlearncanvas import judge_pictures, read_pictures
 from lbdt.evaluation.worlds.vit import load_vit, preprocess

@@ -10,15 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from lbdt.evaluation import published
-from lbdt.evaluation.report import cells, table, theme
+from lbdt.evaluation.report import cells, tables, theme
 from lbdt.evaluation.report.cells import Table
-from lbdt.evaluation.report.page import SECTIONS, page
 from lbdt.evaluation.report.plots import drawable
 from lbdt.runs.wording import legible
 
 UNMEASURED = '<p class="none">not measured</p>'
 NOT_DRAWN = f"not drawn: {theme.NEEDS.replace(': ', ', ')}"
 
+_SECTIONS = (
+    ("erases", "Does it erase?"),
+    ("breaks", "What else breaks?"),
+    ("costs", "At what cost?"),
+    ("inside", "What happens inside?"),
+    ("several", "Several concepts"),
+    ("published", "Published figures"),
+    ("how", "How it was measured"),
+)
+"""(id, heading)."""
 _CAPTIONS = {
     "sweep": "Strength of steering against UA, IRA and artifact rate, on the sweep's seeds; PER on the same pictures at the right, and as "
     "the dotted line. The ringed strength is the one that the main table scores, on other seeds.",
@@ -75,7 +84,7 @@ def html(values: Mapping[str, Any], plots: Mapping[str, Path], folder: Path) -> 
     )
     about = values.get("about") or {}
     title = f"Evaluation on {about['world']}" if about.get("world") else "Evaluation"
-    return page(title, _summary(values, about), zip(SECTIONS, bodies, strict=True))
+    return theme.page(title, _summary(values, about), zip(_SECTIONS, bodies, strict=True))
 
 
 def _summary(values: Mapping[str, Any], about: Mapping[str, Any]) -> str:
@@ -87,13 +96,13 @@ def _summary(values: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     if about.get("commit"):
         facts.append(f"commit {about['commit']}" + (" with changes" if about.get("dirty") else ""))
     text = f'<p class="facts">{escape("; ".join(facts))}</p>' if facts else ""
-    return text + _list(escape(line) for line in table.verdict(values))
+    return text + _list(escape(line) for line in tables.verdict(values))
 
 
 def _erases(values: Mapping[str, Any], kinds: Mapping[str, Any], files: Mapping[str, Path]) -> str:
-    main = table.main_table(values, table.columns_of(values))
+    main = tables.main_table(values, tables.columns_of(values))
     text = _table(main) if main.rows else UNMEASURED
-    text += f'<p class="note">Bold: {escape(table.MARKS)}.</p>'
+    text += f'<p class="note">Bold: {escape(tables.MARKS)}.</p>'
     text += "<dl>" + "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in _GLOSSARY) + "</dl>"
     text += _figures(values, files, ("sweep", "tradeoff"))
     if any(kind.get("sweep") for kind in kinds.values()):
@@ -192,18 +201,18 @@ def _several(values: Mapping[str, Any], kinds: Mapping[str, Any], files: Mapping
 
 
 def _published(values: Mapping[str, Any]) -> str:
-    ours = table.main_table(values, ("UA", "IRA", "CRA", "AR", "GA"))
+    ours = tables.main_table(values, ("UA", "IRA", "CRA", "AR", "GA"))
     about = values.get("about") or {}
     where = f"{about.get('world', 'world not recorded')}; judge: {about.get('judge', 'not recorded')}; artifacts: {about.get('artifacts', 'not recorded')}"
     text = "<p>Other models, pictures and judges: no figure of one table can be compared with one of another.</p>"
     text += f"<h3>Measured here</h3><p>{escape(where)}.</p>" + (_table(ours) if ours.rows else UNMEASURED)
     for title, source, each in (
-        ("Published: erasing objects", published.WHERE_ERASURE, table.published_table()),
-        ("Published: under attack", published.WHERE_ATTACK, table.published_attack_table()),
-        ("Published: other methods", published.WHERE_METHODS, table.published_methods_table()),
+        ("Published: erasing objects", published.WHERE_ERASURE, tables.published_table()),
+        ("Published: under attack", published.WHERE_ATTACK, tables.published_attack_table()),
+        ("Published: other methods", published.WHERE_METHODS, tables.published_methods_table()),
     ):
         text += f"<h3>{title}</h3><p>{escape(source)}.</p>" + _table(each, "no figure")
-        if each == table.published_table():
+        if each == tables.published_table():
             text += (
                 '<div class="note"><p>[*]: corrected.</p>' + _list(map(escape, published.NOTES)) + "</div>"
             )
@@ -247,7 +256,7 @@ def _text(value: Any) -> str:
 
 
 def _parts(kinds: Mapping[str, Any], part: str) -> str:
-    columns = (*table.COLUMNS, "replaced")
+    columns = (*tables.COLUMNS, "replaced")
     rows = [
         [name, _label(row, part), cells.count(row.get("pictures"))]
         + [cells.cell(row, metric) for metric in columns]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lbdt.evaluation.report import grid, plots, table, theme
+from lbdt.evaluation.report import grid, plots, tables, theme
 from lbdt.evaluation.report.html import html
 from lbdt.runs.files import json_bytes, read_json, write_files
 
@@ -41,7 +41,7 @@ def write(values: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     files = {name: Path("plots") / file for name, (file, _) in drawn.items()}
     written = {
         **data,
-        "table.csv": table.csv_text(values).encode(),
+        "table.csv": tables.csv_text(values).encode(),
         "report.html": html(values, files, folder).encode(),
     }
     write_files(folder, written)

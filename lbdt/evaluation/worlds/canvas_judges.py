@@ -21,10 +21,10 @@ from lbdt import canvas
 from lbdt.evaluation.evaluated_world import EvaluatedWorld, Judge
 from lbdt.evaluation.evaluation import Evaluation
 from lbdt.evaluation.jobs import Design, Job
-from lbdt.evaluation.metrics.artifacts import FeatureJudge
+from lbdt.evaluation.metrics.feature_distances import FeatureJudge
 from lbdt.evaluation.series import Series
 from lbdt.evaluation.verdict_columns import Scorers
-from lbdt.evaluation.worlds.canvas import CanvasJudge, canvas_world, judge_path
+from lbdt.evaluation.worlds.canvas_world import CanvasJudge, canvas_world, judge_path
 from lbdt.runs.processes import Processes, joined_on
 
 SEEDS = range(800_000, 800_012)

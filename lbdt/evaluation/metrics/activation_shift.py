@@ -25,7 +25,7 @@ all others would share one bin."""
 _BLOCK = 16  # dimensions at a time, so that no float64 copy of all rows is held
 
 
-class Watched(NamedTuple):
+class WatchedRows(NamedTuple):
     """The rows of one setting."""
 
     method: str
@@ -37,8 +37,8 @@ class Watched(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """Rows [m, d] against a `Reference`."""
+class ActivationShift:
+    """Rows [m, d] against a `BaseActivations`."""
 
     patches: int
     """m."""
@@ -74,7 +74,7 @@ class Statistics:
         return {"patches": self.patches} | {k: None if v is None else round(v, 6) for k, v in figures.items()}
 
 
-class Reference:
+class BaseActivations:
     """The unedited model's rows, sorted by dimension. Made by `fit`."""
 
     def __init__(self, base: Tensor) -> None:
@@ -89,7 +89,7 @@ class Reference:
         self.log_norms = log_norms(base).sort().values
         """float64 [n], ascending."""
 
-    def compare(self, x: Tensor) -> Statistics:
+    def compare(self, x: Tensor) -> ActivationShift:
         """`x` [m, d], any m >= 1. Nothing depends on the order of the rows.
 
         Raises:
@@ -113,7 +113,7 @@ class Reference:
         if len(kept):
             moved = log_norms(kept).sort().values
             norms = float(wasserstein(self.log_norms.unsqueeze(1), moved.unsqueeze(1)))
-        return Statistics(
+        return ActivationShift(
             patches=len(x),
             broken=len(x) - len(kept),
             outside_by_dimension=torch.cat(outside),
@@ -125,7 +125,7 @@ class Reference:
         return self.sorted.split(_BLOCK, dim=1)
 
 
-def fit(base: Tensor) -> Reference:
+def fit(base: Tensor) -> BaseActivations:
     """What later rows are compared with: `base` [n, d], rows of the unedited model.
 
     Raises:
@@ -144,10 +144,10 @@ def fit(base: Tensor) -> Reference:
         raise ValueError(
             f"base: all {len(base)} rows are equal, so a distance has no unit; watch more pictures"
         )
-    return Reference(base)
+    return BaseActivations(base)
 
 
-def compare_settings(base: Tensor, others: Sequence[Watched], bins: int = BINS) -> list[dict[str, Any]]:
+def compare_settings(base: Tensor, others: Sequence[WatchedRows], bins: int = BINS) -> list[dict[str, Any]]:
     """The "activations" of values.json: the base first, then `others` in their order, with histograms of one binning.
 
     "norms": of the log2 of the rows' L2 norms. "dimension": of the one dimension that steering moves most, by the sum
@@ -160,10 +160,10 @@ def compare_settings(base: Tensor, others: Sequence[Watched], bins: int = BINS) 
         bins: of both histograms.
 
     Raises:
-        TypeError, ValueError: as `fit` and `Reference.compare`.
+        TypeError, ValueError: as `fit` and `BaseActivations.compare`.
     """
     reference = fit(base)
-    settings = [Watched("base", {}, base), *others]
+    settings = [WatchedRows("base", {}, base), *others]
     statistics = [reference.compare(each.rows) for each in settings]
     steered = [
         s for s, each in zip(statistics, settings, strict=True) if each.method == "steering"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from lbdt.evaluation.metrics.artifacts import FeatureJudge
+    from lbdt.evaluation.metrics.feature_distances import FeatureJudge
 
 SEEDS = (500, 501, 502)
 SWEEP_SEEDS = (700_000,)
@@ -114,7 +114,7 @@ def judge_path(sampling: canvas.Sampling) -> Path:
 
 @lru_cache
 def _judge_file(path: Path) -> FeatureJudge:
-    from lbdt.evaluation.metrics.artifacts import FeatureJudge
+    from lbdt.evaluation.metrics.feature_distances import FeatureJudge
 
     return FeatureJudge.load(path)
 
