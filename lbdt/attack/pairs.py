@@ -174,7 +174,7 @@ def attack_pairs(
 
 
 def _prompt(concept: str, style: str | None, seed: int) -> Prompt:
-    """The prompt by the published template, with a start seed that does not depend on which other pairs are attacked."""
+    """The prompt by the published template; its start seed does not depend on which other pairs are attacked."""
     number = int(sha256(f"{seed}/{concept}/{style or ''}")[:12], 16)
     return Prompt(prompt_text(concept, style, "saeuron"), concept, style, number)
 

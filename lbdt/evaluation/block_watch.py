@@ -101,7 +101,8 @@ class BlockWatch:
         now = self._schedule.nearest(timestep)
         if self._now is not None and now > self._now:
             raise ValueError(
-                f"watch: timestep {now} came after {self._now}, so a second pipeline call began; make a BlockWatch for each"
+                f"watch: timestep {now} came after {self._now}, so a second pipeline call began; make a "
+                "BlockWatch for each"
             )
         fresh = now in self._wanted and now not in self._kept
         self._now = now

@@ -33,8 +33,8 @@ def check_kind_name(name: str) -> None:
     begin formulas."""
     if not name.isprintable() or not (name[:1].isalnum() or name[:1] == "_") or len(name) > _LONGEST:
         raise ValueError(
-            f"kind {short(name, _LONGEST)!r}: expected a name of at most {_LONGEST} visible characters that begins with a "
-            "letter or digit; give another NAME in NAME=DIR"
+            f"kind {short(name, _LONGEST)!r}: expected a name of at most {_LONGEST} visible characters that begins "
+            "with a letter or digit; give another NAME in NAME=DIR"
         )
 
 

@@ -12,22 +12,23 @@ from dataclasses import dataclass, field
 from lbdt.evaluation.metrics.accuracy import global_average
 
 WHERE_ERASURE = (
-    "Project page of PER (eidoslab.github.io/PER, Table 1; Cassano et al., arXiv 2606.31699): Stable Diffusion 1.5 fine-tuned on "
-    "UnlearnCanvas (SDXL-Turbo in the last two rows), 20 objects x 51 prompts, ViT-L/16 classifiers, artifact rate by Qwen2-VL-7B"
+    "Project page of PER (eidoslab.github.io/PER, Table 1; Cassano et al., arXiv 2606.31699): Stable Diffusion 1.5 "
+    "fine-tuned on UnlearnCanvas (SDXL-Turbo in the last two rows), 20 objects x 51 prompts, ViT-L/16 classifiers, "
+    "artifact rate by Qwen2-VL-7B"
 )
 WHERE_ATTACK = (
     "Project page of PER (eidoslab.github.io/PER, Table 2): UnlearnDiffAtk, 5-token prefix, 40 iterations; "
     "20 objects x 50 styles of UnlearnCanvas"
 )
 WHERE_METHODS = (
-    "Project page of SAEmnesia (repository EIDOSLAB/SAEmnesia): Stable Diffusion 1.5 fine-tuned on UnlearnCanvas; FID with "
-    "torchvision's Inception v3, not comparable to the standard one"
+    "Project page of SAEmnesia (repository EIDOSLAB/SAEmnesia): Stable Diffusion 1.5 fine-tuned on UnlearnCanvas; "
+    "FID with torchvision's Inception v3, not comparable to the standard one"
 )
 NOTES = (
     "saemnesia, PER: the average is printed as 93.45; UA, IRA and CRA give 93.75, and with them the printed GA.",
     "sdxl, PER: IRA is printed as 35.41; 53.41 (two digits exchanged) reproduces both the printed average and GA.",
-    "GA is recomputed: the mean of UA, IRA, CRA and 100 - AR, without CRA where there is none. That reproduces the printed "
-    "GA of all eight rows to 0.01; the page does not state the formula.",
+    "GA is recomputed: the mean of UA, IRA, CRA and 100 - AR, without CRA where there is none. That reproduces "
+    "the printed GA of all eight rows to 0.01; the page does not state the formula.",
     "sdxl, steering: UA 95.00 and IRA 5.00 are what a classifier gives that calls every picture the same.",
 )
 

@@ -1,7 +1,8 @@
 """How far an edit moves a block's activations from the unedited model's (METHOD.md, 8.5; after the
 out-of-distribution figure of arXiv 2606.31699).
 
-Rows are patches of a block's output, as `lbdt.evaluation.block_watch.BlockWatch` keeps them. Sizes: n, m rows, d dimensions.
+Rows are patches of a block's output, as `lbdt.evaluation.block_watch.BlockWatch` keeps them. Sizes: n, m rows, d
+dimensions.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class ActivationShift:
 
     @property
     def outside(self) -> float:
-        """The percentage of all values that lie beyond the base's `PERCENTILES` of their dimension. The base has about 0.2."""
+        """The percentage of all values that lie beyond the base's `PERCENTILES` of their dimension. The base has about
+        0.2."""
         return float(self.outside_by_dimension.mean())
 
     @property
@@ -270,6 +272,7 @@ def _checked(name: str, x: Any, width: int | None = None) -> Tensor:
         raise TypeError(f"{name}: expected a floating point tensor [rows, d], got {given}")
     if x.dim() != 2 or 0 in x.shape or width not in (None, x.shape[1]):
         raise ValueError(
-            f"{name}: expected [rows, {width or 'd'}] with one row or more, got {list(x.shape)}; compare rows of one block"
+            f"{name}: expected [rows, {width or 'd'}] with one row or more, got {list(x.shape)}; compare "
+            "rows of one block"
         )
     return x.detach().cpu().to(torch.promote_types(x.dtype, torch.float32))

@@ -41,8 +41,8 @@ class Clip:
     def from_pretrained(
         cls, path_or_repo: str | os.PathLike[str], device: torch.device | str = "cpu"
     ) -> Clip:
-        """The model of a folder or Hub repository with safetensors weights, in float32. Pictures are prepared by PIL and numpy,
-        whether or not torchvision is there, so that scores do not depend on it.
+        """The model of a folder or Hub repository with safetensors weights, in float32. Pictures are prepared by PIL
+        and numpy, whether or not torchvision is there, so that scores do not depend on it.
 
         Raises OSError (transformers'): no such folder or repository, no safetensors weights.
         """

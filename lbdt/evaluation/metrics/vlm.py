@@ -82,8 +82,8 @@ class ArtifactJudge:
         dtype: torch.dtype = torch.bfloat16,
         question: str = QUESTION,
     ) -> ArtifactJudge:
-        """The judge of a folder or Hub repository with safetensors weights. 7B in bfloat16 takes 17 GB. Pictures are prepared
-        by PIL and numpy, so torchvision is not needed.
+        """The judge of a folder or Hub repository with safetensors weights. 7B in bfloat16 takes 17 GB. Pictures are
+        prepared by PIL and numpy, so torchvision is not needed.
 
         Raises OSError (transformers'): no such folder or repository, no safetensors weights.
         """

@@ -1,4 +1,6 @@
-"""The report's pictures: a row a concept, columns without | mask (where the SAE saw the concept) | steering | PER. Pillow only."""
+"""The report's pictures: a row a concept, columns without | mask (where the SAE saw the concept) | steering | PER.
+
+Pillow only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: figures inside it, no script, no link that has to be followed."""
+"""The report as one HTML file that needs nothing else: figures inside it, no script, no link that must be followed."""
 
 from __future__ import annotations
 
@@ -29,24 +29,31 @@ _SECTIONS = (
 )
 """(id, heading)."""
 _CAPTIONS = {
-    "sweep": "Strength of steering against UA, IRA and artifact rate, on the sweep's seeds; PER on the same pictures at the right, and as "
-    "the dotted line. The ringed strength is the one that the main table scores, on other seeds.",
-    "tradeoff": "The same runs, UA against IRA: up and to the right is better. Figures beside the points are strengths.",
+    "sweep": "Strength of steering against UA, IRA and artifact rate, on the sweep's seeds; PER on the same pictures "
+    "at the right, and as the dotted line. The ringed strength is the one that the main table scores, on other seeds.",
+    "tradeoff": "The same runs, UA against IRA: up and to the right is better. Figures beside the points are "
+    "strengths.",
     "concepts-ua": "UA of every erased concept.",
     "concepts-ar": "Artifact rate of every erased concept.",
-    "ratio": "Patches that PER replaces at each timestep, for every padding, in pictures of prompts that name the erased concept.",
-    "activations": "Patches at the hookpoint without an eraser (grey), steered and replaced: log2 of their norms, and the one dimension that "
-    "steering moves most. Logarithmic densities.",
-    "together": "Concepts erased together against UA over all of them (solid) and RA, accuracy on those that are kept (dashed).",
+    "ratio": "Patches that PER replaces at each timestep, for every padding, in pictures of prompts that name the "
+    "erased concept.",
+    "activations": "Patches at the hookpoint without an eraser (grey), steered and replaced: log2 of their norms, and "
+    "the one dimension that steering moves most. Logarithmic densities.",
+    "together": "Concepts erased together against UA over all of them (solid) and RA, accuracy on those that are kept "
+    "(dashed).",
 }
 _GLOSSARY = (
-    ("UA", "share of pictures whose prompt names the erased concept in which it is no longer classified. Higher is better."),
+    ("UA", "share of pictures whose prompt names the erased concept in which it is no longer classified. "
+     "Higher is better."),
     ("IRA", "share of pictures of the other concepts that are still classified as theirs. Higher is better."),
     ("CRA", "share of all styled pictures whose style is still classified. Higher is better."),
-    ("AR", "share of pictures that the artifact rule rejects; AR others: of those whose prompt does not name the erased concept. Lower is better."),
+    ("AR", "share of pictures that the artifact rule rejects; AR others: of those whose prompt does not name "
+     "the erased concept. Lower is better."),
     ("GA", "global average: mean of UA, IRA, CRA and 100 - AR, without CRA where there is none. Higher is better."),
-    ("FD", "Frechet distance of the judge's features, of pictures whose prompt does not name the erased concept to the unedited ones of the same prompts. Lower is better."),
-    ("CLIP", "CLIP score with the prompt, where a model was given, of pictures whose prompt does not name the erased concept. Higher is better."),
+    ("FD", "Frechet distance of the judge's features, of pictures whose prompt does not name the erased concept to the "
+     "unedited ones of the same prompts. Lower is better."),
+    ("CLIP", "CLIP score with the prompt, where a model was given, of pictures whose prompt does not name the erased "
+     "concept. Higher is better."),
 )  # fmt: skip
 _ABOUT = (
     ("world", "world"),
@@ -178,8 +185,8 @@ def _inside(values: Mapping[str, Any], kinds: Mapping[str, Any], files: Mapping[
     text += "<h3>Activations before and after</h3>"
     text += _table(Table(head, rows, set(), 2)) if rows else UNMEASURED
     text += (
-        '<p class="note">Outside: values beyond the base model\'s 0.1 to 99.9 percentiles of their dimension (base: about 0.2). '
-        "Distance: Wasserstein, to the base.</p>"
+        '<p class="note">Outside: values beyond the base model\'s 0.1 to 99.9 percentiles of their dimension '
+        "(base: about 0.2). Distance: Wasserstein, to the base.</p>"
     )
     for part, title in (("padding", "Padding of PER"), ("sources", "Sources of PER")):
         text += f"<h3>{title}</h3>" + _parts(kinds, part)
@@ -203,7 +210,8 @@ def _several(values: Mapping[str, Any], kinds: Mapping[str, Any], files: Mapping
 def _published(values: Mapping[str, Any]) -> str:
     ours = tables.main_table(values, ("UA", "IRA", "CRA", "AR", "GA"))
     about = values.get("about") or {}
-    where = f"{about.get('world', 'world not recorded')}; judge: {about.get('judge', 'not recorded')}; artifacts: {about.get('artifacts', 'not recorded')}"
+    known = {name: about.get(name, "not recorded") for name in ("judge", "artifacts")}
+    where = f"{about.get('world', 'world not recorded')}; judge: {known['judge']}; artifacts: {known['artifacts']}"
     text = "<p>Other models, pictures and judges: no figure of one table can be compared with one of another.</p>"
     text += f"<h3>Measured here</h3><p>{escape(where)}.</p>" + (_table(ours) if ours.rows else UNMEASURED)
     for title, source, each in (
@@ -328,7 +336,8 @@ def _figure(name: str, path: Path, caption: str) -> str:
 
 
 def inline_svg(text: str, prefix: str, label: str) -> str:
-    """An SVG file's text as an element of the page: ids made unique by `prefix`, the theme's colours as variables of the page."""
+    """An SVG file's text as an element of the page: ids made unique by `prefix`, the theme's colours as variables of
+    the page."""
     text = text[text.index("<svg") :]
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", text)

@@ -87,8 +87,8 @@ def verdict(values: Mapping[str, Any]) -> list[str]:
 def csv_text(values: Mapping[str, Any]) -> str:
     """Every figure of every part, one a line; what was not measured has no line. Histograms are in values.json.
 
-    `mean`, `low` and `high` have six significant digits; `settings` is `name=value` pairs joined by `;`, several names in
-    one joined by `+`, a backslash before these in a name.
+    `mean`, `low` and `high` have six significant digits; `settings` is `name=value` pairs joined by `;`, several
+    names in one joined by `+`, a backslash before these in a name.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

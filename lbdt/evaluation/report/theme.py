@@ -201,13 +201,14 @@ figure { margin: 1.75rem 0; }
 figure svg, figure img { max-width: 100%; height: auto; display: block; }
 figcaption { max-width: 46rem; margin-top: 0.4rem; }
 summary { cursor: pointer; padding: 0.35rem 0; }
-@media (max-width: 50rem) { figure svg { min-width: 44rem; } dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.5rem; } }
+@media (max-width: 50rem) { figure svg { min-width: 44rem; } \
+dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.5rem; } }
 @media print { body { max-width: none; } figure, tr { break-inside: avoid; } }
 """
 
 
 def page(title: str, summary: str, sections: Iterable[tuple[tuple[str, str], str]]) -> str:
-    """A whole HTML document. `summary` and the sections' bodies are HTML, `title` is text; sections: ((id, heading), body)."""
+    """A whole HTML document: `title` is text, `summary` and the bodies are HTML; a section is ((id, heading), body)."""
     sections = list(sections)
     contents = "".join(f'<li><a href="#{name}">{escape(text)}</a></li>' for (name, text), _ in sections)
     bodies = "".join(

@@ -16,14 +16,14 @@ _MOMENT = ("date", "load_average_before")
 
 
 def write(values: Mapping[str, Any], folder: Path) -> dict[str, Path]:
-    """Writes values.json, times.json, table.csv, report.html, plots/NAME.svg and plots/grid-KIND.png into `folder`, each
-    atomically.
+    """Writes values.json, times.json, table.csv, report.html, plots/NAME.svg and plots/grid-KIND.png into `folder`,
+    each atomically.
 
     times.json has what differs from run to run: "cost", "date" and "load_average_before". Of the others only the report
     shows it, so all but these two are the same bytes for the same figures.
 
-    Without matplotlib the figures are left out, and the page says so; one that is installed and cannot be imported raises
-    what it raises. The grids' pictures are read from `folder`.
+    Without matplotlib the figures are left out, and the page says so; one that is installed and cannot be imported
+    raises what it raises. The grids' pictures are read from `folder`.
 
     Returns name -> file: values, times, table, report, the figures' names, and `grid KIND`.
 

@@ -25,10 +25,11 @@ def saved_kinds(
     steps: int,
     guidance: float | None,
 ) -> dict[str, EvaluatedKind]:
-    """One `EvaluatedKind` per eraser: folders or Hub repositories, each read when it is used, and anew for every setting.
+    """One `EvaluatedKind` per eraser: folders or Hub repositories, each read when it is used, and anew for every
+    setting.
 
-    `steering`: of `Steering.save_pretrained`, or an eraser's with a `steering.json`: without one there is no strength to
-    start from, and it is refused when it is used. `strengths`: instead of those of `STRENGTHS`, by kind.
+    `steering`: folders of `Steering.save_pretrained`, or an eraser's with a `steering.json`: without one there is no
+    strength to start from, and it is refused when it is used. `strengths`: instead of those of `STRENGTHS`, by kind.
 
     Raises:
         ValueError: no eraser; steering or strengths of a kind that has none.

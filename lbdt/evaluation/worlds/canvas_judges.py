@@ -1,9 +1,10 @@
-"""Fits the artifact judges of EmojiCanvas: ``python -m lbdt.evaluation.worlds.canvas_judges --work DIR [--kind sdxl] [--check]``.
+"""Fits the artifact judges of EmojiCanvas:
+`python -m lbdt.evaluation.worlds.canvas_judges --work DIR [--kind sdxl] [--check]`.
 
 A judge describes unedited generations of one sampling in the style classifier's features: every object in every
 style, and in none, from seeds 800,000 to 800,011 (1,680 pictures), which nothing else uses. The pictures are made in
-DIR, resumably; the judge is written to ``lbdt/canvas/weights/judges``. ``--check`` prints what it calls artifacts among pictures
-whose truth is known, beside a judge in the object classifier's features (needs the emoji font).
+DIR, resumably; the judge is written to `lbdt/canvas/weights/judges`. `--check` prints what it calls artifacts among
+pictures whose truth is known, beside a judge in the object classifier's features (needs the emoji font).
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def unedited_features(
 
 
 def known_pictures(pipe: Any, seed: int = 9_000_000) -> dict[str, list]:
-    """120 rendered scenes, and 120 each of what was done to them, through the pipeline's autoencoder before that; PIL pictures.
+    """120 rendered scenes, and 120 each of what was done to them, through the pipeline's autoencoder before that; PIL
+    pictures.
 
     "empty" scenes are what a clean erasure leaves: the landscape in its style, without an object.
     """

@@ -124,7 +124,8 @@ def _check_rows(path: str, rows: Sequence[Prompt]) -> None:
     for row in rows:
         if row.concept is None:
             raise ValueError(
-                f"{path}: {row.text!r} has no concept, and pictures are scored by theirs; label every row, or take it out"
+                f"{path}: {row.text!r} has no concept, and pictures are scored by theirs; label every row, or "
+                "take it out"
             )
         if (row.text, row.seed) in seen:
             raise ValueError(f"{path}: {row.text!r} comes twice with seed {row.seed}; give one another seed")

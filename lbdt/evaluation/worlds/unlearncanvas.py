@@ -44,8 +44,8 @@ TEMPLATES = {
     "saeuron": ("An image of {object} in {style} style.", "An image of {object}."),
     "official": ("A {object} image in {style} style.", "A {object} image."),
 }
-"""Styled and plain: "saeuron" is SAeUron's, SAEmnesia's and PER's; "official" is UnlearnCanvas' own, whose plain form no
-source states: it is ours. Figures of the two are not of identical prompts."""
+"""Styled and plain: "saeuron" is SAeUron's, SAEmnesia's and PER's; "official" is UnlearnCanvas' own, whose plain form
+no source states: it is ours. Figures of the two are not of identical prompts."""
 SEEDS = (188, 288, 588, 688, 888)
 SWEEP_SEEDS = (42,)
 STEPS, GUIDANCE, SIZE = 100, 9.0, 512
@@ -81,7 +81,8 @@ def unlearncanvas(
     size: int | None = SIZE,
     batch: int = 10,
 ) -> EvaluatedWorld:
-    """Object unlearning as SAeUron, SAEmnesia and PER evaluate it, or style unlearning: the same with the roles swapped.
+    """Object unlearning as SAeUron, SAEmnesia and PER evaluate it, or style unlearning: the same with the roles
+    swapped.
 
     Every prompt of a seed starts from that seed, as published. DDIM whatever the base model's scheduler, eta 0.
 
@@ -103,7 +104,8 @@ def unlearncanvas(
 
     Raises:
         ValueError: an unknown task or template, one classifier without the other, or one that is not there, what
-            `saved_kinds` refuses, a seed in both lists. When it is used: a base model of another size, what `load_vit` refuses.
+            `saved_kinds` refuses, a seed in both lists. When it is used: a base model of another size, what
+            `load_vit` refuses.
     """
     _check("task", task, TASKS)
     _check("template", template, tuple(TEMPLATES))
@@ -170,7 +172,8 @@ def picture_name(prompt: Prompt) -> str:
     thing, theme = labels if labels[0] in OBJECTS else labels[::-1]
     if thing not in OBJECTS or theme not in (*THEMES, None):
         raise ValueError(
-            f"prompt: expected an object and a theme of UnlearnCanvas as its labels, got {labels[0]!r} and {labels[1]!r}"
+            f"prompt: expected an object and a theme of UnlearnCanvas as its labels, got {labels[0]!r} and "
+            f"{labels[1]!r}"
         )
     return f"{thing}_seed{prompt.seed}.jpg" if theme is None else f"{theme}_{thing}_seed{prompt.seed}.jpg"
 
@@ -289,8 +292,8 @@ def _pipeline(base: PathOrRepo, size: int | None, device: torch.device) -> Any:
     own = pipe.unet.config.sample_size * pipe.vae_scale_factor
     if size is not None and own != size:
         raise ValueError(
-            f"base: {os.fspath(base)} generates {own} x {own} pixels; the protocol has {size}. Give SD 1.5 fine-tuned on "
-            f"UnlearnCanvas, or size=None"
+            f"base: {os.fspath(base)} generates {own} x {own} pixels; the protocol has {size}. Give SD 1.5 "
+            f"fine-tuned on UnlearnCanvas, or size=None"
         )
     return pipe
 

@@ -71,9 +71,11 @@ class ViTClassifier:
 
 
 class ViTJudge:
-    """The two classifiers as an evaluation's judge. Its features are the class token of the one that does not know what is
-    erased (see `lbdt.evaluation.metrics.feature_distances.FeatureJudge`): the style classifier's, or the object classifier's
-    where styles are erased."""
+    """The two classifiers as an evaluation's judge.
+
+    Its features are the class token of the one that does not know what is erased (see
+    `lbdt.evaluation.metrics.feature_distances.FeatureJudge`): the style classifier's, or the object classifier's where
+    styles are erased."""
 
     def __init__(
         self, objects: ViTClassifier, styles: ViTClassifier, swapped: Mapping[int, int] | None = None
