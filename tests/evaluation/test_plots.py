@@ -58,11 +58,6 @@ def test_a_figure_is_svg_with_the_themes_colours_and_no_date(drawn, name):
     assert "metadata" not in text and "Matplotlib" not in text
 
 
-def test_draw_writes_a_file_a_figure(tmp_path, kinds, drawn):
-    files = plots.draw({"kinds": {"sdxl": {"ratio": kinds["sdxl"]["ratio"]}}}, tmp_path)
-    assert files == {"ratio": tmp_path / "ratio.svg"} and files["ratio"].read_bytes().startswith(b"<?xml")
-
-
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
@@ -201,8 +196,7 @@ def test_without_matplotlib_drawing_names_the_extra_and_the_report_says_so(tmp_p
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     small = {"kinds": {"k": {"ratio": sample.kind(0, 4, None)["ratio"]}}}
     with pytest.raises(ImportError, match=r"needs matplotlib: pip install lbdt\[plot\]"):
-        plots.draw(small, tmp_path / "plots")
-    assert not (tmp_path / "plots").exists()
+        plots.figures(small)
     files = write(small, tmp_path)
     assert sorted(files) == ["report", "table", "times", "values"]
     assert files["report"].read_text().count("not drawn: needs matplotlib, pip install lbdt[plot]") == 1

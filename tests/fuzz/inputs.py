@@ -21,12 +21,11 @@ from lbdt.dictionary.activation_histograms import Histograms
 from lbdt.dictionary.latents_pickle import read_latents
 from lbdt.dictionary.score_state import ScoreState
 from lbdt.editors import ConceptEraser, Steering
-from lbdt.evaluation.evaluated_world import Verdicts
 from lbdt.evaluation.jobs import Job
 from lbdt.evaluation.metrics.feature_distances import FeatureJudge
+from lbdt.evaluation.pictures import read_picture
 from lbdt.evaluation.series import Series, SeriesFiles
-from lbdt.evaluation.worlds.unlearncanvas import judge_pictures, read_pictures
-from lbdt.evaluation.worlds.vit import load_vit, preprocess
+from lbdt.evaluation.worlds.vit import load_vit
 from lbdt.formats.class_params import load_class_params
 from lbdt.runs.digests import raw, sha256
 from lbdt.runs.files import json_bytes
@@ -257,17 +256,8 @@ def read_attack(folder: Path) -> None:
     json_bytes(found.to_dict())
 
 
-def make_unlearncanvas(folder: Path) -> None:
-    for kind, name in (("PNG", "Bears_seed188.png"), ("JPEG", "Abstractionism_Cats_seed188.jpg")):
-        Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(folder / name, kind)
-
-
-def read_unlearncanvas(folder: Path) -> None:
-    def judge(pictures):  # as the published one, of pictures of any size
-        x = preprocess(pictures, 4).flatten(1)
-        return Verdicts(x.argmax(1), None, x)
-
-    judge_pictures(judge, read_pictures(folder), progress=False)
+def make_photo(folder: Path) -> None:
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(folder / "picture.jpg", "JPEG")
 
 
 def make_judge(folder: Path) -> None:
@@ -316,5 +306,5 @@ TARGETS: dict[str, tuple[Any, Any]] = {
     "series of pictures": (make_series, read_series),
     "judge of artifacts": (make_judge, lambda folder: FeatureJudge.load(folder / "judge.safetensors")),
     "attack": (make_attack, read_attack),
-    "pictures of UnlearnCanvas": (make_unlearncanvas, read_unlearncanvas),
+    "picture.jpg": (make_photo, lambda folder: read_picture(folder / "picture.jpg")),
 }

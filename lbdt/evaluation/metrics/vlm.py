@@ -1,16 +1,14 @@
-"""Artifact rate by a vision-language model: Qwen2-VL is asked one yes/no question of every picture.
+"""Artifacts by a vision-language model: Qwen2-VL is asked one yes/no question of every picture.
 
 The paper's rate ("Qwen2-VL-7B", METHOD.md, 8.4) came from a prompt, a way of reading the answers and a set of pictures
-that are not published. `QUESTION` and `parse_answer` are ours, and no rate of theirs is comparable with the paper's.
+that are not published. `QUESTION` and `parse_answer` are ours, and no rate by them is comparable with the paper's.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,36 +30,12 @@ _IMAGE = "<|image_pad|>"
 _NEW_TOKENS = 8
 
 
-class ArtifactRate(NamedTuple):
-    """The rate over n pictures."""
-
-    rate: float | None
-    """Percent of the answered pictures that show artifacts; None: none was answered."""
-    artifacts: int
-    clean: int
-    unanswered: int
-    """Answers that are neither yes nor no; in no way counted in the rate."""
-    answers: tuple[str, ...]
-    """[n], as the model gave them."""
-    question: str
-    model: str
-
-
 def parse_answer(answer: str) -> bool | None:
     """True for "yes", False for "no": that one word, in any case, with at most a full stop or exclamation mark and
     white space around it. None for all else: "yes, but", "not", nothing."""
     word = answer.strip().lower()
     word = word[:-1] if word.endswith((".", "!")) else word
     return {"yes": True, "no": False}.get(word)
-
-
-def artifact_rate(answers: Sequence[str], question: str, model: str) -> ArtifactRate:
-    """The rate that the answers give."""
-    parsed = [parse_answer(answer) for answer in answers]
-    artifacts, clean = parsed.count(True), parsed.count(False)
-    answered = artifacts + clean
-    rate = 100 * artifacts / answered if answered else None
-    return ArtifactRate(rate, artifacts, clean, parsed.count(None), tuple(answers), question, model)
 
 
 class ArtifactJudge:
@@ -104,13 +78,6 @@ class ArtifactJudge:
             name,
             question,
         )
-
-    def __call__(self, pictures: Sequence[Image.Image], progress: bool = True) -> ArtifactRate:
-        """The rate over the pictures."""
-        from tqdm import tqdm
-
-        bar = tqdm(pictures, desc="artifacts", file=sys.stderr, disable=not progress)
-        return artifact_rate([self.answer(picture) for picture in bar], self.question, self.name)
 
     @torch.inference_mode()
     def answer(self, picture: Image.Image) -> str:

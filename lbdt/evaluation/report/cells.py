@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from lbdt.runs.wording import legible
 
 PERCENT = ("UA", "IRA", "CRA", "RA", "AR", "AR others", "GA", "replaced")
-OTHER = ("FD", "CLIP")
 LOWER_IS_BETTER = ("AR", "AR others", "FD")
 HIGHER_IS_BETTER = ("UA", "IRA", "CRA", "RA", "GA", "CLIP")
 METHODS = {"base": "base", "steering": "steering", "per": "PER"}

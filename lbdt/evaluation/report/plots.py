@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbdt.evaluation.report import cells, curves, distributions, theme
-from lbdt.runs.files import write_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,13 +55,3 @@ def figures(values: Mapping[str, Any]) -> dict[str, bytes]:
         for name in drawable(values):
             drawn[name] = theme.svg(_FIGURES[name][1](kinds))
     return drawn
-
-
-def draw(values: Mapping[str, Any], folder: Path) -> dict[str, Path]:
-    """Writes every figure that something was measured for as `folder`/NAME.svg; returns name -> file.
-
-    Raises ImportError where matplotlib is not installed; nothing was written then.
-    """
-    drawn = figures(values)
-    write_files(folder, {f"{name}.svg": data for name, data in drawn.items()})
-    return {name: folder / f"{name}.svg" for name in drawn}

@@ -4,21 +4,18 @@
 from __future__ import annotations
 
 import os
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lbdt.activations.prompts import Prompt
-from lbdt.evaluation.evaluated_world import EvaluatedWorld, Verdicts
+from lbdt.evaluation.evaluated_world import EvaluatedWorld
 from lbdt.evaluation.worlds import PathOrRepo, saved_kinds
 
 if TYPE_CHECKING:
     import torch
 
-    from lbdt.evaluation.evaluated_world import Judge
     from lbdt.evaluation.worlds.vit import ViTJudge
 
 OBJECTS = (
@@ -52,16 +49,6 @@ STEPS, GUIDANCE, SIZE = 100, 9.0, 512
 TASKS = ("object", "style")
 OBJECT_FILE, STYLE_FILE = "style50_cls", "style50"
 _SUFFIXES = (".safetensors", ".pth")
-_PICTURES = (".jpg", ".jpeg", ".png")
-_NAME = re.compile(rf"(?:({'|'.join(THEMES)})_)?({'|'.join(OBJECTS)})_seed(0|[1-9][0-9]*)")
-
-
-class Picture(NamedTuple):
-    """A picture that another project generated."""
-
-    prompt: Prompt
-    """The prompt of its file name."""
-    path: Path
 
 
 def unlearncanvas(
@@ -160,96 +147,6 @@ def prompt_text(thing: str, style: str | None, template: str = "saeuron") -> str
     if style == PHOTO and template == "official":
         style = "Photo"
     return styled.format(object=thing, style=style.replace("_", " "))
-
-
-def picture_name(prompt: Prompt) -> str:
-    """The published file name, `{theme}_{object}_seed{s}.jpg` or `{object}_seed{s}.jpg`; of either task's prompts.
-
-    Raises:
-        ValueError: other labels than UnlearnCanvas'.
-    """
-    labels = (prompt.concept, prompt.style)
-    thing, theme = labels if labels[0] in OBJECTS else labels[::-1]
-    if thing not in OBJECTS or theme not in (*THEMES, None):
-        raise ValueError(
-            f"prompt: expected an object and a theme of UnlearnCanvas as its labels, got {labels[0]!r} and "
-            f"{labels[1]!r}"
-        )
-    return f"{thing}_seed{prompt.seed}.jpg" if theme is None else f"{theme}_{thing}_seed{prompt.seed}.jpg"
-
-
-def read_pictures(
-    folder: str | os.PathLike[str], task: str = "object", template: str = "saeuron", photos: bool = False
-) -> list[Picture]:
-    """The .jpg, .jpeg and .png pictures of a folder with published names, by seed, object and theme.
-
-    What is there is what will be scored: nothing is said of pictures that are missing. `photos`: for task "object",
-    also those of `PHOTO`, which the protocol does not score. Task "style" leaves out the pictures without a style.
-
-    Raises:
-        ValueError: no such folder, no picture in it, a picture of another name, two of one name.
-    """
-    _check("task", task, TASKS)
-    _check("template", template, tuple(TEMPLATES))
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder}: no such folder; expected pictures such as {STYLES[0]}_{OBJECTS[0]}_seed188.jpg"
-        )
-    found: dict[tuple[int, int, int], Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in _PICTURES:
-            continue
-        match = _NAME.fullmatch(path.stem)
-        if match is None:
-            raise ValueError(
-                f"{path}: expected a name such as {STYLES[0]}_{OBJECTS[0]}_seed188.jpg or {OBJECTS[0]}_seed188.jpg, of "
-                f"UnlearnCanvas' objects and themes; move other pictures away"
-            )
-        theme, thing, seed = match.groups()
-        key = (int(seed), OBJECTS.index(thing), len(THEMES) if theme is None else THEMES.index(theme))
-        if key in found:
-            raise ValueError(f"{path}: the same picture as {found[key].name}; keep one of them")
-        found[key] = path
-    rows = []
-    for seed, thing, theme in sorted(found):
-        style = THEMES[theme] if theme < len(THEMES) else None
-        if style == PHOTO and not (photos and task == "object") or (style is None and task == "style"):
-            continue
-        prompt = _prompt(OBJECTS[thing], style, seed, task, template)
-        rows.append(Picture(prompt, found[seed, thing, theme]))
-    if not rows:
-        raise ValueError(
-            f"{folder}: holds no picture of the {task} task; expected {STYLES[0]}_{OBJECTS[0]}_seed188.jpg"
-        )
-    return rows
-
-
-def judge_pictures(
-    judge: Judge, pictures: Sequence[Picture], batch: int = 32, progress: bool = True
-) -> Verdicts:
-    """The judge's verdicts on pictures in files, in their order, opened `batch` at a time.
-
-    Raises:
-        ValueError: no pictures, or a file that is no picture or a damaged one.
-    """
-    import torch
-    from tqdm import tqdm
-
-    from lbdt.evaluation.pictures import read_picture
-
-    if not pictures:
-        raise ValueError("pictures: expected one or more, got none")
-    parts = []
-    with tqdm(
-        total=len(pictures), desc="judge", unit="picture", file=sys.stderr, disable=not progress
-    ) as bar:
-        for first in range(0, len(pictures), batch):
-            opened = [read_picture(picture.path) for picture in pictures[first : first + batch]]
-            parts.append(judge(opened))
-            bar.update(len(opened))
-    objects, styles, features = zip(*parts, strict=True)
-    return Verdicts(torch.cat(objects), None if styles[0] is None else torch.cat(styles), torch.cat(features))
 
 
 def ddim(pipe: Any) -> Any:
