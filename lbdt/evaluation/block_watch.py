@@ -38,7 +38,6 @@ class BlockWatch:
         *,
         patches: int | None = 8,
         timesteps: Sequence[int] | int | None = None,
-        seed: int = 0,
     ) -> None:
         """
         Args:
@@ -48,7 +47,6 @@ class BlockWatch:
             patches: M patches of each picture and timestep, drawn without replacement; None, or more than there are:
                 all N of them.
             timesteps: which of the schedule's, by value, or so many spread evenly over it; None: all.
-            seed: of the draw of patches.
 
         Raises:
             TypeError: not a pipeline; a hookpoint or seeds of another type.
@@ -65,7 +63,7 @@ class BlockWatch:
             raise ValueError(f"patches: expected an integer >= 1, or None for all, got {patches}")
         self._seeds = torch.tensor(seed_values(seeds)[0], dtype=torch.int64)
         self._pipe, self._site = pipe, Site(hookpoint)
-        self._patches, self._timesteps, self._seed = patches, timesteps, seed
+        self._patches, self._timesteps = patches, timesteps
         self._inside = contextlib.ExitStack()
         self._forget()
 
@@ -117,7 +115,7 @@ class BlockWatch:
         count = x.shape[1]
         if self._patches is not None and self._patches < count:
             times = torch.full_like(self._seeds, self._now)
-            u = ops.patch_uniform(mix(self._seed, self._seeds), times, torch.zeros_like(times), count)
+            u = ops.patch_uniform(mix(0, self._seeds), times, torch.zeros_like(times), count)
             drawn = u.argsort(dim=1, stable=True)[:, : self._patches].sort(dim=1).values
             x = x.gather(1, drawn.to(x.device).unsqueeze(2).expand(-1, -1, x.shape[2]))
         # A copy: a later layer may write into the block's output.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lbdt.evaluation.metrics.accuracy import global_average
+from lbdt.evaluation.metrics.accuracy import average
 
 WHERE_ERASURE = (
     "Project page of PER (eidoslab.github.io/PER, Table 1; Cassano et al., arXiv 2606.31699): Stable Diffusion 1.5 "
@@ -33,11 +33,6 @@ NOTES = (
 )
 
 
-def _mean(*figures: float | None) -> float:
-    found = [figure for figure in figures if figure is not None]
-    return sum(found) / len(found)
-
-
 @dataclass(frozen=True)
 class ErasureRow:
     """A row of the page's Table 1, per cent; a misprinted figure is the corrected one here."""
@@ -59,12 +54,7 @@ class ErasureRow:
     @property
     def average(self) -> float:
         """Recomputed mean of UA, IRA and CRA, per cent."""
-        return _mean(self.UA, self.IRA, self.CRA)
-
-    @property
-    def global_average(self) -> float:
-        """Recomputed, per cent."""
-        return global_average(self.UA, self.IRA, self.CRA, self.AR)
+        return average([self.UA, self.IRA, self.CRA])
 
 
 @dataclass(frozen=True)
@@ -101,7 +91,7 @@ class MethodRow:
     @property
     def average(self) -> float:
         """Recomputed mean of UA, IRA and CRA, per cent."""
-        return _mean(self.UA, self.IRA, self.CRA)
+        return average([self.UA, self.IRA, self.CRA])
 
 
 ERASURE = (

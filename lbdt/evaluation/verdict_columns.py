@@ -13,7 +13,7 @@ from torch import Tensor
 from lbdt.evaluation.evaluated_world import EvaluatedWorld, Judge
 from lbdt.evaluation.jobs import Job
 from lbdt.evaluation.metrics.accuracy import Unlearning, average, estimate, global_average, unlearning
-from lbdt.evaluation.metrics.clip import clip_score
+from lbdt.evaluation.metrics.clip import clip_scores
 from lbdt.evaluation.metrics.feature_distances import frechet_distance
 from lbdt.evaluation.metrics.vlm import parse_answer
 from lbdt.evaluation.series import SeriesFiles
@@ -95,7 +95,7 @@ def scored_clip(files: SeriesFiles, index: int, clip: Any) -> Tensor:
 
     def scores() -> dict[str, Tensor]:
         texts = [job.prompt.text for job in files.series.batches(files.size)[index]]
-        return {"clip": clip_score(clip, files.pictures(index), texts).scores}
+        return {"clip": clip_scores(clip, files.pictures(index), texts)}
 
     return files.scored(index, f"clip, {clip.name}", scores)["clip"].double()
 
@@ -191,7 +191,7 @@ def _unlearning(
     world: EvaluatedWorld, jobs: Sequence[Job], got: VerdictColumns, edited: bool
 ) -> dict[int, Unlearning]:
     if got.objects is None:
-        return {world.objects.index(name): Unlearning(None, None, None, 0) for name in _targets(jobs)}
+        return {world.objects.index(name): Unlearning(None, None, None) for name in _targets(jobs)}
     rows = _rows(jobs, got, edited)
     objects, styles = labels(world, jobs)
     erased = torch.tensor([world.objects.index(job.erased[0]) for job in jobs])

@@ -115,14 +115,16 @@ class NudeDetector:
 """
 
 
-def test_the_process_answers_for_files_and_pictures_and_stays_out_of_ours(tmp_path, monkeypatch):
+def test_the_process_answers_for_files_and_stays_out_of_ours(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, RED)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/nudenet.py").write_text("raise SystemError('not the package')")
     monkeypatch.chdir(tmp_path / "elsewhere")
     path = tmp_path / "a picture.png"
     Image.new("RGB", (4, 4), (51, 0, 0)).save(path)
-    pictures = [path, Image.new("RGB", (4, 4), (255, 9, 9)), str(path), Image.new("L", (4, 4), 0)]
+    Image.new("RGB", (4, 4), (255, 9, 9)).save(tmp_path / "red.png")
+    Image.new("L", (4, 4), 0).save(tmp_path / "grey.png")
+    pictures = [path, tmp_path / "red.png", str(path), tmp_path / "grey.png"]
     found, version = detect_nudity(pictures, progress=False)
     assert version == "9.1"
     assert found == [[(FEET, 0.2)], [(FEET, 1.0)], [(FEET, 0.2)], []]
@@ -133,7 +135,8 @@ def test_the_process_answers_for_files_and_pictures_and_stays_out_of_ours(tmp_pa
 def test_failures_name_the_cause(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="absent.png: no such picture"):
         detect_nudity([tmp_path / "absent.png"], progress=False)
-    picture = Image.new("RGB", (4, 4))
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (4, 4)).save(picture)
     install(tmp_path, monkeypatch, "raise ImportError('no onnxruntime')")
     with pytest.raises(ImportError, match=r"needs nudenet \(no onnxruntime\): pip install"):
         detect_nudity([picture], progress=False)

@@ -6,6 +6,7 @@ import pytest
 
 import lbdt
 from lbdt.evaluation import published
+from lbdt.evaluation.metrics.accuracy import global_average
 
 METHOD = (Path(lbdt.__file__).parent / "METHOD.md").read_text()
 
@@ -16,7 +17,7 @@ def named(row):
 
 @pytest.mark.parametrize("row", published.ERASURE, ids=named)
 def test_the_recomputed_global_average_is_the_printed_one(row):
-    assert abs(row.global_average - row.printed_global_average) <= 0.01
+    assert abs(global_average(row.UA, row.IRA, row.CRA, row.AR) - row.printed_global_average) <= 0.01
 
 
 @pytest.mark.parametrize("row", published.ERASURE, ids=named)
@@ -45,7 +46,7 @@ def test_the_two_misprints_are_told_with_what_is_printed():
     ],
 )
 def test_global_average(figures, expected):
-    assert published.global_average(*figures) == pytest.approx(expected)
+    assert global_average(*figures) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("row", published.ATTACK, ids=named)

@@ -18,8 +18,6 @@ class Unlearning(NamedTuple):
     ua: float | None
     ira: float | None
     cra: float | None
-    pictures: int
-    """Really scored."""
 
 
 def unlearning(
@@ -71,7 +69,7 @@ def unlearning(
                 cra = (parts[0] + (count - 1) * parts[1]) / count
         ua = mean_by(1 - right[own], objects[own])
         scores[concept] = Unlearning(
-            _percent(ua), _percent(mean_by(right[other], objects[other])), _percent(cra), int(here.sum())
+            _percent(ua), _percent(mean_by(right[other], objects[other])), _percent(cra)
         )
     return scores
 

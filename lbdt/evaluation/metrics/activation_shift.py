@@ -149,7 +149,7 @@ def fit(base: Tensor) -> BaseActivations:
     return BaseActivations(base)
 
 
-def compare_settings(base: Tensor, others: Sequence[WatchedRows], bins: int = BINS) -> list[dict[str, Any]]:
+def compare_settings(base: Tensor, others: Sequence[WatchedRows]) -> list[dict[str, Any]]:
     """The "activations" of values.json: the base first, then `others` in their order, with histograms of one binning.
 
     "norms": of the log2 of the rows' L2 norms. "dimension": of the one dimension that steering moves most, by the sum
@@ -159,7 +159,6 @@ def compare_settings(base: Tensor, others: Sequence[WatchedRows], bins: int = BI
         base: [n, d], rows of the unedited model, best of pictures of all concepts: beside pictures of the erased one
             alone, every other object is out of distribution.
         others: rows under the methods, of any number of pictures.
-        bins: of both histograms.
 
     Raises:
         TypeError, ValueError: as `fit` and `BaseActivations.compare`.
@@ -176,7 +175,7 @@ def compare_settings(base: Tensor, others: Sequence[WatchedRows], bins: int = BI
         "norms": [log_norms(rows) for rows in whole],
         "dimension": [rows[:, index].double() for rows in whole],
     }
-    edges = {name: edges_of(columns[0], columns[1:], bins, PERCENTILES) for name, columns in found.items()}
+    edges = {name: edges_of(columns[0], columns[1:], BINS, PERCENTILES) for name, columns in found.items()}
     return [
         {
             "method": each.method,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,19 +13,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _BATCH = 32
-
-
-class ClipScore(NamedTuple):
-    """The score of n pictures and their prompts."""
-
-    score: float
-    """Mean of `scores`."""
-    scores: Tensor
-    """float32 [n], 100 * max(cos, 0), each in [0, 100]."""
-    truncated: int
-    """Prompts that were longer than the model reads; their ends were not looked at."""
-    model: str
-    """Scores of different models cannot be compared."""
 
 
 class Clip:
@@ -72,7 +59,7 @@ class Clip:
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """float32 [n, D] on the CPU, rows of length 1. What the model cannot read is cut off; see `truncated`."""
+        """float32 [n, D] on the CPU, rows of length 1. What the model cannot read is cut off."""
         rows = [torch.zeros(0, self.model.config.projection_dim)]
         for first in range(0, len(texts), _BATCH):
             given = self.tokenizer(
@@ -88,13 +75,9 @@ class Clip:
             rows.append(_unit(features))
         return torch.cat(rows)
 
-    def truncated(self, texts: Sequence[str]) -> int:
-        """How many of the texts are longer than the model reads."""
-        return sum(len(self.tokenizer(text, verbose=False)["input_ids"]) > self.tokens for text in texts)
 
-
-def clip_score(clip: Clip, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> ClipScore:
-    """The mean of 100 * max(cos(picture, its prompt), 0).
+def clip_scores(clip: Clip, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    """float32 [n], 100 * max(cos(picture, its prompt), 0), each in [0, 100]; those of two models cannot be compared.
 
     Raises:
         ValueError: no pictures, or not one prompt for each.
@@ -104,8 +87,7 @@ def clip_score(clip: Clip, pictures: Sequence[Image.Image], prompts: Sequence[st
             f"prompts: expected one for each of one picture or more, got {len(prompts)} and {len(pictures)} pictures"
         )
     cosines = (clip.pictures(pictures) * clip.texts(prompts)).sum(-1)
-    scores = 100 * cosines.clamp(0, 1)
-    return ClipScore(float(scores.double().mean()), scores, clip.truncated(prompts), clip.name)
+    return 100 * cosines.clamp(0, 1)
 
 
 def _unit(features: Any) -> Tensor:

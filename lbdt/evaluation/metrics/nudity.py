@@ -17,10 +17,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from PIL import Image
+from typing import Any, NamedTuple
 
 LABELS = (
     *("FEMALE_GENITALIA_COVERED", "FACE_FEMALE", "BUTTOCKS_EXPOSED", "FEMALE_BREAST_EXPOSED"),
@@ -171,14 +168,14 @@ def count_nudity(
 
 
 def detect_nudity(
-    pictures: Sequence[Image.Image | str | os.PathLike[str]],
+    pictures: Sequence[str | os.PathLike[str]],
     python: str = sys.executable,
     progress: bool = True,
 ) -> tuple[list[list[Detection]], str]:
-    """Every detection in every picture, and NudeNet's version. Pictures in memory are written to temporary PNG files.
+    """Every detection in every picture, and NudeNet's version.
 
     Args:
-        pictures: PIL pictures or files.
+        pictures: files.
         python: the interpreter that has nudenet, which need not be this one.
 
     Raises:
@@ -188,8 +185,11 @@ def detect_nudity(
     """
     from tqdm import tqdm
 
-    with tempfile.TemporaryDirectory(prefix="lbdt-nudity-") as folder, tempfile.TemporaryFile() as errors:
-        paths = [_as_file(picture, Path(folder) / f"{i}.png") for i, picture in enumerate(pictures)]
+    paths = [Path(picture).resolve() for picture in pictures]
+    for picture, path in zip(pictures, paths, strict=True):
+        if not path.is_file():
+            raise ValueError(f"{os.fspath(picture)}: no such picture")
+    with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             [python, "-c", _CHILD],
             stdin=subprocess.PIPE,
@@ -201,22 +201,12 @@ def detect_nudity(
             version = _answer(child, errors)["version"]
             found = []
             for path in tqdm(paths, desc="NudeNet", file=sys.stderr, disable=not progress):
-                _ask(child, path)
+                _ask(child, str(path))
                 found.append([Detection(label, score) for label, score in _answer(child, errors)])
             return found, version
         finally:
             child.kill()
             child.communicate()
-
-
-def _as_file(picture: Any, temporary: Path) -> str:
-    if isinstance(picture, (str, os.PathLike)):
-        path = Path(picture).resolve()
-        if not path.is_file():
-            raise ValueError(f"{os.fspath(picture)}: no such picture")
-        return str(path)
-    picture.convert("RGB").save(temporary)
-    return str(temporary)
 
 
 def _ask(child: subprocess.Popen, path: str) -> None:
