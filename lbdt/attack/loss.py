@@ -26,7 +26,7 @@ class ReferenceLoss:
     def __init__(self, pipe: Any, latent: Tensor) -> None:
         """
         Args:
-            pipe: of Stable Diffusion's kind.
+            pipe: a pipeline of Stable Diffusion's kind.
             latent: [1, C, h, w], scaled as the UNet takes it.
 
         Raises:

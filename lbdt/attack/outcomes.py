@@ -55,9 +55,9 @@ class AttackOutcome:
     seen_after: str
     """What it sees in the last picture that was judged."""
     timesteps: tuple[int, ...]
-    """The attacked ones; none where the eraser failed without an attack."""
+    """The timesteps that were attacked, in their order; none where the eraser failed without an attack."""
     losses: tuple[float, ...]
-    """Mean over the iterations of each of them; none of a random search."""
+    """Mean loss over the iterations of each timestep; none for a random search."""
     checks: int
     """Pictures that were judged, the one without an attack not counted."""
     prefix: tuple[int, ...]

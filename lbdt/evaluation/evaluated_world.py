@@ -61,7 +61,7 @@ class EvaluatedWorld:
     objects: tuple[str, ...]
     """The concepts that may be erased, in the order of the judge's classes."""
     styles: tuple[str, ...]
-    """May be empty."""
+    """The styles of its prompts; there may be none."""
     prompts: Callable[[int], Sequence[Prompt]]
     """Seed -> one prompt per object and style, and per object without a style, with labels and start seeds. No two
     seeds share a start seed of the same text."""

@@ -234,7 +234,7 @@ class Evaluation:
         return editors
 
     def make(self, label: str, wanted: Sequence[Series]) -> None:
-        """This process's batches of these series, then waits for the others'."""
+        """Generates and judges this process's batches of these series, then waits for the others'."""
         files = {series.name: self.files(series) for series in wanted}
         if self.processes.main:
             for each in files.values():

@@ -38,9 +38,9 @@ class ErasureRow:
     """A row of the page's Table 1, per cent; a misprinted figure is the corrected one here."""
 
     pipeline: str
-    """A name as of the kinds of EmojiCanvas."""
+    """One of EmojiCanvas's kinds."""
     method: str
-    """steering or per."""
+    """ "steering" | "per"."""
     UA: float
     IRA: float
     CRA: float | None
@@ -79,7 +79,7 @@ class MethodRow:
 
     method: str
     task: str
-    """objects or styles."""
+    """What is erased: "objects" | "styles"."""
     UA: float
     IRA: float
     CRA: float

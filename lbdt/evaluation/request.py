@@ -144,7 +144,7 @@ class EvaluationRequest:
 
     subject: EvaluationSubject
     kinds: tuple[str, ...]
-    """None given: all."""
+    """The kinds that are compared; none given: all."""
     concepts: tuple[str, ...]
     seeds: tuple[int, ...]
     sweep_seeds: tuple[int, ...]

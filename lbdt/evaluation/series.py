@@ -94,7 +94,7 @@ class SeriesFiles:
         return self._path(index, ".json").is_file()
 
     def write(self, index: int, pictures: Sequence[Any], tensors: Mapping[str, Tensor], record: dict) -> None:
-        """Batch `index`: PIL pictures, tensors and what else is to be known of it."""
+        """Writes batch `index`: PIL pictures, tensors and what else is to be known of it."""
         names = self.names(index)
         contents: dict[str, bytes] = {}
         for name, picture in zip(names, pictures, strict=True):
@@ -122,7 +122,7 @@ class SeriesFiles:
         return [read_picture(self.folder / name, advice) for name in self.names(index)]
 
     def record(self, index: int) -> dict[str, Any]:
-        """The JSON of batch `index`."""
+        """The JSON of batch `index`; ValueError for one that is damaged."""
         path = self._path(index, ".json")
         record = read_json(path)
         if not isinstance(record, dict):
@@ -130,7 +130,7 @@ class SeriesFiles:
         return record
 
     def tensors(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Those tensors of batch `index`."""
+        """The tensors `names` of batch `index`; ValueError for a file that is damaged or lacks one."""
         again = f"remove {self._path(index, '.json')} to make its batch again"
         return self._read(self._path(index, ".safetensors"), again, names)
 

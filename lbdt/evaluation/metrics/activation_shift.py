@@ -92,7 +92,7 @@ class BaseActivations:
         """float64 [n], ascending."""
 
     def compare(self, x: Tensor) -> ActivationShift:
-        """`x` [m, d], any m >= 1. Nothing depends on the order of the rows.
+        """How far the rows `x` [m, d], m >= 1, have moved; their order is of no consequence.
 
         Raises:
             TypeError: no floating point tensor.
