@@ -1,6 +1,7 @@
 """Shared by all tests: what torch.empty returns is poisoned, so no test passes on leftover memory."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ from tests.repeats import MISALIGNED
 # Read when triton is imported: without a GPU its kernels run in the interpreter.
 if os.environ.get("LBDT_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell has what it starts with `&` ignore interruptions, and so what that starts, which a test may interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Kept: the kernels leave with it.
 PRODUCTS = products.install() if MISALIGNED else None
