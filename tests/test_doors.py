@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from lbdt import cli
 from lbdt.cli import options
-from lbdt.runs import out, reasons
+from lbdt.runs import writable
 from tests import toy
 
 COMMANDS = typer.main.get_command(cli.app).commands
@@ -193,7 +193,7 @@ def test_an_impossible_out_is_refused_before_any_work(command, fault, tmp_path, 
         "quota": errno.EDQUOT,
     }
     if fault in numbers:
-        why = reasons._WORDS[numbers[fault]][0]
+        why = writable._WORDS[numbers[fault]][0]
         # As root, who runs the tests in many places, may write anywhere.
         monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: fail(numbers[fault]))
     elif fault == "file-in-the-way":
@@ -224,22 +224,22 @@ def fail(number: int):
 
 def test_a_place_that_is_fine_is_left_as_it_was(tmp_path):
     (tmp_path / "old.png").write_text("old")
-    out.check_out(tmp_path / "old.png", "picture")
-    out.check_out(tmp_path / "a" / "b.png", "picture")
-    out.check_out_folder(tmp_path / "a" / "b")
-    out.check_out_folder(tmp_path)
+    writable.check_out(tmp_path / "old.png", "picture")
+    writable.check_out(tmp_path / "a" / "b.png", "picture")
+    writable.check_out_folder(tmp_path / "a" / "b")
+    writable.check_out_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["old.png"]
 
 
 def test_a_device_needs_no_folder():
-    out.check_out(Path("/dev/null"), "result")
+    writable.check_out(Path("/dev/null"), "result")
 
 
-@pytest.mark.parametrize("number", sorted(reasons._WORDS))
+@pytest.mark.parametrize("number", sorted(writable._WORDS))
 def test_every_oserror_is_worded(number):
     error = OSError(number, os.strerror(number), "there")
-    reason, _, remedy = reasons.unwritable(error).partition("; ")
-    assert reason and remedy and "Errno" not in reasons.worded(error) and "there" in reasons.worded(error)
+    reason, _, remedy = writable.unwritable(error).partition("; ")
+    assert reason and remedy and "Errno" not in writable.worded(error) and "there" in writable.worded(error)
 
 
 # Output.

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lbdt.activations.fingerprint import digest_of_module
+from lbdt.activations.pipelines import digest_of_module
 from lbdt.editors import ConceptEraser, Editor, Steering, TextSteering, UnetEditor
 from lbdt.runs.digests import marked, sha256
 from tests import toy

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lbdt.activations import InMemory, Site
-from lbdt.activations.fingerprint import digest_of_module
+from lbdt.activations.pipelines import digest_of_module
 from lbdt.activations.prompts import Prompt
 from lbdt.attack.search import _number
 from lbdt.runs import processes

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from lbdt import ops
-from lbdt.activations.capture import Stop, capture, denoiser_of, of_text, quiet
-from lbdt.activations.fingerprint import fingerprint
+from lbdt.activations.capture import Schedule, Stop, capture, choose, denoiser_of, of_text, quiet
+from lbdt.activations.pipelines import fingerprint, package_versions
 from lbdt.activations.prompts import Prompt, prompt_lines
-from lbdt.activations.schedule import Schedule, choose
 from lbdt.activations.shard_layout import DTYPES
 from lbdt.activations.shuffle import mix
 from lbdt.activations.sites import Site
@@ -170,18 +169,8 @@ class Generated(Source):
 
     def settings(self) -> dict[str, Any]:
         """Everything that the activations follow from, JSON-like."""
-        import diffusers
-        import transformers
-
-        import lbdt
-
         return {
-            "versions": {
-                "lbdt": lbdt.__version__,
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-                "transformers": transformers.__version__,
-            },
+            "versions": package_versions(),
             "device": self.device.type,
             "threads": self.threads,
             "model": self._model,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lbdt.activations.fingerprint import fingerprint
+from lbdt.activations.pipelines import fingerprint, package_versions
 from lbdt.activations.prompts import Prompt
 from lbdt.attack import PUBLISHED, AttackFolder, AttackOutcome, AttackSettings, PrefixSearch, summarise
 from lbdt.attack.prefixed_text import PrefixedText
@@ -22,9 +22,9 @@ from lbdt.editors import UnetEditor
 from lbdt.evaluation.worlds.unlearncanvas import prompt_text
 from lbdt.runs.digests import sha256
 from lbdt.runs.folder import held
-from lbdt.runs.out import check_out_folder
 from lbdt.runs.processes import awaited, launched_on
 from lbdt.runs.wording import require_unicode
+from lbdt.runs.writable import check_out_folder
 
 _STEPS = 20
 _QUICK = {"iterations": 20, "timesteps": 10}
@@ -209,18 +209,8 @@ def _settings(
     seed: int,
 ) -> dict[str, Any]:
     """Everything that an outcome follows from, but its prompt; JSON-like."""
-    import diffusers
-    import transformers
-
-    import lbdt
-
     return {
-        "versions": {
-            "lbdt": lbdt.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": package_versions(),
         "device": where.type,
         "threads": threads if where.type == "cpu" else None,
         "fingerprint": fingerprint(pipe),

@@ -151,7 +151,7 @@ def write_eraser(
     from lbdt.editors import ConceptEraser, Steering
     from lbdt.editors.editor import FOLDER
     from lbdt.runs.folder import replaced
-    from lbdt.runs.out import check_out_folder
+    from lbdt.runs.writable import check_out_folder
     from lbdt.sae import SparseAutoencoder
 
     check_out_folder(out)

@@ -142,7 +142,7 @@ def _bar(specs: list[Spec]) -> Iterator[Spec]:
 def _path(out: str, options: BenchOptions) -> Path:
     """Where the result goes, refused before anything is measured if it cannot be written."""
     from lbdt.bench import hardware
-    from lbdt.runs.out import check_out
+    from lbdt.runs.writable import check_out
 
     if out == AUTO:
         folder = hardware.ROOT / "benchmarks" / "results"

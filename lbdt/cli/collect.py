@@ -64,8 +64,8 @@ def command(
     from lbdt.activations.sites import Site
     from lbdt.activations.stored import Stored
     from lbdt.canvas.defaults import NAME
-    from lbdt.runs.out import check_out_folder
     from lbdt.runs.processes import joined_on
+    from lbdt.runs.writable import check_out_folder
 
     start = time.perf_counter()
     sampling = sampling_of(

@@ -14,7 +14,7 @@ from lbdt.formats import class_params
 from lbdt.runs.files import write_files
 from lbdt.runs.folder import replaced
 from lbdt.runs.hub import check_subfolder, resolve_folder
-from lbdt.runs.out import check_out_folder
+from lbdt.runs.writable import check_out_folder
 from lbdt.sae import SparseAutoencoder, checkpoint, unbox
 
 _PICKLES = "cls_latents_dict_*.pkl"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lbdt.evaluation.pictures import HOT, darkened, tinted
 from lbdt.runs.files import write_file
-from lbdt.runs.out import check_out
+from lbdt.runs.writable import check_out
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lbdt.runs.reasons import unwritable, worded
 from lbdt.runs.wording import printable
+from lbdt.runs.writable import unwritable, worded
 
 
 class CanvasKind(enum.StrEnum):

@@ -131,8 +131,8 @@ def command(
     from lbdt.dictionary.encoding import check_fit
     from lbdt.dictionary.scoring import score
     from lbdt.dictionary.selectivity import selectivity
-    from lbdt.runs.out import check_out_folder
     from lbdt.runs.processes import launched_on
+    from lbdt.runs.writable import check_out_folder
     from lbdt.sae.checkpoint import read
 
     start = time.perf_counter()

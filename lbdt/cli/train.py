@@ -188,8 +188,8 @@ def command(
     from lbdt.activations import Site
     from lbdt.activations.batches import Batches, Stream
     from lbdt.activations.stored import Stored
-    from lbdt.runs.out import check_out_folder
     from lbdt.runs.processes import joined_on
+    from lbdt.runs.writable import check_out_folder
     from lbdt.sae import SparseAutoencoder
     from lbdt.training.assignment import assignment_for
     from lbdt.training.heldout import split

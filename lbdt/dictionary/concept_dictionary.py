@@ -18,6 +18,7 @@ from lbdt.dictionary.checks import (
     checked_concepts,
     checked_timesteps,
     require_range,
+    require_same_bins,
     require_shape,
 )
 from lbdt.dictionary.selection import DetectionRates, Selection
@@ -302,10 +303,50 @@ class ConceptDictionary:
         return (values[:-1] + values[1:]) / 2
 
     def merge(self, other: ConceptDictionary) -> ConceptDictionary:
-        """The dictionary over both sets of prompts; see `lbdt.dictionary.merging.merge`."""
-        from lbdt.dictionary.merging import merge
+        """The dictionary over both sets of prompts (which must be disjoint), concepts of either, as a new
+        object.
 
-        return merge(self, other)
+        Histograms merge where both have them for the same concepts and candidates; banks and assignments are joined.
+        Means were rounded to float32; to merge parts of one run bit for bit, merge their `ConceptStatistics`.
+
+        Raises:
+            ValueError: other timesteps or latents, other latents assigned to a concept, or histograms that do not merge
+                (`without_histograms()` drops them).
+        """
+        require_same_bins(self, other)
+        if (self.histograms is None) != (other.histograms is None) or (
+            self.histograms is not None and self.concepts != other.concepts
+        ):
+            raise ValueError(
+                "cannot merge: calibrations of other concepts, or of one side only; merge "
+                "without_histograms() of both, then calibrate again"
+            )
+        histograms = None if self.histograms is None else self.histograms.merge(other.histograms)
+        concepts = (*self.concepts, *(name for name in other.concepts if name not in self.concepts))
+        sums = torch.zeros(len(concepts), *self.mean.shape[1:])
+        counts = torch.zeros(len(concepts), self.counts.shape[1], dtype=torch.int64)
+        for part in (self, other):
+            rows = torch.tensor([concepts.index(name) for name in part.concepts])
+            sums[rows] += part.mean * part.counts.unsqueeze(-1)
+            counts[rows] += part.counts
+        both_fired = self.fired is not None and other.fired is not None
+        banks = [part.bank for part in (self, other) if part.bank is not None]
+        assigned = (self.assigned or {}) | (other.assigned or {})
+        moved = [name for name, latent in (self.assigned or {}).items() if assigned[name] != latent]
+        if moved:
+            raise ValueError(
+                f"cannot merge: other latents are assigned to {', '.join(moved)}; one SAE per dictionary"
+            )
+        return self.replaced(
+            concepts=concepts,
+            mean=sums / counts.clamp(min=1).unsqueeze(-1),
+            counts=counts,
+            histograms=histograms,
+            bank=torch.cat(banks, dim=1) if banks else None,
+            peak=max(self.peak, other.peak),
+            fired=self.fired + other.fired if both_fired else None,
+            assigned=assigned,
+        )
 
     def replaced(self, **changes: Any) -> ConceptDictionary:
         """The same dictionary but for some of the constructor's arguments."""

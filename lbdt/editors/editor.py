@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lbdt.activations.fingerprint import digest_of_module
+from lbdt.activations.pipelines import digest_of_module
 from lbdt.dictionary import ConceptDictionary
 from lbdt.editors.attachment import (
     EXAMPLE,
@@ -230,7 +230,7 @@ class UnetEditor(Editor):
         return self._put_on(pipe, hooks, watch, recorder, blind)
 
     def digest(self) -> str:
-        """SHA-256 of the SAE (as in `lbdt.activations.fingerprint`), the settings, every concept's latents and
+        """SHA-256 of the SAE (as in `lbdt.activations.pipelines`), the settings, every concept's latents and
         thresholds, the mean activations and the bank, so that no pictures are continued with another editor.
 
         What a run names by itself is left out: padding, source and strength.

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lbdt import ops
-from lbdt.activations.capture import DENOISERS, capture
-from lbdt.activations.schedule import Schedule, choose
+from lbdt.activations.capture import DENOISERS, Schedule, capture, choose
 from lbdt.activations.shuffle import mix
 from lbdt.activations.sites import Site
 from lbdt.editors.attachment import check_hookpoint, seed_values

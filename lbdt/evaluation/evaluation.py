@@ -103,7 +103,7 @@ class Evaluation:
 
     @cached_property
     def _about(self) -> dict[str, Any]:
-        from lbdt.activations.fingerprint import fingerprint
+        from lbdt.activations.pipelines import fingerprint
 
         return {
             "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},

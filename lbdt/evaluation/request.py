@@ -20,8 +20,8 @@ from lbdt.evaluation.series_plan import unedited
 from lbdt.evaluation.values import kind_values, measured_cost
 from lbdt.evaluation.verdict_columns import Scorers
 from lbdt.runs.folder import held
-from lbdt.runs.out import check_out_folder
 from lbdt.runs.processes import joined_on, launched, spawn
+from lbdt.runs.writable import check_out_folder
 
 _MOST = 8
 SAMPLED = Design(others=6)

@@ -1,4 +1,5 @@
-"""The backend that serves a call: chosen from its arguments, with a reason against every other one."""
+"""The library behind `torch.ops.lbdt.*`: a schema is defined once, in its op's file, and the backend that serves a call
+is chosen from its arguments, with a reason against every other one."""
 
 import contextlib
 import contextvars
@@ -7,8 +8,12 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
+
 BACKENDS = ("triton", "cpp", "reference")  # in the order in which "auto" tries them
 
+# Held for the life of the process: an unreferenced Library takes its ops away.
+_LIBRARY = torch.library.Library("lbdt", "FRAGMENT")
 _LOG = logging.getLogger("lbdt")
 _NOT_IMPLEMENTED = "not implemented for this op in this version"
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("lbdt_backend", default=None)
@@ -34,6 +39,26 @@ class Choice(NamedTuple):
     def __str__(self) -> str:
         others = "".join(f"\n  not {name}: {reason}" for name, reason in self.reasons.items())
         return f"{self.op}: {self.backend}{others}"
+
+
+def define(schema: str) -> None:
+    """Defines a public op.
+
+    An empty `backend` means use_backend's, then LBDT_BACKEND's, then "auto"; it is resolved when the op runs.
+    """
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def define_internal(schema: str) -> None:
+    """Defines an op that the C++ library alone implements: it writes into its arguments and returns nothing."""
+    define(schema)
+    torch.library.register_fake(f"lbdt::{schema.partition('(')[0]}", lambda *args: None, lib=_LIBRARY)
+
+
+def implement(op: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Makes `run` the public op on every device, and `fake` its shapes and dtypes under tracing."""
+    _LIBRARY.impl(op, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lbdt::{op}", fake, lib=_LIBRARY)
 
 
 def always(*args: Any, **kwargs: Any) -> None:

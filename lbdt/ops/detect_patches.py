@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from lbdt import reference
-from lbdt.ops import _checks, _cpu, _dispatch, _library, _triton
+from lbdt.ops import _checks, _cpu, _dispatch, _triton
 
-_library.define(
+_dispatch.define(
     "detect_patches(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
     "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus=None, *, str backend='') -> Tensor"
 )
 # Contiguous but for x, weight and minus; bias and thresholds in float32.
-_library.define_internal(
+_dispatch.define_internal(
     "detect_patches_cpp(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
     "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus, Tensor(a!) mask) -> ()"
 )
@@ -130,7 +130,7 @@ def _triton_supports(
     return _triton.supports_product(x, weight, minus) or _triton.supports(x)
 
 
-_library.implement("detect_patches", _run, _fake)
+_dispatch.implement("detect_patches", _run, _fake)
 _triton.register("detect_patches", _triton_supports)
 _dispatch.register("detect_patches", "cpp", _cpp_supports, _cpp, _cpu.declines_product)
 _dispatch.register("detect_patches", "reference", _dispatch.always, reference.detect_patches)

@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 
 from lbdt import reference
-from lbdt.ops import _checks, _cpu, _dispatch, _library, _triton
+from lbdt.ops import _checks, _cpu, _dispatch, _triton
 
 _MOST_K = 256  # the Triton kernel keeps them in registers
 
-_library.define(
+_dispatch.define(
     "encode_topk(Tensor x, Tensor weight, Tensor bias, int k, *, str backend='') -> (Tensor, Tensor)"
 )
 # Contiguous but for x and weight; bias in float32.
-_library.define_internal(
+_dispatch.define_internal(
     "encode_topk_cpp(Tensor x, Tensor weight, Tensor bias, int k, Tensor(a!) values, Tensor(b!) indices) -> ()"
 )
 
@@ -85,7 +85,7 @@ def _triton_supports(x, weight, bias, k) -> str | None:
     return reason
 
 
-_library.implement("encode_topk", _run, _fake)
+_dispatch.implement("encode_topk", _run, _fake)
 _triton.register("encode_topk", _triton_supports)
 _dispatch.register("encode_topk", "cpp", _cpp_supports, _cpp, _cpu.declines_product)
 _dispatch.register("encode_topk", "reference", _dispatch.always, reference.encode_topk)

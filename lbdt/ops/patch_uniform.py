@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from lbdt import _build, reference
-from lbdt.ops import _checks, _dispatch, _library, _triton
+from lbdt.ops import _checks, _dispatch, _triton
 
-_library.define(
+_dispatch.define(
     "patch_uniform(Tensor seeds, Tensor timesteps, Tensor halves, int patches, *, str backend='') -> Tensor"
 )
-_library.define_internal(
+_dispatch.define_internal(
     "patch_uniform_cpp(Tensor seeds, Tensor timesteps, Tensor halves, Tensor(a!) out) -> ()"
 )
 
@@ -84,7 +84,7 @@ def _triton_supports(seeds, *args, **kwargs) -> str | None:
     return _triton.supports(seeds)
 
 
-_library.implement("patch_uniform", _run, _fake)
+_dispatch.implement("patch_uniform", _run, _fake)
 _triton.register("patch_uniform", _triton_supports)
 _dispatch.register("patch_uniform", "cpp", _cpp_supports, _cpp)
 _dispatch.register("patch_uniform", "reference", _dispatch.always, reference.patch_uniform)

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from lbdt import reference
-from lbdt.ops import _checks, _cpu, _dispatch, _library, _triton
+from lbdt.ops import _checks, _cpu, _dispatch, _triton
 
 FIELDS = 4
 """Columns of a row: detected, replaced, the timestep's float32 bits, sizes; with sums one more."""
 
-_library.define(
+_dispatch.define(
     "record_patches(Tensor mask, Tensor replaced, Tensor timesteps, int sizes, Tensor(a!) rows, "
     "Tensor(b!) cells, Tensor(c!) written, Tensor? sums=None, *, str backend='') -> ()"
 )
-_library.define_internal(
+_dispatch.define_internal(
     "record_patches_cpp(Tensor mask, Tensor replaced, Tensor timesteps, int sizes, Tensor(a!) rows, "
     "Tensor(b!) cells, Tensor(c!) written, Tensor? sums) -> ()"
 )
@@ -123,7 +123,7 @@ def _alone(run: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
-_library.implement("record_patches", _run, _fake)
+_dispatch.implement("record_patches", _run, _fake)
 _triton.register("record_patches", _triton_supports, _alone)
 _dispatch.register("record_patches", "cpp", _cpp_supports, _cpp)
 _dispatch.register("record_patches", "reference", _dispatch.always, _alone(reference.record_patches))

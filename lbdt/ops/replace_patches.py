@@ -5,27 +5,27 @@ from torch import Tensor
 
 from lbdt import _build, reference
 from lbdt.donors import SOURCES, DonorSource
-from lbdt.ops import _checks, _dispatch, _library
+from lbdt.ops import _checks, _dispatch
 
 # csrc/cuda/replace_patches.cu: its fixed part of a block's shared memory, and the number of patches whose mask fits
 # beside it in the 48 KB that every GPU has.
 _FIXED_BYTES = 16 << 10
 _ANY_GPU = 1 << 17
 
-_library.define(
+_dispatch.define(
     "replace_patches(Tensor x, Tensor mask, Tensor u, int height, int width, int padding=0, "
     "str source='random', Tensor? bank=None, *, str backend='') -> (Tensor, Tensor)"
 )
-_library.define(
+_dispatch.define(
     "replace_patches_(Tensor(a!) x, Tensor mask, Tensor u, int height, int width, int padding=0, "
     "str source='random', Tensor? bank=None, *, str backend='') -> Tensor"
 )
 # x is [B, d, H, W]; source is an index into SOURCES.
-_library.define_internal(
+_dispatch.define_internal(
     "replace_patches_cpp(Tensor x, Tensor mask, Tensor u, Tensor? bank, int padding, int source, "
     "Tensor(a!) out, Tensor(b!) replaced) -> ()"
 )
-_library.define_internal(
+_dispatch.define_internal(
     "replace_patches_cpp_(Tensor(a!) x, Tensor mask, Tensor u, Tensor? bank, int padding, int source, "
     "Tensor(b!) replaced) -> ()"
 )
@@ -230,8 +230,8 @@ def _cpp(x, mask, u, height, width, padding=0, source="random", bank=None) -> tu
     return out, replaced
 
 
-_library.implement("replace_patches", _run, _fake)
-_library.implement("replace_patches_", _run_, _fake_)
+_dispatch.implement("replace_patches", _run, _fake)
+_dispatch.implement("replace_patches_", _run_, _fake_)
 _dispatch.register("replace_patches", "cpp", _cpp_supports, _cpp)
 _dispatch.register("replace_patches_", "cpp", _cpp_supports, _cpp_)
 _dispatch.register("replace_patches", "reference", _dispatch.always, reference.replace_patches)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lbdt.runs.reading import listed, open_regular, reason
 from lbdt.runs.reading import read_json as read_json
-from lbdt.runs.reasons import unwritable
+from lbdt.runs.writable import unwritable
 
 _TEMPORARY = ".lbdt-"
 _FOLDER = ".new"

@@ -9,8 +9,8 @@ import torch
 
 from lbdt.activations import InMemory, Site
 from lbdt.dictionary import ConceptDictionary, ConceptStatistics
-from lbdt.dictionary.bank import EMPTY, Bank, priorities
 from lbdt.dictionary.encoding import Encoder
+from lbdt.dictionary.score_passes import EMPTY, Bank, priorities
 from lbdt.dictionary.scoring import score
 from lbdt.sae import SparseCode
 from tests.dictionary.activations import (

@@ -1,4 +1,4 @@
-"""The `--out` of every command that writes: refused before any work is done."""
+"""Whether something can be written, asked of every `--out` before any work is done, and in words why it cannot."""
 
 from __future__ import annotations
 
@@ -7,9 +7,30 @@ import os
 import tempfile
 from pathlib import Path
 
-from lbdt.runs.reasons import unwritable
-
 _PROBE = 1 << 16  # bytes: a disk with less room than that is full
+_ELSEWHERE = "give a place in a folder of yours"
+_ROOM = "make room there, or write to another disk"
+_WORDS = {
+    errno.ENOSPC: ("the disk is full", _ROOM),
+    errno.EDQUOT: ("your disk quota is used up", _ROOM),
+    errno.EFBIG: ("the file would be larger than is allowed there", _ROOM),
+    errno.EROFS: ("the file system is read-only", _ELSEWHERE),
+    errno.EACCES: ("you may not write there", _ELSEWHERE),
+    errno.EPERM: ("you may not write there", _ELSEWHERE),
+    errno.ENOTDIR: ("a file is in the way of a folder", "give another name"),
+    errno.EISDIR: ("a folder is in the way of a file", "give another name"),
+    errno.EEXIST: ("something is in the way", "give another name"),
+    errno.ENOENT: ("no such folder, or none that takes files", _ELSEWHERE),
+    errno.ENAMETOOLONG: ("the name is too long for this file system", "give a shorter one"),
+    errno.ELOOP: ("links lead in a circle", "give another name"),
+    errno.EILSEQ: ("this file system has no such characters", "give another name"),
+    errno.EINVAL: ("this file system has no such names", "give another name"),
+    errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("too many files are open on this machine", "try again later"),
+    errno.EIO: ("the disk failed", "give another place"),
+    errno.ESTALE: ("the network disk has gone", "mount it again"),
+    errno.ETXTBSY: ("the file is being run", "give another name"),
+}
 
 
 def check_out(path: Path, what: str, option: str = "--out") -> None:
@@ -41,6 +62,23 @@ def check_out_folder(path: Path, option: str = "--out") -> None:
     except OSError as error:
         raise ValueError(f"{option} {path}: cannot be written: {unwritable(error)}") from error
     _probe(path, path, option)
+
+
+def unwritable(error: OSError) -> str:
+    """Why something could not be written, and what to do: "the disk is full; make room, ..."."""
+    reason, remedy = _WORDS.get(
+        error.errno, (error.strerror or str(error) or type(error).__name__, _ELSEWHERE)
+    )
+    return f"{reason}; {remedy}"
+
+
+def worded(error: OSError) -> str:
+    """An OSError that nobody caught, with its file and without its number."""
+    if error.errno not in _WORDS or error.filename is None:
+        return error.strerror if error.filename is None and error.strerror else str(error)
+    if error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM):  # of reading as well
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return f"{os.fsdecode(error.filename)}: {unwritable(error)}"
 
 
 def _name_fits(path: Path) -> None:
