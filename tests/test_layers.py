@@ -62,3 +62,35 @@ def test_a_room_imports_lower_ones_only(path):
         room for room in imported(path) if room in FLOOR and room != mine and FLOOR[room] >= FLOOR[mine]
     }
     assert not strange, f"{mine} is not above {', '.join(sorted(strange))}"
+
+
+def modules_run(path: Path) -> Iterator[str]:
+    """The modules of its own room that a file names in its imports, inside of functions too, but for annotations."""
+    tree = ast.parse(path.read_text())
+    typed = {
+        node
+        for guard in ast.walk(tree)
+        if isinstance(guard, ast.If) and ast.unparse(guard.test) == "TYPE_CHECKING"
+        for node in ast.walk(guard)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in typed:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                name = inner if inner in MODULES else node.module
+                if name in MODULES and MODULES[name] != path and room_of(MODULES[name]) == room_of(path):
+                    yield name
+
+
+MODULES = {
+    ".".join(("lbdt", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in FILES
+}
+
+
+def test_no_room_has_a_circle():
+    left = {name: set(modules_run(path)) for name, path in MODULES.items()}
+    assert sum(map(len, left.values())) > 100
+    while lowest := {name for name, others in left.items() if not others & left.keys()}:
+        left = {name: others for name, others in left.items() if name not in lowest}
+    assert left == {}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbdt.dictionary import dictionary_files
 from lbdt.dictionary import selection as _select
 from lbdt.dictionary.activation_histograms import Histograms
 from lbdt.dictionary.checks import (
@@ -348,10 +349,14 @@ class ConceptDictionary:
             assigned=assigned,
         )
 
+    def _parts(self) -> dict[str, Any]:
+        """The arguments that make this dictionary."""
+        names = ("concepts", "timesteps", "mean", "counts", "histograms", "bank", "peak", "fired", "assigned")
+        return {name: getattr(self, name) for name in names}
+
     def replaced(self, **changes: Any) -> ConceptDictionary:
         """The same dictionary but for some of the constructor's arguments."""
-        names = ("concepts", "timesteps", "mean", "counts", "histograms", "bank", "peak", "fired", "assigned")
-        return ConceptDictionary(**{name: getattr(self, name) for name in names} | changes)
+        return ConceptDictionary(**self._parts() | changes)
 
     def without_histograms(self) -> ConceptDictionary:
         """The same dictionary, uncalibrated."""
@@ -359,15 +364,19 @@ class ConceptDictionary:
 
     def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes `dictionary.json` and `dictionary.safetensors`; see `lbdt.dictionary.dictionary_files.save`."""
-        from lbdt.dictionary.dictionary_files import save
-
-        save(self, directory, dtype)
+        dictionary_files.save(self._parts(), directory, dtype)
 
     @classmethod
     def from_pretrained(
         cls, path_or_repo: str | os.PathLike[str], subfolder: str | None = None
     ) -> ConceptDictionary:
-        """Reads a folder or a Hugging Face repository; see `lbdt.dictionary.dictionary_files.load`."""
-        from lbdt.dictionary.dictionary_files import load
+        """The dictionary in a folder or a Hugging Face repository, as float32 and int64.
 
-        return load(path_or_repo, subfolder)
+        Raises:
+            ValueError: anything absent, unreadable, of another shape, NaN or infinite, naming file and tensor.
+        """
+        folder, parts = dictionary_files.load(path_or_repo, subfolder)
+        try:
+            return cls(**parts)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{folder}: not a valid dictionary: {error}") from error

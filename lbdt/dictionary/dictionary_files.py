@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lbdt.dictionary.activation_histograms import Histograms
-from lbdt.dictionary.concept_dictionary import ConceptDictionary
 from lbdt.runs.files import json_bytes, read_json, read_tensors, tensor_bytes
 from lbdt.runs.folder import write_folder
 from lbdt.runs.hub import resolve_folder
@@ -22,9 +23,10 @@ _SINCE = {2: {"fired"}, 3: {"assigned"}}
 
 
 def save(
-    dictionary: ConceptDictionary, directory: str | os.PathLike[str], dtype: torch.dtype | None = None
+    parts: Mapping[str, Any], directory: str | os.PathLike[str], dtype: torch.dtype | None = None
 ) -> None:
-    """Writes `dictionary` to `directory` (made if needed); each file appears whole or not at all.
+    """Writes a dictionary's parts, the arguments of `ConceptDictionary`, to `directory` (made if needed); each file
+    appears whole or not at all.
 
     `dtype` float16 halves the means and the bank; thresholds then round by up to 0.05 %, and means below 6e-8
     become 0. Histogram edges stay float32; counts are stored as int32 where they fit.
@@ -32,8 +34,8 @@ def save(
     Raises:
         ValueError: values that overflow `dtype`.
     """
-    tensors = {"mean": dictionary.mean, "counts": dictionary.counts}
-    histograms = dictionary.histograms
+    tensors = {"mean": parts["mean"], "counts": parts["counts"]}
+    histograms = parts["histograms"]
     if histograms is not None:
         tensors |= {
             "candidates": histograms.candidates,
@@ -44,20 +46,17 @@ def save(
         for name in ("candidates", "on", "off"):
             if int(tensors[name].max()) < 2**31:
                 tensors[name] = tensors[name].int()
-    if dictionary.bank is not None:
-        tensors["bank"] = dictionary.bank
-    if dictionary.fired is not None:
-        tensors["fired"] = dictionary.fired
+    tensors |= {name: parts[name] for name in ("bank", "fired") if parts[name] is not None}
     info = {
         "version": _VERSION,
-        "concepts": list(dictionary.concepts),
-        "timesteps": dictionary.timesteps.tolist(),
-        "num_latents": dictionary.num_latents,
-        "peak": dictionary.peak,
+        "concepts": list(parts["concepts"]),
+        "timesteps": parts["timesteps"].tolist(),
+        "num_latents": parts["mean"].shape[2],
+        "peak": parts["peak"],
         "calibrated": histograms is not None,
-        "bank": dictionary.bank is not None,
-        "fired": dictionary.fired is not None,
-        "assigned": dictionary.assigned,
+        "bank": parts["bank"] is not None,
+        "fired": parts["fired"] is not None,
+        "assigned": parts["assigned"],
     }
     write_folder(
         Path(directory),
@@ -65,8 +64,9 @@ def save(
     )
 
 
-def load(path_or_repo: str | os.PathLike[str], subfolder: str | None = None) -> ConceptDictionary:
-    """The dictionary in a folder or Hugging Face repository, as float32 and int64.
+def load(path_or_repo: str | os.PathLike[str], subfolder: str | None) -> tuple[Path, dict[str, Any]]:
+    """The folder of a path or Hugging Face repository, and the parts of the dictionary in it: the arguments of
+    `ConceptDictionary`, which checks that they fit.
 
     Raises:
         ValueError: anything absent, unreadable, of another shape, NaN or infinite, naming file and tensor.
@@ -120,17 +120,14 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None = None) -> 
         histograms = Histograms(
             *(tensors[name].long() for name in ("candidates", "on", "off")), edges=tensors["edges"].float()
         )
-    try:
-        return ConceptDictionary(
-            concepts,
-            timesteps,
-            tensors["mean"],
-            tensors["counts"],
-            histograms,
-            tensors.get("bank"),
-            peak,
-            tensors.get("fired"),
-            assigned,
-        )
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder}: not a valid dictionary: {error}") from error
+    return folder, {
+        "concepts": concepts,
+        "timesteps": timesteps,
+        "mean": tensors["mean"],
+        "counts": tensors["counts"],
+        "histograms": histograms,
+        "bank": tensors.get("bank"),
+        "peak": peak,
+        "fired": tensors.get("fired"),
+        "assigned": assigned,
+    }

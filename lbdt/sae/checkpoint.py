@@ -4,17 +4,20 @@ read."""
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lbdt.formats import FORMATS
 from lbdt.runs.files import json_bytes, read_json, read_tensors, require_floats, tensor_bytes
 from lbdt.runs.folder import write_folder
 from lbdt.runs.hub import resolve_folder
 from lbdt.sae import published_configs, unbox
-from lbdt.sae.model import SparseAutoencoder
+from lbdt.sae.config import SAEConfig
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
@@ -31,13 +34,14 @@ _FILES = dict.fromkeys(FORMATS, _SAFE) | {
 
 
 def save(
-    sae: SparseAutoencoder,
+    config: SAEConfig,
+    tensors: Mapping[str, Tensor],
     directory: str | os.PathLike[str],
     encoder_only: bool = False,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes `sae` to `directory` (made if needed), readable by SAeUron's own loader when the activation is
-    topk.
+    """Writes an SAE's configuration and tensors to `directory` (made if needed), readable by SAeUron's own loader when
+    the activation is topk.
 
     `encoder_only` leaves `W_dec` out; `dtype` (float16, bfloat16, float32) casts the weights. A crash leaves no half
     file, and over an earlier SAE no file of one beside a file of the other.
@@ -45,38 +49,28 @@ def save(
     Raises:
         ValueError: NaN or infinite weights, or weights that overflow `dtype`.
     """
-    without_decoder = encoder_only or sae.W_dec is None
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in sae.state_dict().items()
-        if not (without_decoder and name == "W_dec")
-    }
+    config = replace(config, encoder_only=encoder_only or "W_dec" not in tensors)
+    kept = {name: tensors[name].detach().cpu().contiguous() for name in config.shapes()}
     write_folder(
         Path(directory),
         {
-            CONFIG_FILE: json_bytes(replace(sae.config, encoder_only=without_decoder).to_json()),
-            WEIGHTS_FILE: tensor_bytes(tensors, dtype),
+            CONFIG_FILE: json_bytes(config.to_json()),
+            WEIGHTS_FILE: tensor_bytes(kept, dtype),
         },
     )
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """An SAE as it was read, and what its files do not say."""
+class CheckpointFiles(NamedTuple):
+    """What an SAE's files hold, and what they do not say."""
 
-    sae: SparseAutoencoder
+    config: SAEConfig
+    tensors: dict[str, Tensor]
+    """Those of `SAEConfig.shapes`, in the files' dtypes."""
     format: str
-    """The one of `lbdt.formats.FORMATS` that it was read as; never "auto"."""
+    """The one of `lbdt.formats.FORMATS` that they were read as; never "auto"."""
     folder: Path
     assumptions: tuple[str, ...]
     """What was taken for granted, one sentence each."""
-
-
-def load(
-    path_or_repo: str | os.PathLike[str], hookpoint: str | None = None, format: str = "auto"
-) -> SparseAutoencoder:
-    """The SAE of `read`."""
-    return read(path_or_repo, hookpoint, format).sae
 
 
 def read(
@@ -84,15 +78,13 @@ def read(
     hookpoint: str | None = None,
     format: str = "auto",
     update: bool | None = None,
-) -> Checkpoint:
-    """The SAE in a folder, or in a Hugging Face repository (`owner/name[@revision]`; offline mode is honoured).
+) -> CheckpointFiles:
+    """An SAE's files in a folder, or in a Hugging Face repository (`owner/name[@revision]`; offline mode is honoured).
 
     `hookpoint` names a subfolder (SAeUron keeps one per hook point), or a path of them. `format` is one of
     `lbdt.formats.FORMATS`; "auto" goes by the files, which cannot tell a G-SAE (its sigmoid) from SAeUron's: name that
     one. `update`, whether the SAE is one of the block's output minus its input, is known for lbdt's files, sdxl-unbox's
-    (yes) and steerers' (no), and may be given for others (no). The weights come back in float32, whatever the file's
-    dtype, without gradients; cast with `.half()` where the pipeline is in half precision. No pickle is run: see
-    `lbdt.formats.pth`.
+    (yes) and steerers' (no), and may be given for others (no). No pickle is run: see `lbdt.formats.pth`.
 
     Raises:
         ValueError: anything absent, unreadable, of another shape, NaN or infinite; the text names it and says
@@ -119,17 +111,12 @@ def read(
                 f"{path}: update: the file says {str(config.update).lower()}; leave the option out"
             )
         config = replace(config, update=update)
-    with torch.device("meta"):
-        sae = SparseAutoencoder(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
-    tensors = read_tensors(folder / WEIGHTS_FILE, expected)
+    tensors = read_tensors(folder / WEIGHTS_FILE, config.shapes())
     require_floats(folder / WEIGHTS_FILE, tensors)
-    sae.load_state_dict(tensors, assign=True)
-    sae = sae.float().requires_grad_(False).eval()
-    return Checkpoint(sae, format, folder, tuple(notes))
+    return CheckpointFiles(config, tensors, format, folder, tuple(notes))
 
 
-def _read_unbox(folder: Path, format: str, named: bool, update: bool | None) -> Checkpoint:
+def _read_unbox(folder: Path, format: str, named: bool, update: bool | None) -> CheckpointFiles:
     notes = []
     if update is None:
         if format == "saemnesia":
@@ -142,4 +129,4 @@ def _read_unbox(folder: Path, format: str, named: bool, update: bool | None) -> 
         side = "output minus its input" if update else "output"
         reason = f"as {format}'s are" if named else f"as {format}'s are, by the keys of {unbox.CONFIG_FILE}"
         notes.append(f"the SAE is one of the block's {side}, {reason}")
-    return Checkpoint(unbox.load(folder, update), format, folder, tuple(notes))
+    return CheckpointFiles(*unbox.read(folder, update), format, folder, tuple(notes))

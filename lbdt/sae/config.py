@@ -109,6 +109,17 @@ class SAEConfig:
                 "detection is defined on an affine encoder); use an SAE trained without it"
             )
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of an autoencoder of this configuration, by their names in SAeUron's file."""
+        n, d = self.num_latents, self.d_in
+        return {
+            **({} if self.encoder_only else {"W_dec": (n, d)}),
+            "b_dec": (d,),
+            **({"theta": (n,)} if self.activation == "jumprelu" else {}),
+            "encoder.weight": (n, d),
+            "encoder.bias": (n,),
+        }
+
     def to_json(self) -> dict[str, Any]:
         """The dictionary written to `cfg.json`: SAeUron's keys, then lbdt's."""
         return {

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lbdt.sae import checkpoint
 from lbdt.sae.config import RANKED_ACTIVATIONS, SAEConfig
 
 _CHUNK_ELEMENTS = 1 << 24
@@ -149,18 +152,14 @@ class SparseAutoencoder(nn.Module):
         self, directory: str | os.PathLike[str], encoder_only: bool = False, dtype: torch.dtype | None = None
     ) -> None:
         """Writes `cfg.json` and `sae.safetensors`; see `lbdt.sae.checkpoint.save`."""
-        from lbdt.sae.checkpoint import save
-
-        save(self, directory, encoder_only=encoder_only, dtype=dtype)
+        checkpoint.save(self.config, self.state_dict(), directory, encoder_only, dtype)
 
     @classmethod
     def from_pretrained(
         cls, path_or_repo: str | os.PathLike[str], hookpoint: str | None = None, format: str = "auto"
     ) -> SparseAutoencoder:
-        """Reads a folder or a Hugging Face repository; see `lbdt.sae.checkpoint.load`."""
-        from lbdt.sae.checkpoint import load
-
-        return load(path_or_repo, hookpoint=hookpoint, format=format)
+        """The SAE of `read_checkpoint`."""
+        return read_checkpoint(path_or_repo, hookpoint, format).sae
 
     def _project(self, x: Tensor, bias: Tensor) -> Tensor:
         weight = self.encoder.weight
@@ -200,3 +199,33 @@ class SparseAutoencoder(nn.Module):
                 f"{tuple(x.shape)}; for [B, d, H, W] pass x.flatten(2).transpose(1, 2)"
             )
         return x
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An SAE as it was read, and what its files do not say."""
+
+    sae: SparseAutoencoder
+    format: str
+    """The one of `lbdt.formats.FORMATS` that it was read as; never "auto"."""
+    folder: Path
+    assumptions: tuple[str, ...]
+    """What was taken for granted, one sentence each."""
+
+
+def read_checkpoint(
+    path_or_repo: str | os.PathLike[str],
+    hookpoint: str | None = None,
+    format: str = "auto",
+    update: bool | None = None,
+) -> Checkpoint:
+    """The SAE in a folder or a Hugging Face repository, which `lbdt.sae.checkpoint.read` reads.
+
+    The weights come back in float32, whatever the file's dtype, without gradients; cast with `.half()` where the
+    pipeline is in half precision.
+    """
+    config, tensors, *about = checkpoint.read(path_or_repo, hookpoint, format, update)
+    with torch.device("meta"):
+        sae = SparseAutoencoder(config)
+    sae.load_state_dict(tensors, assign=True)
+    return Checkpoint(sae.float().requires_grad_(False).eval(), *about)

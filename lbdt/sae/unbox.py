@@ -10,7 +10,7 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from lbdt.runs.files import check_tensors, json_bytes, read_json, require_floats
 from lbdt.runs.folder import write_folder
 from lbdt.runs.reading import brief, listed
 from lbdt.sae.config import SAEConfig
-from lbdt.sae.model import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from lbdt.sae.model import SparseAutoencoder
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "state_dict.pth"
@@ -57,8 +59,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def load(folder: Path, update: bool) -> SparseAutoencoder:
-    """The SAE of a folder, in float32; `update`: it was trained on the block's output minus its input.
+def read(folder: Path, update: bool) -> tuple[SAEConfig, dict[str, Tensor]]:
+    """The configuration and the tensors, by lbdt's names, of a folder; `update`: the SAE was trained on the block's
+    output minus its input.
 
     Raises:
         ValueError: absent, damaged or refused files, missing, unknown, misshapen or non-finite tensors.
@@ -89,16 +92,13 @@ def load(folder: Path, update: bool) -> SparseAutoencoder:
     config = SAEConfig.from_json(
         {"d_in": d, "num_latents": n, "k": values["k"], "update": update}, source=str(folder)
     )
-    with torch.device("meta"):
-        sae = SparseAutoencoder(config)
     tensors = {
         "encoder.weight": weight,
         "encoder.bias": bias,
         "b_dec": pre_bias,
         "W_dec": decoder if decoder.shape == (n, d) and "W_dec" in state else decoder.T,
     }
-    sae.load_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, assign=True)
-    return sae.float().requires_grad_(False).eval()
+    return config, {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def save_unbox(

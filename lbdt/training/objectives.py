@@ -148,7 +148,9 @@ class Ranked:
         if context.dead_count and self.auxk_alpha > 0:
             terms["auxk"] = self._auxk(sae, centred, h, error, rows, context)
         if supervision is not None:
-            terms |= supervision.accumulate(sae, centred, h, code, rows.labelled, rows.count, context)
+            terms |= supervision.accumulate(
+                sae, centred, h, code, rows.labelled, rows.count, context.scales.activation, context.world
+            )
         smallest = code.values.detach().min() if code.cols.numel() else h.new_zeros(())
         return ObjectiveOutcome(terms, code.cols, smallest)
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lbdt.runs.processes import Processes
 from lbdt.sae import SparseAutoencoder
 from lbdt.training.sparse import Code, add_gradient, add_pre_gradient
-
-if TYPE_CHECKING:
-    from lbdt.training.objectives import Context
 
 VARIANTS = ("image", "paper", "released", "sparse-sigmoid")
 _TINY = 1e-6
@@ -94,13 +92,15 @@ class Supervision:
         code: Code,
         labelled: BatchLabels,
         count: int,  # rows of the whole batch
-        context: Context,
+        activation: float,  # a, before the first step
+        world: Processes,
     ) -> dict[str, Tensor]:
         """Adds the gradient of the supervised term; returns `assignment`, `correlation` and where used `l1`."""
         latents = labelled.latents
         v = h[:, latents].detach().requires_grad_(True)
-        pooled = self._pooled(v, code, labelled, sae.config.activation == "topk_sigmoid", context)
-        whole = context.world.gather(pooled, labelled.present.shape[0])
+        sigmoid = sae.config.activation == "topk_sigmoid"
+        pooled = self._pooled(v, code, labelled, None if sigmoid else activation)
+        whole = world.gather(pooled, labelled.present.shape[0])
         assignment = self._assignment(whole, labelled.present)
         correlation = self._correlation(whole, labelled.styles)
         loss = self.weight * (assignment + self.decorrelation * correlation)
@@ -108,7 +108,7 @@ class Supervision:
         add_pre_gradient(sae, centred, latents, dh)
         # Every process computes these of the whole batch; the sum over processes is one of them.
         terms = {
-            name: term.detach() / context.world.size
+            name: term.detach() / world.size
             for name, term in (("assignment", assignment), ("correlation", correlation))
         }
         if self.l1 and self.variant == "released":
@@ -117,17 +117,12 @@ class Supervision:
             terms["l1"] = code.values.detach().sum() / count
         return terms
 
-    def _pooled(
-        self, v: Tensor, code: Code, labelled: BatchLabels, sigmoid: bool, context: Context
-    ) -> Tensor:
-        """[S', A] of this process's images."""
+    def _pooled(self, v: Tensor, code: Code, labelled: BatchLabels, activation: float | None) -> Tensor:
+        """[S', A] of this process's images; no `activation`: topk_sigmoid."""
         if self.variant == "released":
             v = v.relu()
         elif self.variant == "image":
-            if sigmoid:
-                share = v / SIGMOID_SPAN + 1
-            else:
-                share = v / context.scales.activation
+            share = v / SIGMOID_SPAN + 1 if activation is None else v / activation
             v = _STEEPNESS * (share / self.strength - 0.5)
         elif self.variant == "sparse-sigmoid":
             v = v.sigmoid() * _kept(code, labelled.latents, v)
