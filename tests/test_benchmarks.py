@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import early_stop, sanitize
-from lbdt.bench import baselines, cases, hardware, hook, runner, shapes, targets, timing_table
+from lbdt.bench import baselines, cases, hardware, hook, runner, shapes, timing_table
 from lbdt.bench.shapes import Place
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,11 +220,11 @@ def test_targets_are_missed_where_they_are_missed():
             row("replace_patches_", 0.1, cases.PLAIN, reference=c),
             *(row("hook", share, published=x) for share, x in ((0.0, absent), (0.1, tenth), (1.0, full))),
         ]
-        return [t["met"] for t in targets.targets(rows, None, "cpu")]
+        return [t["met"] for t in runner.targets(rows, None, "cpu")]
 
     assert met(150, 4, 1.3, 3, 100, 31) == [True] * 6
     assert met(149, 3.9, 1.2, 2.9, 99, 32) == [False] * 6
-    assert targets.targets([row("hook", 0.5, published=9)], None, "cpu") == []
+    assert runner.targets([row("hook", 0.5, published=9)], None, "cpu") == []
 
 
 def test_targets_on_a_gpu():
@@ -236,7 +236,7 @@ def test_targets_on_a_gpu():
             row("hook", 0.0, published=ratio),
         ]
         step = {"present": {"percent_of_step": 5 * percent}, "absent": {"percent_of_step": percent}}
-        return [t["met"] for t in targets.targets(rows, step, "cuda")]
+        return [t["met"] for t in runner.targets(rows, step, "cuda")]
 
     assert met(1.5, 14.9, 30, 0.09) == [True] * 5
     assert met(1.6, 15.1, 29, 0.11) == [False] * 5

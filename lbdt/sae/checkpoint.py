@@ -1,13 +1,13 @@
-"""Checkpoint files: lbdt's own `cfg.json` + `sae.safetensors`, atomic to write, and the other projects', strict to
-read."""
+"""Checkpoint files: lbdt's own `cfg.json` + `sae.safetensors`, atomic to write, and the other projects' (METHOD.md,
+7.1), strict to read."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from lbdt.formats import FORMATS
 from lbdt.runs.files import json_bytes, read_json, read_tensors, require_floats, tensor_bytes
 from lbdt.runs.folder import write_folder
 from lbdt.runs.hub import resolve_folder
-from lbdt.sae import published_configs, unbox
+from lbdt.runs.reading import brief
+from lbdt.sae import unbox
 from lbdt.sae.config import SAEConfig
 
 CONFIG_FILE = "cfg.json"
@@ -31,6 +32,15 @@ _FILES = dict.fromkeys(FORMATS, _SAFE) | {
     "sdxl-unbox": _PICKLED,
     "steerers": _PICKLED,
 }
+_SPARSIFY_OFF = {
+    "transcode": "it predicts another activation than it sees",
+    "skip_connection": "its output has a linear part that no latent explains",
+    "embed_skip": "its output has a part that no latent explains",
+    "gram_lookup": "its input is corrected by a table of token n-grams",
+    "signed": "its latents may be negative, and detection is defined for latents above 0",
+}
+"""Keys of EleutherAI's sparsify that change the function, and why only false is read."""
+_SPARSIFY_UNUSED = ("lookup_max_order", "gram_table_hash", "init_b_dec_as_zeros")
 
 
 def save(
@@ -95,7 +105,7 @@ def read(
     folder = resolve_folder(path_or_repo, hookpoint, marker=_MARKERS, files=_FILES[format])
     named = format != "auto"
     if not named:
-        format = published_configs.detect(folder)
+        format = _detect(folder)
     if format in ("sdxl-unbox", "steerers") or (
         format == "saemnesia"
         and not (folder / WEIGHTS_FILE).exists()
@@ -103,8 +113,8 @@ def read(
     ):
         return _read_unbox(folder, format, named, update)
     path = folder / CONFIG_FILE
-    config = published_configs.config_of(read_json(path), format, str(path))
-    notes = list(published_configs.notes(format, named, update))
+    config = _config_of(read_json(path), format, str(path))
+    notes = list(_notes(format, named, update))
     if update is not None and update != config.update:
         if format == "lbdt":
             raise ValueError(
@@ -130,3 +140,62 @@ def _read_unbox(folder: Path, format: str, named: bool, update: bool | None) -> 
         reason = f"as {format}'s are" if named else f"as {format}'s are, by the keys of {unbox.CONFIG_FILE}"
         notes.append(f"the SAE is one of the block's {side}, {reason}")
     return CheckpointFiles(*unbox.read(folder, update), format, folder, tuple(notes))
+
+
+def _detect(folder: Path) -> str:
+    """The format of a folder, from its files and the keys of its configuration; ValueError where none is readable."""
+    config = folder / "cfg.json"
+    if (folder / unbox.WEIGHTS_FILE).is_file() and not (folder / "sae.safetensors").is_file():
+        if config.is_file() and not (folder / unbox.CONFIG_FILE).is_file():
+            return "saemnesia"
+        return "steerers" if "auxk_coef" in unbox.read_config(folder) else "sdxl-unbox"
+    values = read_json(config)
+    keys = set(values) if isinstance(values, dict) else set()
+    if keys & {*_SPARSIFY_OFF, *_SPARSIFY_UNUSED}:
+        return "sparsify"
+    return "lbdt" if "encoder_only" in keys else "saeuron"
+
+
+def _config_of(values: Any, format: str, source: str) -> SAEConfig:
+    """A parsed `cfg.json`; `source` names it in errors.
+
+    Raises:
+        ValueError: what `SAEConfig.from_json` refuses; a sparsify coder that is no plain TopK autoencoder.
+    """
+    if format == "sparsify" and isinstance(values, dict):
+        values = _sparsify(values, source)
+    if format == "gsae" and isinstance(values, dict):
+        given = values.get("activation", "topk_sigmoid")
+        if given != "topk_sigmoid":
+            raise ValueError(
+                f"{source}: activation: a G-SAE's is topk_sigmoid, got {brief(given)}; it is no G-SAE"
+            )
+        values = {**values, "activation": "topk_sigmoid"}
+    return SAEConfig.from_json(values, source=source)
+
+
+def _notes(format: str, named: bool, update: bool | None) -> Iterator[str]:
+    """What the files of a format leave open; `update` as the caller gave it."""
+    if format == "gsae":
+        yield "z = sigmoid(TopK(pre)), as in the diffusion version of G-SAE; the files do not say it"
+    elif format in ("saeuron", "saemnesia", "sparsify"):
+        yield "TopK per patch, then ReLU; the files do not say it"
+    if format in ("saeuron", "saemnesia", "gsae") and update is None:
+        yield "the SAE is one of the block's output, as SAeUron's are"
+    if format == "saeuron" and not named:
+        yield "no G-SAE, whose files look the same (--from gsae)"
+
+
+def _sparsify(values: dict[str, Any], source: str) -> dict[str, Any]:
+    for key, reason in _SPARSIFY_OFF.items():
+        if values.get(key, False) is not False:
+            raise ValueError(
+                f"{source}: {key}: {brief(values[key])} is not supported ({reason}); use a coder without it"
+            )
+    activation = values.get("activation", "topk")
+    if activation != "topk":
+        raise ValueError(
+            f"{source}: activation: {brief(activation)} is not supported (lbdt knows no such rank test); "
+            "expected 'topk'"
+        )
+    return {key: value for key, value in values.items() if key not in (*_SPARSIFY_OFF, *_SPARSIFY_UNUSED)}
