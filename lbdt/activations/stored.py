@@ -13,8 +13,8 @@ from lbdt.activations.prompts import MAX_BYTES, read_prompts
 from lbdt.activations.shard_layout import SHA256, Layout
 from lbdt.activations.sites import Site
 from lbdt.activations.source import Shard, Source, label_places, require_site
-from lbdt.runs.digests import blocks, raw, sha256
-from lbdt.runs.reading import open_regular, parse_json, read_bytes, read_json
+from lbdt.runs.digests import raw, sha256
+from lbdt.runs.reading import parse_json, read_bytes, read_json
 
 
 class Stored(Source):
@@ -91,14 +91,6 @@ class Stored(Source):
             out[place[mine]] = x.index_select(0, ordered[mine] - index * each)
             start += count
         return out
-
-    def verify(self) -> None:
-        """Reads every byte. Raises ValueError naming the first shard that differs from the manifest."""
-        for index in range(self._layout.shards):
-            start = self._start(index)
-            with open_regular(self._layout.path(self.folder, index)) as file:
-                file.seek(start)
-                self._compare(index, sha256(blocks(file)))
 
     def _compare(self, index: int, got: str) -> None:
         if got != self._sha256[index]:

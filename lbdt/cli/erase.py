@@ -6,6 +6,7 @@ import enum
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,8 +107,7 @@ def command(
     if source is not None:
         loaded.source = source.value
     # An unknown concept is told from the dictionary alone, before gigabytes of pipeline are read.
-    for name in concept:
-        loaded.select(name)
+    chosen = {name: loaded.select(name) for name in concept}
     pipe = pipeline_of(model, where)
     if model is None:
         from lbdt.canvas import KINDS
@@ -115,13 +115,14 @@ def command(
         steps = KINDS[kind.value].steps if steps is None else steps
         guidance = KINDS[kind.value].guidance if guidance is None else guidance
     steps = _STEPS if steps is None else steps
-    loaded.attach(pipe, list(concept), seed=seed).remove()
+    attach = partial(loaded.attach, pipe, list(concept), seed=seed, selections=chosen)
+    attach().remove()
 
     call = {"num_inference_steps": steps} | ({} if guidance is None else {"guidance_scale": guidance})
     # The first call of a process pays for allocations and kernel choices that the second finds made.
     _generate(pipe, prompt, seed, where, "warm-up", call | {"num_inference_steps": 1})
     before, seconds_without = _generate(pipe, prompt, seed, where, "without", call)
-    with loaded.attach(pipe, list(concept), seed=seed, keep_masks=True) as attached:
+    with attach(keep_masks=True) as attached:
         after, seconds_with = _generate(pipe, prompt, seed, where, "with", call)
     report, masks = attached.report(), attached.masks()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lbdt.dictionary.activation_histograms import Histograms, spaced_edges
-from lbdt.dictionary.checks import check_place, checked_code, require_same
+from lbdt.dictionary.checks import check_place, checked_code
 from lbdt.dictionary.concept_dictionary import ConceptDictionary
 
 if TYPE_CHECKING:
@@ -50,21 +50,8 @@ class Calibration:
             row[(row != latent).all(-1), -1] = latent
         shape = (*chosen.shape, edges.numel() - 1)
         zeros = torch.zeros(shape, dtype=torch.int64)
-        self._start(dictionary, Histograms(chosen, zeros, zeros.clone(), edges))
-
-    def _start(self, dictionary: ConceptDictionary, histograms: Histograms) -> None:
-        self.dictionary, self.histograms = dictionary, histograms
-        self._slots = [chosen.unique(return_inverse=True) for chosen in histograms.candidates.unbind(1)]
-
-    @classmethod
-    def from_dictionary(cls, dictionary: ConceptDictionary) -> Calibration:
-        """Continues from the histograms of a calibrated dictionary (a file of another process, for
-        instance)."""
-        if dictionary.histograms is None:
-            raise ValueError("dictionary: has no calibration histograms; start with Calibration(dictionary)")
-        calibration = cls.__new__(cls)
-        calibration._start(dictionary, dictionary.histograms.clone())
-        return calibration
+        self.dictionary, self.histograms = dictionary, Histograms(chosen, zeros, zeros.clone(), edges)
+        self._slots = [latents.unique(return_inverse=True) for latents in chosen.unbind(1)]
 
     def add(self, concept: int, bin: int, code: SparseCode) -> None:
         """Counts the patches of `code` ([B, N, k] or [N, k]) of images of a concept at a bin."""
@@ -90,18 +77,6 @@ class Calibration:
         counts = torch.bincount(slot * bins + bucket, minlength=latents.numel() * bins).view(-1, bins)
         counts[:, 0] += patches - counts.sum(-1)
         return counts
-
-    def merge(self, other: Calibration) -> Calibration:
-        """The histograms of both sets of prompts, as a new object over this one's dictionary.
-
-        Raises:
-            ValueError: other concepts, timesteps, latents, candidates or edges (both must start from one
-            dictionary).
-        """
-        require_same(self.dictionary, other.dictionary)
-        merged = Calibration.__new__(Calibration)
-        merged._start(self.dictionary, self.histograms.merge(other.histograms))
-        return merged
 
     def build(self) -> ConceptDictionary:
         """The dictionary with these histograms."""

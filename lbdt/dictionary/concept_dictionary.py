@@ -298,11 +298,6 @@ class ConceptDictionary:
             bins = self._timesteps_on[timesteps.device] = self.timesteps.to(timesteps.device, torch.float32)
         return (timesteps.float().unsqueeze(-1) - bins).abs().argmin(-1)
 
-    def bin_edges(self) -> Tensor:
-        """[T - 1] float32, descending: halfway between successive timesteps, where `nearest_bin` changes."""
-        values = self.timesteps.float()
-        return (values[:-1] + values[1:]) / 2
-
     def merge(self, other: ConceptDictionary) -> ConceptDictionary:
         """The dictionary over both sets of prompts (which must be disjoint), concepts of either, as a new
         object.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -177,6 +177,7 @@ class UnetEditor(Editor):
         rows: str | None = None,
         steps: tuple[int, int] | None = None,
         keep_masks: bool = False,
+        selections: Mapping[str, Selection] | None = None,
     ) -> Attachment:
         """Puts the editor on a pipeline until the returned handle is removed, or its `with` block is left.
 
@@ -190,6 +191,7 @@ class UnetEditor(Editor):
                 "gsae", else "all". Without guidance, the only half.
             steps: (first, last): treat steps first <= i < last of the scheduler's timesteps; None: all.
             keep_masks: keep each call's masks for `Attachment.masks` (4 MiB on the device).
+            selections: what `select` gave before, by name; of other names it is asked here.
 
         Rows without a concept, of the other half or outside of the window keep their bits.
 
@@ -218,8 +220,9 @@ class UnetEditor(Editor):
         # Tensors made in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             names = dict.fromkeys(itertools.chain.from_iterable(sets))
-            selections = {name: self.select(name) for name in names}
-            columns = LatentColumns.of(sets, selections, len(self.dictionary.timesteps))
+            known = selections or {}
+            chosen = {name: known[name] if name in known else self.select(name) for name in names}
+            columns = LatentColumns.of(sets, chosen, len(self.dictionary.timesteps))
             plan = self._plan(columns, options, *self._tensors(columns, seeds))
             blind = warn_of_blind(plan, columns.owners)
             plan.to(parameter.device, parameter.dtype)

@@ -21,6 +21,7 @@ _MAX_JSON = 1 << 25
 _MAX_LINES = 1 << 21
 _MAX_LINE = 1 << 20
 _MAX_DEPTH = 64
+_LONGEST_REASON = 300
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_FLOAT = torch.finfo(torch.float32).max
 """The largest number that is computed with in float32."""
@@ -109,10 +110,10 @@ def brief(value: Any, most: int = 80) -> str:
     return type(value).__name__
 
 
-def reason(error: Exception, most: int = 300) -> str:
+def reason(error: Exception) -> str:
     """What a library's exception says, in one line, cut where it is long."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
 
 
 def listed(names: Any, most: int = 12) -> str:

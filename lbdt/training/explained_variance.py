@@ -12,6 +12,8 @@ from lbdt.activations.source import shard_count
 from lbdt.sae import SparseAutoencoder
 
 _ROWS = 4096
+_ITERATIONS = 100
+_TOLERANCE = 1e-5
 
 
 @torch.no_grad()
@@ -62,13 +64,13 @@ def explain_variance(
     }
 
 
-def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
+def geometric_median(x: Tensor) -> Tensor:
     """The point [d] with the least summed distance to the rows of `x` [n, d], by Weiszfeld's iteration."""
     guess = x.mean(0)
-    for _ in range(iterations):
+    for _ in range(_ITERATIONS):
         weights = 1 / (x - guess).norm(dim=1).clamp(min=1e-10)
         previous, guess = guess, (weights @ x) / weights.sum()
-        if float((guess - previous).norm()) <= tolerance * float(guess.norm()):
+        if float((guess - previous).norm()) <= _TOLERANCE * float(guess.norm()):
             break
     return guess
 

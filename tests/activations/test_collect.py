@@ -69,7 +69,6 @@ def test_what_is_read_is_what_was_made(pipe, tmp_path, dtype, patches):
             for got, made in zip(stored.shard(index, site), source.shard(index, site), strict=True):
                 assert got.dtype == made.dtype and repeats(got, made)
     assert all(torch.equal(a, b) for a, b in zip(stored.labels(), source.labels(), strict=True))
-    stored.verify()
     with pytest.raises(IndexError):
         stored.shard(4, OUTPUT)
 
@@ -189,11 +188,10 @@ def test_a_truncated_shard_is_named_with_its_sizes(copied):
 @pytest.mark.parametrize(
     "read",
     [
-        Stored.verify,
         lambda stored: stored.shard(1, stored.sites[0]),
         lambda stored: stored.gather(stored.sites[0], torch.tensor([stored.rows(stored.sites[0]) - 1, 0])),
     ],
-    ids=["verify", "shard", "gather"],
+    ids=["shard", "gather"],
 )
 def test_changed_numbers_are_found_whatever_reads_them(copied, read, place):
     for path in (shard_path(copied[1], 1), shard_path(copied[1], 3)):

@@ -192,7 +192,6 @@ def test_bins_are_found_by_timestep_value():
     assert dictionary.nearest_bin(asked).tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
     assert dictionary.nearest_bin(asked.long().view(2, 4)).shape == (2, 4)
     assert dictionary.nearest_bin(torch.tensor(501)).item() == 1
-    assert dictionary.bin_edges().tolist() == [701.0, 251.0]
 
 
 def test_unknown_concepts_name_the_known_and_the_nearest():

@@ -125,7 +125,6 @@ def read_activations(folder: Path) -> None:
     for site in stored.sites:
         for index in range(2):
             stored.shard(index, site)
-    stored.verify()
 
 
 def read_activation_settings(folder: Path) -> None:
