@@ -157,7 +157,7 @@ def find_module(pipe: Any, hookpoint: str) -> nn.Module:
 
 @contextlib.contextmanager
 def capture(pipe: Any, sites: Sequence[Site], images: int, receiver: Receiver) -> Iterator[None]:
-    """While inside, pipeline calls for `images` images hand the sites' activations to `receiver`.
+    """Pipeline calls for `images` images inside hand the sites' activations to `receiver`.
 
     Of guidance's [uncond; cond] batch the second half is taken. Where guidance runs two calls, or a scheduler repeats a
     timestep, the receiver decides; in diffusers the conditional call comes first. Of a text encoder's calls the first

@@ -199,7 +199,7 @@ class Generated(Source):
         }
 
     def drawn(self, site: Site, first: int, prompts: int, timestep: int) -> Tensor:
-        """Which patches are taken of each of `prompts` prompts from number `first` on: [prompts, M] int64, ascending.
+        """The patches taken of each of `prompts` prompts from number `first` on: [prompts, M] int64, ascending.
 
         By Philox numbers (`lbdt.ops.patch_uniform`) under (seed, prompt number, timestep): the M smallest.
         """

@@ -123,7 +123,8 @@ def reported(command: Callable) -> Callable:
             _build.check_variables()
             command(*args, **kwargs)
         except KeyboardInterrupt as error:
-            # An interruption that passed through an `exec` of text makes `python -m` end by the signal; another resets it.
+            # An interruption that passed through an `exec` of text makes `python -m` end by the signal; another resets
+            # it.
             exec("")
             say("lbdt: interrupted")
             raise typer.Exit(128 + signal.SIGINT) from error

@@ -1,5 +1,4 @@
-"""The concept-latent dictionary: which latents carry a concept at which timestep, and above which
-activation."""
+"""The concept-latent dictionary: which latents carry a concept at which timestep, and above which activation."""
 
 from lbdt.dictionary.activation_histograms import Histograms
 from lbdt.dictionary.calibration import Calibration

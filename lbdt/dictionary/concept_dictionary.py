@@ -1,5 +1,4 @@
-"""`ConceptDictionary`: mean activations per concept, timestep and latent, and the selections made from
-them."""
+"""`ConceptDictionary`: mean activations per concept, timestep and latent, and the selections made from them."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ _DEFAULT_TOP_K = 2
 
 
 class ConceptDictionary:
-    """Which latents of an SAE carry a concept, per denoising timestep (METHOD.md, 3).
+    """The latents of an SAE that carry a concept, per denoising timestep (METHOD.md, 3).
 
     Bins are keyed by timestep VALUE (what the UNet is called with), never by the number of a step, so another
     scheduler or number of steps finds its bins with `nearest_bin`.
@@ -96,8 +95,7 @@ class ConceptDictionary:
         raise ValueError(f"unknown concept {concept!r}{hint} Known concepts: {', '.join(self.concepts)}")
 
     def scores(self) -> Tensor:
-        """[C, T, L] float32, see `lbdt.dictionary.selection.scores`. ValueError where a place has no
-        patches."""
+        """[C, T, L] float32, see `lbdt.dictionary.selection.scores`. ValueError where a place has no patches."""
         return self._scores(range(len(self.concepts)))
 
     def _scores(self, concepts: Sequence[int]) -> Tensor:

@@ -1,8 +1,8 @@
 """SAeUron's and SAEmnesia's latents pickle, `cls_latents_dict_HOOKPOINT.pkl`, as a `ConceptDictionary`.
 
-The pickle is {class: array [samples, steps, latents]} (torch in SAeUron's own script, numpy elsewhere), float16, spatial
-means of the TopK activations (METHOD.md, 7.3). At 6.55 GB for 20 classes it is never held: samples are added up as
-they are read.
+The pickle is {class: array [samples, steps, latents]} (torch in SAeUron's own script, numpy elsewhere), float16,
+spatial means of the TopK activations (METHOD.md, 7.3). At 6.55 GB for 20 classes it is never held: samples are added up
+as they are read.
 """
 
 from __future__ import annotations

@@ -92,9 +92,9 @@ class CalibrationPass:
 class Bank:
     """Embeddings of undetected patches, for feature maps in which every patch is detected.
 
-    Kept are the M patches of lowest priority seen so far per bin: a uniform draw without replacement, in memory of M patches.
-
-    A patch's priority is a hash of (seed, prompt, timestep, patch), so the draw is the same in any order and merges.
+    Kept are the M patches of lowest priority seen so far per bin: a uniform draw without replacement, in memory of M
+    patches. A patch's priority is a hash of (seed, prompt, timestep, patch), so the draw is the same in any order, and
+    merges.
     """
 
     def __init__(self, bins: int, size: int, width: int) -> None:

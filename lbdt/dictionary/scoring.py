@@ -318,7 +318,7 @@ def _require_prompts(dictionary: ConceptDictionary, by: str) -> None:
 
 
 def _spread(shards: int) -> list[int]:
-    """At most `_BANK_SHARDS` of the shards, evenly."""
+    """The numbers of at most `_BANK_SHARDS` of the shards, evenly spread."""
     count = min(shards, _BANK_SHARDS)
     return [number * shards // count for number in range(count)]
 

@@ -22,16 +22,14 @@ class Selection:
     latents: Tensor
     """[U] int64, ascending: those selected in at least one bin."""
     thresholds: Tensor
-    """[T, U] float32 on ACTIVATIONS: detected iff `z > threshold`; +inf where the latent is not selected in
-    the bin."""
+    """[T, U] float32 on ACTIVATIONS: detected iff `z > threshold`; +inf where the latent is not selected in the bin."""
     concept: str
     kind: str
     """published | calibrated."""
 
 
 class DetectionRates(NamedTuple):
-    """Fraction of patches above the threshold, per bin and latent; NaN where not selected or without a
-    histogram."""
+    """Fraction of patches above the threshold, per bin and latent; NaN where not selected or without a histogram."""
 
     on: Tensor
     """[T, U] float32, over patches of the concept's own prompts."""
@@ -102,8 +100,7 @@ def scores(mean: Tensor, counts: Tensor, concepts: Sequence[int]) -> Tensor:
 
 
 def by_percentile(score: Tensor, percentile: float) -> Tensor:
-    """[T, L] bool: scores > 0 above the percentile of their bin's L scores (linear interpolation, as
-    numpy)."""
+    """[T, L] bool: scores > 0 above the percentile of their bin's L scores (linear interpolation, as numpy)."""
     limit = torch.quantile(score.double(), percentile / 100, dim=-1, keepdim=True)
     return (score > limit) & (score > 0)
 
@@ -119,8 +116,7 @@ def by_rank(score: Tensor, top_k: int) -> Tensor:
 
 
 def tail_counts(histogram: Tensor) -> Tensor:
-    """[..., K] counts -> [..., K + 1]: patches with activation > edges[j]. Bins are (edges[j],
-    edges[j+1]]."""
+    """[..., K] counts -> [..., K + 1]: patches with activation > edges[j]. Bins are (edges[j], edges[j+1]]."""
     tail = histogram.flip(-1).cumsum(-1).flip(-1)
     return torch.cat([tail, tail.new_zeros(*tail.shape[:-1], 1)], dim=-1)
 

@@ -35,8 +35,7 @@ class ConceptStatistics:
     """
 
     def __init__(self, concepts: Sequence[str], timesteps: Tensor | Sequence[int], num_latents: int) -> None:
-        """`timesteps`: the T timestep values of the bins, strictly descending, as the UNet is called with
-        them."""
+        """`timesteps`: the T timestep values of the bins, strictly descending, as the UNet is called with them."""
         self.concepts = checked_concepts(concepts)
         self.timesteps = checked_timesteps(timesteps)
         if num_latents < 1:

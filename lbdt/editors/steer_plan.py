@@ -99,7 +99,7 @@ class LatentPlan(SteerPlan):
         return _added(x, edit + 2 * (decoded - looked), changed), detected, changed
 
     def _kept(self, indices: Tensor) -> Tensor:
-        """Which columns' latents are among the kept ones `indices` [B, N, k]: [B, U, N] bool."""
+        """The columns whose latents are among the kept ones `indices` [B, N, k]: [B, U, N] bool."""
         batch, patches, _ = indices.shape
         kept = torch.zeros(batch, patches, self.distinct + 1, dtype=torch.bool, device=indices.device)
         kept = kept.scatter(2, self.slots[indices], True)

@@ -33,8 +33,8 @@ def load_class_params(path: str | os.PathLike[str]) -> dict[str, ClassParams]:
     """The parameters of every class, from `class_params.pth` or `class_params.json`, or the folder that holds one.
 
     Raises:
-        ValueError: no such file, one that `lbdt.formats.pth` refuses, other keys, numbers that are not finite in float32, a
-            percentile outside (0, 100).
+        ValueError: no such file, one that `lbdt.formats.pth` refuses, other keys, numbers that are not finite in
+            float32, a percentile outside (0, 100).
     """
     path = Path(path)
     if path.is_dir():

@@ -17,7 +17,7 @@ _MAX_OPCODES = 1_000_000
 _MAX_INLINE = 1 << 12
 """Longer strings and bytes stay in the file."""
 _MAX_KEY = 1 << 16
-"""Of a dictionary with numbers as keys, such as an optimizer's; so few cannot collide much."""
+"""The limit of numbers that are keys of a dictionary, such as an optimizer's; so few cannot collide much."""
 
 FLOATS = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64}
 STORAGES = {

@@ -139,7 +139,7 @@ class DetectionPlan:
         state.sums = sums if dtype == torch.float32 else (sums * 0).float()
 
     def enabled_in(self, state: CallState) -> Tensor:
-        """Which latents count for each row of this call, [B, U] bool: by its set, the window and its half."""
+        """The latents that count for each row of this call, [B, U] bool: by its set, the window and its half."""
         rows = self.rows(state)
         enabled = rows.enabled
         if self.options.steps is not None:

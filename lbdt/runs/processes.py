@@ -64,7 +64,7 @@ class Processes:
                 torch.distributed.broadcast(tensor, 0)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Waits until all processes are here."""
         if self.size > 1:
             torch.distributed.barrier()
 

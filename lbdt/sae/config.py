@@ -30,8 +30,7 @@ class SAEConfig:
     num_latents: int = 0
     """Dictionary size L; 0 means `d_in * expansion_factor`."""
     k: int = 0
-    """Latents kept per patch; needed by topk, topk_sigmoid and batch_topk (there the average), ignored
-    otherwise."""
+    """Latents kept per patch; needed by topk, topk_sigmoid and batch_topk (there the average), ignored otherwise."""
     activation: str = "topk"
     """Activation at inference: topk | topk_sigmoid | relu | jumprelu | batch_topk (METHOD.md, 2.1)."""
     threshold: float | None = None

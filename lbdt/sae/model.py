@@ -19,8 +19,7 @@ _CHUNK_ELEMENTS = 1 << 24
 
 
 class SparseCode(NamedTuple):
-    """Sparse activations: per patch the kept latents. Entries of value 0 are padding, whatever their
-    index."""
+    """Sparse activations: per patch the kept latents. Entries of value 0 are padding, whatever their index."""
 
     values: Tensor
     """[..., k] float32, >= 0."""

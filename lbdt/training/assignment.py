@@ -1,4 +1,4 @@
-"""Which latent stands for which concept or style (METHOD.md, 6.5), and its file `assignment.json`."""
+"""The latents that stand for concepts and styles (METHOD.md, 6.5), and its file `assignment.json`."""
 
 from __future__ import annotations
 

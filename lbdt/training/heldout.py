@@ -87,7 +87,7 @@ def split(source: Source, share: float) -> tuple[Source, Source]:
 
 
 def split_prompts(prompts: Sequence[_T], share: float) -> tuple[list[_T], list[_T]]:
-    """About `share` of the prompts held out, at least one, spread evenly but for a turn.
+    """The prompts for training, and those held out: about `share` of them, at least one, spread evenly but for a turn.
 
     Raises:
         ValueError: fewer than two prompts, or a share outside of (0, 1).
