@@ -224,7 +224,7 @@ def test_version():
 def test_the_middle_panel_is_red_where_patches_were_replaced():
     import torch
 
-    from lbdt.editors.report import StepMask
+    from lbdt.editors.edit_report import StepMask
 
     detected = torch.zeros(1, 4, 4, dtype=torch.bool)
     detected[0, 0, 0] = True

@@ -15,12 +15,12 @@ from lbdt.runs.files import write_files
 from lbdt.runs.folder import replaced
 from lbdt.runs.hub import check_subfolder, resolve_folder
 from lbdt.runs.writable import check_out_folder
-from lbdt.sae import SparseAutoencoder, checkpoint, unbox
-from lbdt.sae.model import read_checkpoint
+from lbdt.sae import SparseAutoencoder, sae_checkpoint, unbox
+from lbdt.sae.model import read_sae
 
 _PICKLES = "cls_latents_dict_*.pkl"
 _DICTIONARY = (INFO_FILE, TENSORS_FILE)
-_SAE = (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE)
+_SAE = (sae_checkpoint.CONFIG_FILE, sae_checkpoint.WEIGHTS_FILE)
 _UNBOX = (unbox.CONFIG_FILE, unbox.WEIGHTS_FILE)
 
 
@@ -106,7 +106,7 @@ def _sae(
 ) -> dict[str, Any]:
     names = _UNBOX if target == "sdxl-unbox" else _SAE
     _check_out(out, names, force)
-    read = read_checkpoint(source, hookpoint, source_format, update)
+    read = read_sae(source, hookpoint, source_format, update)
     sae, notes = read.sae, list(read.assumptions)
     checks = _sae_checks(sae)
     if target == "sdxl-unbox" and not sae.config.update:
@@ -117,7 +117,7 @@ def _sae(
     with replaced(out, names) as new:
         if target == "sdxl-unbox":
             unbox.save_unbox(sae, new, dtype)
-            back = read_checkpoint(new, format=target, update=sae.config.update).sae
+            back = read_sae(new, format=target, update=sae.config.update).sae
         else:
             sae.save_pretrained(new, encoder_only=encoder_only, dtype=dtype)
             back = SparseAutoencoder.from_pretrained(new)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from lbdt.editors import Report, UnetEditor
-    from lbdt.editors.report import StepReport
+    from lbdt.editors.edit_report import StepReport
 
 _STEPS = 20
 

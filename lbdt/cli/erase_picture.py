@@ -14,7 +14,7 @@ from lbdt.runs.writable import check_out
 if TYPE_CHECKING:
     from PIL import Image
 
-    from lbdt.editors.report import StepMask
+    from lbdt.editors.edit_report import StepMask
 
 GAP = 12
 CAPTION = 26

@@ -133,7 +133,7 @@ def command(
     from lbdt.dictionary.selectivity import selectivity
     from lbdt.runs.processes import launched_on
     from lbdt.runs.writable import check_out_folder
-    from lbdt.sae.model import read_checkpoint
+    from lbdt.sae.model import read_sae
 
     start = time.perf_counter()
     sampling = sampling_of(
@@ -152,7 +152,7 @@ def command(
     place = Site.parse(site)
     check_out_folder(out)
     replaced = _bank_site(place, bank_site) if bank else None
-    checkpoint = read_checkpoint(sae, hookpoint)
+    checkpoint = read_sae(sae, hookpoint)
     encoder = checkpoint.sae.to(where)
     assigned = _assigned(assignment, checkpoint.folder, by.value)
     given = {"top_k": top_k, "percentile": percentile, "false_positive": false_positive}

@@ -1,9 +1,9 @@
 """Editors: what is attached to a pipeline and changes its pictures, the eraser and the steering baselines."""
 
+from lbdt.editors.edit_report import Report, SteeringReport
 from lbdt.editors.editor import Editor, UnetEditor
 from lbdt.editors.eraser import ConceptEraser
-from lbdt.editors.report import Report, SteeringReport
 from lbdt.editors.steering import Steering
-from lbdt.editors.text import TextSteering
+from lbdt.editors.text_steering import TextSteering
 
 __all__ = ["ConceptEraser", "Editor", "Report", "Steering", "SteeringReport", "TextSteering", "UnetEditor"]

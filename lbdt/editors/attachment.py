@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.selection import check_criteria
-from lbdt.editors.report import Blind, Report, StepMask, step_masks, warn_not_finite
+from lbdt.editors.edit_report import Blind, Report, StepMask, step_masks, warn_not_finite
 from lbdt.hooks import lookup
 from lbdt.hooks.detection_plan import CallState, DetectionPlan, check_lengths
 from lbdt.hooks.recorder import Call, Recorder

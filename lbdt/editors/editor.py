@@ -28,7 +28,7 @@ from lbdt.editors.attachment import (
     warn_of_blind,
     window,
 )
-from lbdt.editors.report import Blind, Report, summarise
+from lbdt.editors.edit_report import Blind, Report, summarise
 from lbdt.hooks import lookup
 from lbdt.hooks.detection_plan import ROWS, CallState, DetectionOptions, DetectionPlan
 from lbdt.hooks.recorder import Call, Recorder

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lbdt.sae import checkpoint
+from lbdt.sae import sae_checkpoint
 from lbdt.sae.config import RANKED_ACTIVATIONS, SAEConfig
 
 _CHUNK_ELEMENTS = 1 << 24
@@ -150,15 +150,15 @@ class SparseAutoencoder(nn.Module):
     def save_pretrained(
         self, directory: str | os.PathLike[str], encoder_only: bool = False, dtype: torch.dtype | None = None
     ) -> None:
-        """Writes `cfg.json` and `sae.safetensors`; see `lbdt.sae.checkpoint.save`."""
-        checkpoint.save(self.config, self.state_dict(), directory, encoder_only, dtype)
+        """Writes `cfg.json` and `sae.safetensors`; see `lbdt.sae.sae_checkpoint.save`."""
+        sae_checkpoint.save(self.config, self.state_dict(), directory, encoder_only, dtype)
 
     @classmethod
     def from_pretrained(
         cls, path_or_repo: str | os.PathLike[str], hookpoint: str | None = None, format: str = "auto"
     ) -> SparseAutoencoder:
-        """The SAE of `read_checkpoint`."""
-        return read_checkpoint(path_or_repo, hookpoint, format).sae
+        """The SAE of `read_sae`."""
+        return read_sae(path_or_repo, hookpoint, format).sae
 
     def _project(self, x: Tensor, bias: Tensor) -> Tensor:
         weight = self.encoder.weight
@@ -212,18 +212,18 @@ class Checkpoint:
     """What was taken for granted, one sentence each."""
 
 
-def read_checkpoint(
+def read_sae(
     path_or_repo: str | os.PathLike[str],
     hookpoint: str | None = None,
     format: str = "auto",
     update: bool | None = None,
 ) -> Checkpoint:
-    """The SAE in a folder or a Hugging Face repository, which `lbdt.sae.checkpoint.read` reads.
+    """The SAE in a folder or a Hugging Face repository, which `lbdt.sae.sae_checkpoint.read` reads.
 
     The weights come back in float32, whatever the file's dtype, without gradients; cast with `.half()` where the
     pipeline is in half precision.
     """
-    config, tensors, *about = checkpoint.read(path_or_repo, hookpoint, format, update)
+    config, tensors, *about = sae_checkpoint.read(path_or_repo, hookpoint, format, update)
     with torch.device("meta"):
         sae = SparseAutoencoder(config)
     sae.load_state_dict(tensors, assign=True)

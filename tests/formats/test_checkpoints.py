@@ -8,7 +8,7 @@ import torch
 
 from lbdt.formats import FORMATS
 from lbdt.sae import SAEConfig, SparseAutoencoder, unbox
-from lbdt.sae.model import read_checkpoint
+from lbdt.sae.model import read_sae
 from lbdt.testing import assert_close
 from tests.formats import fixtures, published
 
@@ -44,7 +44,7 @@ def agrees(sae, reference):
 )
 def test_a_foreign_folder_gives_its_own_loaders_numbers(tmp_path, write, loader, format, kind, update):
     folder = write(tmp_path / "sae")
-    read = read_checkpoint(folder, format=format)
+    read = read_sae(folder, format=format)
     assert (read.format, read.sae.config.update, read.sae.config.activation) == (kind, update, "topk")
     assert read.assumptions and not read.sae.training
     agrees(read.sae, loader(folder, X))
@@ -56,7 +56,7 @@ def test_a_gsae_has_saeurons_files_and_its_own_activation(tmp_path):
     sae = SparseAutoencoder.from_pretrained(folder, format="gsae")
     assert sae.config.activation == "topk_sigmoid"
     agrees(sae, published.saeuron(folder, X, sigmoid=True))
-    assert "no G-SAE" in " ".join(read_checkpoint(folder).assumptions)
+    assert "no G-SAE" in " ".join(read_sae(folder).assumptions)
 
 
 def test_a_state_dict_without_a_wrapper_and_renamed_tensors_are_read(tmp_path):
@@ -67,24 +67,24 @@ def test_a_state_dict_without_a_wrapper_and_renamed_tensors_are_read(tmp_path):
     dropped = dict.fromkeys(("pre_bias", "latent_bias", "decoder.weight"))
     for config in (fixtures.SAEURON, fixtures.UNBOX):
         folder = fixtures.unbox(tmp_path / "hybrid", config, "cfg.json", **renamed, **dropped)
-        agrees(read_checkpoint(folder, format="saemnesia", update=False).sae, reference)
+        agrees(read_sae(folder, format="saemnesia", update=False).sae, reference)
 
 
 def test_a_hybrid_does_not_say_what_its_sae_was_trained_on(tmp_path):
     folder = fixtures.unbox(tmp_path / "hybrid", name="cfg.json")
     with pytest.raises(ValueError, match="does not say .*residual_sae.* pass format='sdxl-unbox'"):
         SparseAutoencoder.from_pretrained(folder)
-    assert read_checkpoint(folder, update=True).sae.config.update
+    assert read_sae(folder, update=True).sae.config.update
     assert SparseAutoencoder.from_pretrained(folder, format="sdxl-unbox").config.update
 
 
 def test_update_is_the_callers_where_the_files_leave_it_open(tmp_path):
-    given = read_checkpoint(fixtures.saeuron(tmp_path / "a"), update=True)
+    given = read_sae(fixtures.saeuron(tmp_path / "a"), update=True)
     assert given.sae.config.update and "block's output" not in " ".join(given.assumptions)
-    assert not read_checkpoint(fixtures.unbox(tmp_path / "b"), update=False).sae.config.update
+    assert not read_sae(fixtures.unbox(tmp_path / "b"), update=False).sae.config.update
     SparseAutoencoder.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "own")
     with pytest.raises(ValueError, match="update: the file says false"):
-        read_checkpoint(tmp_path / "own", update=True)
+        read_sae(tmp_path / "own", update=True)
 
 
 def test_what_lbdt_saves_the_published_loaders_read(tmp_path):
@@ -95,7 +95,7 @@ def test_what_lbdt_saves_the_published_loaders_read(tmp_path):
     agrees(sae, published.saeuron(tmp_path / "lbdt", X))
     unbox.save_unbox(sae, tmp_path / "unbox")
     agrees(sae, published.unbox(tmp_path / "unbox", X))
-    back = read_checkpoint(tmp_path / "unbox", update=False).sae
+    back = read_sae(tmp_path / "unbox", update=False).sae
     assert all(torch.equal(back.state_dict()[name], tensor) for name, tensor in sae.state_dict().items())
     assert sorted(p.name for p in (tmp_path / "unbox").iterdir()) == ["config.json", "state_dict.pth"]
 
@@ -217,6 +217,6 @@ def test_every_format_is_read_by_name(tmp_path):
     folders["sparsify"] = fixtures.saeuron(tmp_path / "s", fixtures.SPARSIFY)
     folders["lbdt"] = folders["auto"] = tmp_path / "own"
     for name in FORMATS:
-        read = read_checkpoint(folders.get(name, tmp_path / "a"), format=name)
+        read = read_sae(folders.get(name, tmp_path / "a"), format=name)
         assert read.format == ("lbdt" if name == "auto" else name)
     assert safetensors.torch.load_file(tmp_path / "own" / "sae.safetensors")
