@@ -1,25 +1,28 @@
 """EmojiCanvas, the embedded default: a small text-to-image world with 20 objects in 6 styles, loaded offline.
 
-The weights lie in ``lbdt/canvas/weights``; ``lbdt.canvas.train`` made them (see lbdt/canvas/README.md).
+The weights lie in `lbdt/canvas/weights`; `lbdt.canvas.train` made them (lbdt/canvas/README.md).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
-    from ..editors import ConceptEraser, Steering
+    from lbdt.canvas.models import Classifier
+    from lbdt.editors import ConceptEraser, Steering
 
 WEIGHTS = Path(__file__).parent / "weights"
 
 
 class Sampling(NamedTuple):
-    """How pictures are generated."""
+    """The steps and the guidance that pictures are generated with."""
 
     steps: int
     guidance: float
@@ -36,14 +39,14 @@ KINDS: dict[str, Sampling] = {
 
 def __getattr__(name: str):
     if name in ("OBJECTS", "STYLES", "prompt", "render"):
-        from . import scenes
+        from lbdt.canvas import scenes
 
         return getattr(scenes, name)
     raise AttributeError(f"module 'lbdt.canvas' has no attribute {name!r}")
 
 
 def load_pipeline(dtype: torch.dtype | None = None):
-    """The embedded ``StableDiffusionPipeline``: 128 x 128 pixels, 4 x 32 x 32 latents, float32 unless ``dtype`` is given.
+    """The embedded `StableDiffusionPipeline`: 128 x 128 pixels, 4 x 32 x 32 latents, float32 or `dtype`.
 
     Raises:
         FileNotFoundError: the installation lacks the weights.
@@ -59,7 +62,7 @@ def load_pipeline(dtype: torch.dtype | None = None):
 
 @contextlib.contextmanager
 def _quiet_loading():
-    """A second's loading needs no progress bars, nor the warnings that AutoencoderTiny is not AutoencoderKL (diffusers takes
+    """No progress bars for a second's loading, nor warnings that AutoencoderTiny is not AutoencoderKL (diffusers takes
     both) and that torchvision is absent (nothing here uses it)."""
     from diffusers.utils import logging as diffusers
     from transformers.utils import logging as transformers
@@ -81,36 +84,36 @@ def _quiet_loading():
 
 
 def load_eraser(kind: str = "saeuron", **settings: Any) -> ConceptEraser:
-    """The embedded eraser of one kind, trained on the embedded pipeline by ``benchmarks/pipelines.sh``.
+    """The embedded eraser of one kind, trained on the embedded pipeline by `benchmarks/pipelines.sh`.
 
     Args:
-        kind: ``"saeuron"``: TopK SAE with score-based concept dictionary. ``"saemnesia"``: the same SAE fine-tuned so
-            that one latent stands for each concept. ``"gsae"``: sigmoid SAE whose latent i stands for concept i.
-            ``"sdxl"``: SAE of the block's update at few steps without guidance, as for SDXL Turbo. ``KINDS`` has the
+        kind: `"saeuron"`: TopK SAE with score-based concept dictionary. `"saemnesia"`: the same SAE fine-tuned so
+            that one latent stands for each concept. `"gsae"`: sigmoid SAE whose latent i stands for concept i.
+            `"sdxl"`: SAE of the block's update at few steps without guidance, as for SDXL Turbo. `KINDS` has the
             sampling that each was trained for.
-        settings: keywords of ``lbdt.ConceptEraser`` to change, such as ``padding``.
+        settings: keywords of `lbdt.ConceptEraser` to change, such as `padding`.
 
     Raises:
-        ValueError: unknown kind, or a setting that ``lbdt.ConceptEraser`` refuses.
+        ValueError: unknown kind, or a setting that `lbdt.ConceptEraser` refuses.
         FileNotFoundError: the installation lacks the weights.
     """
-    from ..editors import ConceptEraser
+    from lbdt.editors import ConceptEraser
 
     return ConceptEraser.from_pretrained(_eraser_folder(kind), **settings)
 
 
 def load_steering(kind: str = "saeuron", **settings: Any) -> Steering:
-    """The steering baseline of ``load_eraser(kind)``: same SAE, dictionary and selection, published rule of the kind.
+    """The steering baseline of `load_eraser(kind)`: its SAE, dictionary and selection, the published rule of the kind.
 
     Args:
-        kind: as for ``load_eraser``.
-        settings: keywords of ``lbdt.Steering`` to change, such as ``strength``.
+        kind: as for `load_eraser`.
+        settings: keywords of `lbdt.Steering` to change, such as `strength`.
 
     Raises:
-        ValueError: unknown kind, or a setting that ``lbdt.Steering`` refuses.
+        ValueError: unknown kind, or a setting that `lbdt.Steering` refuses.
         FileNotFoundError: the installation lacks the weights.
     """
-    from ..editors import Steering
+    from lbdt.editors import Steering
 
     return Steering.from_pretrained(_eraser_folder(kind), **settings)
 
@@ -121,14 +124,14 @@ def _eraser_folder(kind: str) -> Path:
     return _folder(f"eraser-{kind}")
 
 
-def classify(images) -> tuple[torch.Tensor, torch.Tensor]:
-    """Judge pictures by the two embedded classifiers.
+def classify(images: torch.Tensor | Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the two embedded classifiers see in pictures.
 
     Args:
         images: float tensor [B, 3, 128, 128] in [-1, 1], or a list of PIL pictures of 128 x 128.
 
     Returns:
-        object and style indices, int64 [B] each, into ``OBJECTS`` and ``STYLES``.
+        Object and style indices, int64 [B] each, into `OBJECTS` and `STYLES`.
 
     Raises:
         ValueError: another shape.
@@ -145,7 +148,7 @@ def classify(images) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(net(images.float().cpu()).argmax(-1) for net in classifiers())
 
 
-def as_tensor(pictures) -> torch.Tensor:
+def as_tensor(pictures: Sequence[Image.Image]) -> torch.Tensor:
     """PIL pictures of one size as float32 [B, 3, H, W] in [-1, 1]."""
     import numpy as np
     import torch
@@ -155,9 +158,9 @@ def as_tensor(pictures) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def classifiers():
-    """The embedded object and style classifier, ``lbdt.canvas.models.Classifier``."""
-    from .models import load_classifiers
+def classifiers() -> tuple[Classifier, Classifier]:
+    """The embedded object and style classifier."""
+    from lbdt.canvas.models import load_classifiers
 
     return load_classifiers(_folder("judges"))
 

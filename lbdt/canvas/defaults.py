@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lbdt import canvas
 from lbdt.activations.prompts import LabelledPrompts, Prompt
-from lbdt.canvas.generate import grid
+from lbdt.canvas.generate import object_requests
 from lbdt.canvas.scenes import OBJECTS, STYLES
 
 if TYPE_CHECKING:
@@ -54,15 +54,15 @@ def canvas_prompts(seeds: Sequence[int]) -> list[Prompt]:
     """Every object of EmojiCanvas in every style, and in none, for every seed."""
     return [
         Prompt(
-            case.prompt,
-            OBJECTS[case.concept],
-            None if case.style is None else STYLES[case.style],
-            case.seed,
+            request.prompt,
+            OBJECTS[request.concept],
+            None if request.style is None else STYLES[request.style],
+            request.seed,
         )
-        for case in grid(seeds, plain=True)
+        for request in object_requests(seeds, plain=True)
     ]
 
 
 def labelled_canvas_prompts(seeds: Sequence[int]) -> LabelledPrompts:
-    """The same with the names of all objects and styles."""
+    """The prompts of `canvas_prompts` with the names of all objects and styles."""
     return LabelledPrompts(canvas_prompts(seeds), tuple(OBJECTS), tuple(STYLES))

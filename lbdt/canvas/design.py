@@ -1,6 +1,6 @@
-"""The two tests that a hookpoint must pass before anything long is trained (lbdt/canvas/README.md): swap and selectivity.
+"""The swap test, which a hookpoint must pass before anything long is trained (lbdt/canvas/README.md).
 
-``python -m lbdt.canvas.design --pipeline DIR --judges DIR`` prints base accuracy and the swap table.
+`python -m lbdt.canvas.design --pipeline DIR --judges DIR` prints base accuracy and the swap table.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-from ..hooks.feature_maps import tensor_of, with_tensor
-from ..hooks.lookup import find_block, find_unet, hookpoints
-from .generate import STEPS, grid, judge
-from .models import load_classifiers
+from lbdt.canvas.generate import STEPS, judge, object_requests
+from lbdt.canvas.models import load_classifiers
+from lbdt.hooks.feature_maps import tensor_of, with_tensor
+from lbdt.hooks.lookup import find_block, find_unet, hookpoints
 
 
 @contextlib.contextmanager
 def swapped(pipe, hookpoint: str) -> Iterator[None]:
-    """Overwrite the block's conditional output by its unconditional output: is the concept decided here?"""
+    """Overwrites the block's conditional output by its unconditional one: is the concept decided here?"""
 
     def swap(module, args, output):
         sample = tensor_of(output)
@@ -35,6 +35,7 @@ def swapped(pipe, hookpoint: str) -> Iterator[None]:
 
 
 def main() -> None:
+    """The command line."""
     from diffusers import StableDiffusionPipeline
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -47,19 +48,20 @@ def main() -> None:
     args = parser.parse_args()
     pipe = StableDiffusionPipeline.from_pretrained(args.pipeline, local_files_only=True)
     nets = load_classifiers(args.judges)
-    cases = [case for case in grid(range(900, 900 + args.seeds)) if case.concept < args.objects]
-    truth = torch.tensor([case.concept for case in cases]), torch.tensor([case.style for case in cases])
+    seeds = range(900, 900 + args.seeds)
+    asked = [request for request in object_requests(seeds) if request.concept < args.objects]
+    truth = torch.tensor([[request.concept, request.style] for request in asked]).unbind(1)
 
     def classify(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.inference_mode():
             return nets[0](x).argmax(-1), nets[1](x).argmax(-1)
 
     def accuracy() -> tuple[float, float]:
-        got = judge(pipe, cases, classify, steps=args.steps)
+        got = judge(pipe, asked, classify, args.steps)
         return tuple(100 * (g == t).float().mean().item() for g, t in zip(got, truth, strict=True))
 
     obj, style = accuracy()
-    print(f"base: object {obj:.1f} %, style {style:.1f} % of {len(cases)} images")
+    print(f"base: object {obj:.1f} %, style {style:.1f} % of {len(asked)} images")
     print("| hookpoint | swap UA | style accuracy |\n| --- | --- | --- |")
     for hookpoint in args.hookpoint or hookpoints(find_unet(pipe)):
         with swapped(pipe, hookpoint):

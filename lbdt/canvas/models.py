@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from lbdt.canvas.scenes import OBJECTS, STYLES, prompt
 from lbdt.runs.files import write_files
 
-from .scenes import OBJECTS, STYLES, prompt
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 LATENT_SIDE = 32
 TOKENS = 24
@@ -41,8 +45,8 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
 
-def build_vae():
-    """``AutoencoderTiny``: 128 px -> 4 x 32 x 32 latents, 0.26 M parameters."""
+def build_vae() -> AutoencoderTiny:
+    """An `AutoencoderTiny`: 128 px -> 4 x 32 x 32 latents, 0.26 M parameters."""
     from diffusers import AutoencoderTiny
 
     return AutoencoderTiny(
@@ -54,8 +58,13 @@ def build_vae():
     )
 
 
-def build_unet(layout: str = "bottleneck", widths: tuple[int, ...] = (32, 64, 192)):
-    """``UNet2DConditionModel`` on 4 x 32 x 32 latents; ``layout`` says which levels ask the prompt (lbdt/canvas/README.md)."""
+def build_unet(layout: str = "bottleneck", widths: tuple[int, ...] = (32, 64, 192)) -> UNet2DConditionModel:
+    """A `UNet2DConditionModel` on 4 x 32 x 32 latents.
+
+    Args:
+        layout: which levels ask the prompt (lbdt/canvas/README.md): `"bottleneck"`, `"two_levels"` or `"up_only"`.
+        widths: channels of the three levels.
+    """
     from diffusers import UNet2DConditionModel
 
     plain, cross = ("DownBlock2D", "UpBlock2D"), ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
@@ -82,8 +91,8 @@ def build_unet(layout: str = "bottleneck", widths: tuple[int, ...] = (32, 64, 19
     )
 
 
-def build_scheduler():
-    """DDIM, v-prediction, a schedule that ends at (nearly) no signal, trailing timesteps: no grey cast."""
+def build_scheduler() -> DDIMScheduler:
+    """DDIM with v-prediction on a schedule that ends at (nearly) no signal, trailing timesteps: no grey cast."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -96,8 +105,8 @@ def build_scheduler():
     )
 
 
-def build_text_encoder(vocabulary: int, end: int):
-    """A two-layer CLIP text model for ``TOKENS`` tokens."""
+def build_text_encoder(vocabulary: int, end: int) -> CLIPTextModel:
+    """A two-layer CLIP text model for `TOKENS` tokens out of `vocabulary`, of which `end` ends a text."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
@@ -116,8 +125,8 @@ def build_text_encoder(vocabulary: int, end: int):
     )
 
 
-def build_tokenizer(folder: Path):
-    """Write a byte-pair vocabulary of the prompts' words to ``folder`` and load it as a ``CLIPTokenizer``.
+def build_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A `CLIPTokenizer` of the prompts' words, whose byte-pair vocabulary is written to `folder`.
 
     Other words are spelled in letters, so every prompt is accepted.
     """
@@ -144,7 +153,7 @@ def build_tokenizer(folder: Path):
 
 
 def load_classifiers(folder: Path) -> tuple[Classifier, Classifier]:
-    """Object and style classifier from ``object_classifier.safetensors`` and ``style_classifier.safetensors``."""
+    """Object and style classifier from `object_classifier.safetensors` and `style_classifier.safetensors`."""
     from safetensors.torch import load_file
 
     nets = []

@@ -1,7 +1,7 @@
 """EmojiCanvas scenes: one object on a landscape, rendered in one of six styles.
 
 A miniature of UnlearnCanvas (arXiv 2402.11846): its 20 object classes, each drawn as one glyph of Noto Color Emoji
-(SIL Open Font License 1.1, Debian package ``fonts-noto-color-emoji``). Only rendering needs the font; the shipped
+(SIL Open Font License 1.1, Debian package `fonts-noto-color-emoji`). Only rendering needs the font; the shipped
 models do not.
 """
 
@@ -40,12 +40,13 @@ GLYPHS = {
 OBJECTS: tuple[str, ...] = tuple(GLYPHS)
 STYLES: tuple[str, ...] = ("Photo", "Sketch", "Mosaic", "Neon", "Watercolor", "Warm")
 SIDE = 128
-GRID = 16  # one patch of the UNet's 8 x 8 level: on this grid a class's patches repeat exactly, which is what a small UNet can learn
-BOX = 5 * GRID  # the square in which an object stands
-PLACES = (
-    (0, 32),
-    (48, 32),
-)  # left and right; the prompt decides the rest, so that noise alone does not hide what it asks for
+GRID = 16
+"""Pixels a side of a patch of the UNet's 8 x 8 level: on this grid a class's patches repeat exactly, which a small UNet
+can learn."""
+BOX = 5 * GRID
+"""Pixels a side of the square in which an object stands."""
+PLACES = ((0, 32), (48, 32))
+"""Left and right; the prompt decides the rest, so that noise alone does not hide what it asks for."""
 
 _FONT_CANDIDATES = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
@@ -56,7 +57,7 @@ _FONT_SIZE = 109  # the only bitmap size that Noto Color Emoji holds
 
 
 def prompt(concept: str, style: str | None = None) -> str:
-    """The published prompt template: ``An image of Cats in Sketch style.`` or, without a style, ``An image of Cats.``"""
+    """The published prompt template: `An image of Cats in Sketch style.` or, without a style, `An image of Cats.`"""
     return f"An image of {concept} in {style} style." if style else f"An image of {concept}."
 
 
@@ -67,8 +68,8 @@ def _font() -> ImageFont.FreeTypeFont:
         if Path(candidate).is_file():
             return ImageFont.truetype(candidate, _FONT_SIZE)
     raise FileNotFoundError(
-        f"no Noto Color Emoji font at {path or ', '.join(_FONT_CANDIDATES)}; install Debian's fonts-noto-color-emoji or "
-        "set LBDT_EMOJI_FONT to the font file (needed to render scenes only, not to use the shipped models)"
+        f"no Noto Color Emoji font at {path or ', '.join(_FONT_CANDIDATES)}; install Debian's fonts-noto-color-emoji "
+        "or set LBDT_EMOJI_FONT to the font file (needed to render scenes only, not to use the shipped models)"
     )
 
 
@@ -93,7 +94,7 @@ def _landscape(rng: np.random.Generator, horizon: int) -> Image.Image:
 
 
 def _ink(value: int) -> int:
-    """Strengthen edges and drop those of the landscape's gradient."""
+    """A grey level of edges, strengthened; 0 for those of the landscape's gradient."""
     return 0 if value < 12 else min(255, value * 3)
 
 
@@ -129,10 +130,10 @@ def render(concept: str, style: str, seed: int, *, anywhere: bool = False) -> Im
     """One scene.
 
     Args:
-        concept: one of ``OBJECTS``.
-        style: one of ``STYLES``.
+        concept: one of `OBJECTS`.
+        style: one of `STYLES`.
         seed: decides landscape and place; equal arguments give equal pictures.
-        anywhere: place the object anywhere on the grid, the horizon with it, instead of at one of ``PLACES``.
+        anywhere: place the object anywhere on the grid, the horizon with it, instead of at one of `PLACES`.
 
     Returns:
         An RGB picture of 128 x 128 pixels.
@@ -159,7 +160,7 @@ def render(concept: str, style: str, seed: int, *, anywhere: bool = False) -> Im
 
 
 def landscape(style: str, seed: int) -> Image.Image:
-    """A scene without its object, as ``render`` draws it; needs no font.
+    """A scene without its object, as `render` draws it; needs no font.
 
     Raises:
         ValueError: unknown style.
@@ -172,9 +173,9 @@ def landscape(style: str, seed: int) -> Image.Image:
 def render_batch(
     count: int, seed: int, *, anywhere: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``count`` scenes, classes and styles in turn: images uint8 [count, 128, 128, 3], objects and styles int64 [count].
+    """Scenes of classes and styles in turn: images uint8 [count, 128, 128, 3], objects and styles int64 [count].
 
-    Scenes of different ``seed`` never share a rendering seed (up to a million scenes each).
+    Scenes of different `seed` never share a rendering seed (up to a million scenes each).
     """
     objects = np.arange(count) % len(OBJECTS)
     styles = (np.arange(count) // len(OBJECTS)) % len(STYLES)

@@ -1,7 +1,7 @@
-"""Trains EmojiCanvas from nothing: ``python -m lbdt.canvas.train vae|classifiers|latents|unet --work DIR``.
+"""Trains EmojiCanvas from nothing: `python -m lbdt.canvas.train STAGE --work DIR`.
 
-Every stage is seeded and resumable: run the same command again after it was stopped. ``lbdt/canvas/README.md`` has the settings
-of the shipped weights and what was tried beside them.
+Every stage is seeded and resumable: run the same command again after it was stopped. `lbdt/canvas/README.md` has
+the settings of the shipped weights and what was tried beside them.
 """
 
 from __future__ import annotations
@@ -14,29 +14,28 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from lbdt.runs.files import write_file
-
-from . import models
-from .scenes import OBJECTS, STYLES, prompt
-from .training import (
+from lbdt.canvas import WEIGHTS, models
+from lbdt.canvas.scenes import OBJECTS, STYLES, prompt
+from lbdt.canvas.trainers import (
     HELD_OUT_SEED,
     JUDGE_SEED,
     TRAIN_SEED,
     Muon,
     adamw,
-    run,
+    cached_scenes,
+    minimise,
     save_tensors,
-    scenes,
     to_float,
 )
+from lbdt.runs.files import write_file
 
 STYLE_DROP, PROMPT_DROP = 0.1, 0.1
 TIMESTEP_POWER = 0.6
 
 
 def train_vae(work: Path, steps: int, count: int) -> None:
-    """Autoencoder by L1 + MSE, with noise of 0.05 on the latents so that the decoder forgives the UNet's errors."""
-    images, _, _ = scenes(work, count, TRAIN_SEED, anywhere=True)
+    """Trains the autoencoder by L1 + MSE, with noise of 0.05 on the latents so that it forgives the UNet's errors."""
+    images, _, _ = cached_scenes(work, count, TRAIN_SEED, anywhere=True)
     torch.manual_seed(0)
     vae = models.build_vae().to(memory_format=torch.channels_last)
 
@@ -47,8 +46,8 @@ def train_vae(work: Path, steps: int, count: int) -> None:
             y = vae.decode(z + 0.05 * torch.randn(z.shape, generator=generator)).sample.float()
         return F.l1_loss(y, x) + F.mse_loss(y, x)
 
-    run("vae", work, vae, steps, loss, [adamw(vae.parameters(), 2e-3)], ema=0.995)
-    held_out = to_float(scenes(work, 240, HELD_OUT_SEED, anywhere=True)[0])
+    minimise("vae", work, vae, steps, loss, [adamw(vae.parameters(), 2e-3)], ema=0.995)
+    held_out = to_float(cached_scenes(work, 240, HELD_OUT_SEED, anywhere=True)[0])
     with torch.no_grad():
         z = torch.cat([vae.encode(b).latents for b in held_out.split(16)])
         y = torch.cat([vae.decode(b).sample for b in z.split(16)]).clamp(-1, 1)
@@ -61,9 +60,9 @@ def train_vae(work: Path, steps: int, count: int) -> None:
 
 
 def train_classifiers(work: Path, steps: int, count: int) -> None:
-    """The two judges, on their own rendering seeds, with noise, blur and small shifts as augmentation."""
-    images, objects, styles = scenes(work, count, JUDGE_SEED, anywhere=True)
-    held_images, held_objects, held_styles = scenes(work, 1200, HELD_OUT_SEED)
+    """Trains the two judges, on rendering seeds of their own, with noise and blur as augmentation."""
+    images, objects, styles = cached_scenes(work, count, JUDGE_SEED, anywhere=True)
+    held_images, held_objects, held_styles = cached_scenes(work, 1200, HELD_OUT_SEED)
     for name, labels, held, classes in (
         ("object", objects, held_objects, len(OBJECTS)),
         ("style", styles, held_styles, len(STYLES)),
@@ -78,7 +77,7 @@ def train_classifiers(work: Path, steps: int, count: int) -> None:
                 logits = net(x)
             return F.cross_entropy(logits.float(), labels[index], label_smoothing=0.05)
 
-        run(
+        minimise(
             f"{name}_classifier",
             work,
             net,
@@ -96,7 +95,7 @@ def train_classifiers(work: Path, steps: int, count: int) -> None:
 
 
 def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Blur of half the pictures and noise of random strength, as a generator's pictures have: [B, 3, H, W] in [-1, 1]."""
+    """Images [B, 3, H, W] in [-1, 1], half of them blurred, with noise of random strength, as a generator's have."""
     soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear", align_corners=False)
     weight = torch.rand(len(x), 1, 1, 1, generator=generator) * (
         torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
@@ -106,16 +105,14 @@ def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def encode_scenes(work: Path, count: int) -> None:
-    """Scaled latents of the training scenes, float16 [count, 4, 32, 32], with their labels."""
+    """Writes scaled latents of the training scenes, float16 [count, 4, 32, 32], with their labels."""
     from diffusers import AutoencoderTiny
 
-    images, objects, styles = scenes(work, count, TRAIN_SEED)
+    images, objects, styles = cached_scenes(work, count, TRAIN_SEED)
     vae = AutoencoderTiny.from_pretrained(work / "vae").eval().to(memory_format=torch.channels_last)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        z = (
-            torch.cat([vae.encode(to_float(b)).latents.float() for b in images.split(64)])
-            * vae.config.scaling_factor
-        )
+        z = torch.cat([vae.encode(to_float(part)).latents.float() for part in images.split(64)])
+        z = z * vae.config.scaling_factor
     print(f"latents: mean {z.mean().item():.3f}, std {z.std().item():.3f}")
     save_tensors({"latents": z.half(), "objects": objects, "styles": styles}, work / "latents.safetensors")
 
@@ -131,7 +128,7 @@ class TextToLatent(torch.nn.Module):
 def train_unet(
     work: Path, name: str, layout: str, widths: tuple[int, ...], steps: int, objects_kept: int, batch: int
 ) -> None:
-    """UNet and text encoder by v-prediction, noisy timesteps more often; conditions dropped 10 %, the style alone 10 %."""
+    """Trains UNet and text encoder by v-prediction, more on noisy timesteps; drops 10 % of prompts, 10 % of styles."""
     from diffusers import StableDiffusionPipeline
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
@@ -157,8 +154,8 @@ def train_unet(
         u = torch.rand(batch, generator=generator)
         row = row + torch.where(u < STYLE_DROP, len(STYLES), styles[index])
         row = torch.where(u > 1 - PROMPT_DROP, len(texts) - 1, row)
-        # One draw per equal slice of the schedule: less variance between batches than independent ones. The power favours
-        # noisy steps, where the prompt and not the picture says what to paint.
+        # One draw per equal slice of the schedule: less variance between batches than independent ones. The power
+        # favours noisy steps, where the prompt and not the picture says what to paint.
         slices = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         t = (1000 * slices**TIMESTEP_POWER).long().clamp(max=999)
         noise = torch.randn(x.shape, generator=generator)
@@ -169,7 +166,7 @@ def train_unet(
             v = unet(noisy, t, context).sample
         return F.mse_loss(v.float(), target)
 
-    run(name, work, net, steps, loss, unet_optimizers(net), ema=0.999)
+    minimise(name, work, net, steps, loss, unet_optimizers(net), ema=0.999)
     unet.set_attn_processor(AttnProcessor2_0())
     from diffusers import AutoencoderTiny
 
@@ -188,8 +185,8 @@ def train_unet(
 def unet_optimizers(net: TextToLatent) -> list[torch.optim.Optimizer]:
     """Muon for the UNet's matrices, AdamW for the rest, slowly for the text encoder.
 
-    At the UNet's rate the text encoder unlearns the words for objects while only the style lowers the loss: the outputs of
-    two objects' tokens drifted from 4.0 apart to 0.7 in 5,000 steps.
+    At the UNet's rate the text encoder unlearns the words for objects while only the style lowers the loss: the outputs
+    of two objects' tokens drifted from 4.0 apart to 0.7 in 5,000 steps.
     """
     inner = {
         k: p
@@ -201,17 +198,12 @@ def unet_optimizers(net: TextToLatent) -> list[torch.optim.Optimizer]:
         {"params": rest},
         {"params": list(net.text_encoder.parameters()), "lr": 1e-4, "weight_decay": 0.0},
     ]
-    return [
-        Muon(inner.values(), lr=0.02),
-        adamw(groups, 1.5e-3),
-    ]
+    return [Muon(inner.values(), lr=0.02), adamw(groups, 1.5e-3)]
 
 
 def release(work: Path, name: str) -> None:
-    """Copy the pipeline and the judges into the package, weights in float16."""
+    """Copies the pipeline and the judges into the package, weights in float16."""
     from diffusers import StableDiffusionPipeline
-
-    from . import WEIGHTS
 
     pipe = StableDiffusionPipeline.from_pretrained(work / f"pipeline-{name}", local_files_only=True)
     pipe.to(torch.float16).save_pretrained(WEIGHTS / "pipeline")
@@ -220,19 +212,18 @@ def release(work: Path, name: str) -> None:
         if path.name in ("model_index.json", "config.json"):
             settings.pop("_name_or_path", None)  # a folder of this machine
             if path.parent.name == "text_encoder":
-                settings["dtype"] = (
-                    "float32"  # else transformers would compute in the files' float16, unlike diffusers
-                )
+                # Else transformers would compute in the files' float16, unlike diffusers.
+                settings["dtype"] = "float32"
             if path.parent.name == "vae":
-                settings.pop(
-                    "block_out_channels", None
-                )  # written by diffusers, and warned of when read again
+                # diffusers writes it, and warns of it when it is read again.
+                settings.pop("block_out_channels", None)
             write_file(path, (json.dumps(settings, indent=2) + "\n").encode())
     for judge in ("object_classifier", "style_classifier"):
         save_tensors(load_file(work / f"{judge}.safetensors"), WEIGHTS / "judges" / f"{judge}.safetensors")
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -255,15 +246,8 @@ def main() -> None:
     elif args.stage == "release":
         release(args.work, args.name)
     else:
-        train_unet(
-            args.work,
-            args.name,
-            args.layout,
-            tuple(args.widths),
-            args.steps or 4000,
-            args.objects,
-            args.batch,
-        )
+        widths, steps = tuple(args.widths), args.steps or 4000
+        train_unet(args.work, args.name, args.layout, widths, steps, args.objects, args.batch)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 
 from lbdt import canvas
 from lbdt.canvas import scenes
-from lbdt.canvas.generate import grid, images
+from lbdt.canvas.generate import images, object_requests
 from lbdt.evaluation.metrics.feature_distances import FeatureJudge
 from lbdt.evaluation.worlds.canvas_judges import SEEDS, judge_path
 from lbdt.evaluation.worlds.canvas_world import SEEDS as SCORED
@@ -26,7 +26,7 @@ def pipe():
 @pytest.fixture(scope="module")
 def clean(pipe):
     """Unedited generations of the sdxl sampling: every object in three styles, float32 [60, 3, 128, 128]."""
-    cases = [case for case in grid([SEED]) if (case.concept + case.style) % 2 == 0]
+    cases = [case for case in object_requests([SEED]) if (case.concept + case.style) % 2 == 0]
     sampling = canvas.KINDS["sdxl"]
     return torch.cat(
         [images(pipe, cases[n : n + 20], sampling.steps, sampling.guidance) for n in (0, 20, 40)]

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from lbdt import canvas
-from lbdt.canvas.generate import Case, images
+from lbdt.canvas.generate import PictureRequest, images
 from tests.repeats import repeats
 
 CATS = canvas.OBJECTS.index("Cats")
 OTHERS = [canvas.OBJECTS.index(name) for name in ("Trees", "Birds", "Flowers", "Towers")]
-CASES = [Case(CATS, style, 9300 + style) for style in range(4)]
-CASES += [Case(concept, style, 9310 + style) for style, concept in enumerate(OTHERS)]
+CASES = [PictureRequest(CATS, style, 9300 + style) for style in range(4)]
+CASES += [PictureRequest(concept, style, 9310 + style) for style, concept in enumerate(OTHERS)]
 TRUTH = torch.tensor([case.concept for case in CASES])
 KINDS = list(canvas.KINDS)
 

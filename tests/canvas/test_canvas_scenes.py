@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lbdt import canvas
-from lbdt.canvas import models, scenes, training
-from lbdt.canvas.generate import grid
+from lbdt.canvas import models, scenes, trainers
+from lbdt.canvas.generate import object_requests
 from tests.repeats import repeats
 
 needs_font = pytest.mark.skipif(
@@ -57,7 +57,7 @@ def test_tokenizer_has_one_token_per_known_word_and_spells_others(tmp_path):
 
 
 def test_grid_never_shares_a_seed():
-    cases = grid(range(3), plain=True)
+    cases = object_requests(range(3), plain=True)
     assert len({case.seed for case in cases}) == len(cases) == 3 * 20 * 7
 
 
@@ -83,9 +83,9 @@ def test_an_object_stands_in_its_box_and_the_landscape_is_left(anywhere):
 def _fit(folder, steps, stop_at=None, muon=False):
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 1)
-    optimizers = [training.adamw(net.parameters(), 0.01)]
+    optimizers = [trainers.adamw(net.parameters(), 0.01)]
     if muon:
-        optimizers = [training.Muon([net.weight], lr=0.02), torch.optim.AdamW([net.bias], lr=0.01)]
+        optimizers = [trainers.Muon([net.weight], lr=0.02), torch.optim.AdamW([net.bias], lr=0.01)]
 
     def loss(step, generator):
         if step == stop_at:
@@ -93,7 +93,7 @@ def _fit(folder, steps, stop_at=None, muon=False):
         x = torch.randn(8, 4, generator=generator)
         return (net(x) - x.sum(1, keepdim=True)).square().mean()
 
-    return training.run("net", folder, net, steps, loss, optimizers, warmup=5, ema=0.9, save_every=10)
+    return trainers.minimise("net", folder, net, steps, loss, optimizers, warmup=5, ema=0.9, save_every=10)
 
 
 @pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
@@ -108,7 +108,7 @@ def test_training_resumes_to_the_same_weights(tmp_path, muon):
 @pytest.mark.parametrize("shape", [(8, 8), (5, 40), (40, 5)], ids=str)
 def test_muon_orthogonalises(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(training.orthogonal(x))
+    values = torch.linalg.svdvals(trainers.orthogonal(x))
     assert values.min() > 0.3 and values.max() < 1.4
 
 

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 from typer.testing import CliRunner
 
 from lbdt import canvas, cli
-from lbdt.canvas.generate import Case, images
+from lbdt.canvas.generate import PictureRequest, images
 from tests.repeats import repeats
 
 CATS = canvas.OBJECTS.index("Cats")
@@ -16,7 +16,7 @@ OTHERS = [
     canvas.OBJECTS.index(name) for name in ("Dogs", "Trees", "Birds", "Flowers", "Towers", "Sandwiches")
 ]
 CASES = [
-    Case(concept, style, 9000 + i)
+    PictureRequest(concept, style, 9000 + i)
     for i, (concept, style) in enumerate(
         [(CATS, style) for style in range(6)] + [(concept, style) for style, concept in enumerate(OTHERS)]
     )
@@ -94,7 +94,7 @@ def test_another_scheduler_and_number_of_steps(pipe, scheduler):
     import diffusers
 
     before = pipe.scheduler
-    cases = [Case(CATS, style, 9100 + style) for style in range(4)]
+    cases = [PictureRequest(CATS, style, 9100 + style) for style in range(4)]
     pipe.scheduler = getattr(diffusers, scheduler).from_config(before.config)
     try:
         seen = canvas.classify(images(pipe, cases, steps=12))[0]

@@ -5,7 +5,7 @@ import torch
 
 from lbdt import canvas
 from lbdt.activations.capture import find_module
-from lbdt.canvas.generate import Case, images
+from lbdt.canvas.generate import PictureRequest, images
 from lbdt.editors import Steering
 from lbdt.evaluation.block_watch import BlockWatch
 from lbdt.evaluation.metrics.activation_shift import WatchedRows, compare_settings
@@ -185,7 +185,7 @@ def test_a_watch_is_of_one_whole_pipeline_call(pipe):
 
 def test_steering_moves_canvas_activations_further_than_replacement():
     pipe, sampling = canvas.load_pipeline(), canvas.KINDS["saeuron"]
-    cases = [Case(canvas.OBJECTS.index("Cats"), style, 9300 + style) for style in range(2)]
+    cases = [PictureRequest(canvas.OBJECTS.index("Cats"), style, 9300 + style) for style in range(2)]
     seeds = [case.seed for case in cases]
     eraser, steering = canvas.load_eraser("saeuron"), canvas.load_steering("saeuron", strength=-20.0)
 

@@ -1,4 +1,4 @@
-"""What the EmojiCanvas trainers share: cached scenes, seeded batches, checkpoints that resume."""
+"""What the trainers of EmojiCanvas share: cached scenes, seeded batches, checkpoints that resume."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
+from lbdt.canvas.scenes import render_batch
 from lbdt.runs.files import write_files
-
-from .scenes import render_batch
 
 TRAIN_SEED, JUDGE_SEED, HELD_OUT_SEED = 1, 2, 3
 
 
-def scenes(
+def cached_scenes(
     cache: Path, count: int, seed: int, *, anywhere: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rendered scenes, cached on disk: images uint8 [count, 3, 128, 128] (channels_last memory), objects, styles [count]."""
+    """Scenes of `render_batch`, kept in `cache`: images uint8 [count, 3, 128, 128] (channels_last memory), objects and
+    styles int64 [count]."""
     path = cache / f"scenes-{seed}-{count}{'-anywhere' if anywhere else ''}.npz"
     if not path.exists():
         images, objects, styles = render_batch(count, seed, anywhere=anywhere)
@@ -35,14 +35,14 @@ def scenes(
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, 3, H, W] -> float32 in [-1, 1], channels_last."""
+    """Images uint8 [B, 3, H, W] as float32 in [-1, 1], channels_last."""
     return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    ``torch.optim.Muon`` takes matrices only; here a convolution's weight is the matrix [out, in * height * width].
+    `torch.optim.Muon` takes matrices only; here a convolution's weight is the matrix [out, in * height * width].
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
@@ -63,12 +63,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def adamw(params, lr: float) -> torch.optim.AdamW:
-    """AdamW with the trainers' settings, over parameters or parameter groups."""
+    """AdamW with the trainers' settings, for parameters or groups of them."""
     return torch.optim.AdamW(params, lr=lr, weight_decay=0.01, betas=(0.9, 0.99), foreach=True)
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """``x`` [m, n] with its singular values brought near 1, by the quintic iteration of Muon's authors, in bfloat16."""
+    """`x` [m, n] with its singular values brought near 1, by the quintic iteration of Muon's authors, in bfloat16."""
     a, b, c = 3.4445, -4.7750, 2.0315
     y = x.bfloat16()
     y = y / (y.norm() + 1e-7)
@@ -80,7 +80,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
     return (y.T if tall else y).to(x.dtype)
 
 
-def run(
+def minimise(
     name: str,
     folder: Path,
     model: torch.nn.Module,
@@ -93,10 +93,10 @@ def run(
     seed: int = 0,
     save_every: int = 200,
 ) -> torch.nn.Module:
-    """Minimise ``loss_fn`` by ``optimizers`` with warm-up, linear decay and clipping at 1; resumes from ``folder/name.ckpt``.
+    """Minimises a loss with warm-up, linear decay and clipping at 1; goes on from `folder/name.ckpt`.
 
-    The batch of a step depends on ``(seed, step)`` only, so a run that was killed goes on exactly where its last
-    checkpoint stood. With ``ema`` > 0 the averaged weights are returned.
+    `loss_fn` gets the step and a generator that `(seed, step)` seeds, so a run that was killed goes on where its last
+    checkpoint stood. Returns the model, in evaluation mode; with `ema` > 0 the averaged weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.ckpt"
@@ -146,7 +146,7 @@ def _save(path: Path, params: dict, average: dict, optimizers: Sequence, step: i
 def save_tensors(
     tensors: Mapping[str, torch.Tensor], path: Path, about: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file whole or not at all."""
+    """Writes a safetensors file with metadata `about`, whole or not at all."""
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=about)
     write_files(path.parent, {path.name: data})
 
