@@ -4,11 +4,13 @@
 // Eq.: METHOD.md, 2.2; arXiv 2606.31699. With h = weight (x - minus) + bias,
 // m = max{ h_u : h_u > mu_u } over the watched latents of a patch and u* the latent that has it, the patch is
 // detected iff m > -inf and, for k > 0, #{ j != u* : h_j > m } < k.
+// With `least`, the gate (METHOD.md, 2.5): patches of a concept of which the deciding row has too few are taken away.
 // 2 N U d flops for m, then 2 C L d for the C patches with m > -inf (candidates), less where counts reach k
 // early. Reads x once and, where there is a candidate, the dictionary once. Holds C d floats.
 
 #include "checks.h"
 #include "feature_map.h"
+#include "gate.h"
 #include "tiles.h"
 
 #include <torch/csrc/stable/library.h>
@@ -25,6 +27,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -34,6 +37,7 @@ using lbdt::divide_up;
 using lbdt::FeatureMap;
 using lbdt::Floats;
 using lbdt::floats;
+using lbdt::Gate;
 using lbdt::kBlock;
 using lbdt::kernels;
 using lbdt::kGrain;
@@ -47,13 +51,14 @@ using torch::stable::Tensor;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kZeros[kBlock] = {};
 
-// The largest value of each patch above its threshold, so far, and the latent that has it.
+// The largest value of each patch above its threshold, so far, and the watched latent that has it, of tied ones the
+// first.
 LBDT_CLONES void keep_largest(
-    const float* h, int64_t patches, float floor, int32_t latent, float* largest, int32_t* owner) {
+    const float* h, int64_t patches, float floor, int32_t watched, float* largest, int32_t* owner) {
   for (int64_t i = 0; i < patches; ++i) {
     const bool larger = h[i] > floor && h[i] > largest[i];
     largest[i] = larger ? h[i] : largest[i];
-    owner[i] = larger ? latent : owner[i];
+    owner[i] = larger ? watched : owner[i];
   }
 }
 
@@ -80,6 +85,7 @@ struct Call {
   const uint8_t* enabled;
   int64_t union_size, k;
   bool* mask;
+  std::optional<Gate> gate;
 };
 
 template <typename T>
@@ -96,6 +102,7 @@ class Detection {
       if (call_.mask[p]) alive.push_back(p);
     }
     if (call_.k > 0) rank(alive);
+    if (call_.gate) call_.gate->close(call_.mask, owner_.data(), call_.bins, x_.images, x_.patches);
   }
 
  private:
@@ -159,7 +166,7 @@ class Detection {
             h + r * lanes,
             count,
             own.floor[image * call_.union_size + u + r],
-            static_cast<int32_t>(call_.latents[u + r]),
+            static_cast<int32_t>(u + r),
             largest,
             owner);
     }
@@ -186,7 +193,7 @@ class Detection {
           const float value = h[i * lanes + r] + own.bias[u + r];
           if (value > own.floor[image * call_.union_size + u + r] && value > largest_[patch]) {
             largest_[patch] = value;
-            owner_[patch] = static_cast<int32_t>(call_.latents[u + r]);
+            owner_[patch] = static_cast<int32_t>(u + r);
           }
         }
     }
@@ -243,7 +250,7 @@ class Detection {
       std::fill_n(panel.owner, kMostLanes, -1);
       for (int64_t j = 0; j < panel.filled; ++j) {
         panel.value[j] = largest_[panel.patch[j]];
-        panel.owner[j] = owner_[panel.patch[j]];
+        panel.owner[j] = static_cast<int32_t>(call_.latents[owner_[panel.patch[j]]]);
       }
     }
     return panels;
@@ -279,7 +286,7 @@ class Detection {
   const Call& call_;
   const FeatureMap<T>& x_;
   std::vector<float> largest_;  // [B * N], -inf where no watched latent is above its threshold
-  std::vector<int32_t> owner_;
+  std::vector<int32_t> owner_;  // [B * N], positions among the watched latents
 };
 
 template <typename T>
@@ -297,8 +304,13 @@ void detect_patches_cpp(
     const Tensor timestep_bin,  // [B] int64, contiguous, in [0, T)
     const Tensor enabled,       // [B, U] bool, contiguous
     int64_t k,
-    std::optional<Tensor> minus,  // like x
-    Tensor mask) {                // [B, N] bool, contiguous
+    std::optional<Tensor> minus,     // like x
+    std::optional<Tensor> owners,    // [U] int64, contiguous, in [0, C)
+    std::optional<Tensor> least,     // [T, C] int64, contiguous
+    int64_t least_of,                // in [0, 2^30]
+    std::optional<Tensor> deciding,  // [B] int64, contiguous, in [0, B)
+    std::optional<Tensor> gated,     // [B] int64, contiguous
+    Tensor mask) {                   // [B, N] bool, contiguous
   const auto [map, rows, start] = lbdt::check_encoder(x, weight, bias, k, 0);
   const int64_t batch = x.size(0), some = latents.dim() == 1 ? latents.size(0) : 0;
   const int64_t bins = thresholds.dim() == 2 ? thresholds.size(0) : 0;
@@ -316,8 +328,20 @@ void detect_patches_cpp(
     STD_TORCH_CHECK(same && minus->scalar_type() == x.scalar_type(), "minus: expected the sizes and dtype of x");
     less = lbdt::check_memory("minus", *minus, x);
   }
-  lbdt::check_apart("mask", own, {map, rows, start, watched, floors, times, on, less});
-  if (mask.numel() == 0) return;
+  std::optional<Gate> gate;
+  lbdt::Span owned, needed, decided, taken;
+  if (least) {
+    STD_TORCH_CHECK(owners.has_value(), "owners: expected a tensor, as least is one");
+    gate = Gate(x, some, bins, *owners, *least, least_of, deciding, gated);
+    std::tie(owned, needed, decided, taken) = gate->spans;
+    lbdt::check_apart(
+        "gated", taken, {map, rows, start, watched, floors, times, on, less, own, owned, needed, decided});
+  }
+  lbdt::check_apart("mask", own, {map, rows, start, watched, floors, times, on, less, owned, needed, decided});
+  if (mask.numel() == 0) {
+    if (gate) gate->close(nullptr, nullptr, nullptr, batch, 0);
+    return;
+  }
   const Call call{
       weight,
       static_cast<const float*>(bias.const_data_ptr()),
@@ -327,7 +351,8 @@ void detect_patches_cpp(
       static_cast<const uint8_t*>(enabled.const_data_ptr()),
       latents.size(0),
       k,
-      static_cast<bool*>(mask.mutable_data_ptr())};
+      static_cast<bool*>(mask.mutable_data_ptr()),
+      gate};
   switch (x.scalar_type()) {
     case ScalarType::Float: return detect<float>(x, minus, call);
     case ScalarType::Half: return detect<torch::headeronly::Half>(x, minus, call);

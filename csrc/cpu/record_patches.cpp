@@ -1,7 +1,7 @@
 // record_patches on CPU tensors. Schema, checks and fake: lbdt/ops/_schema.py and lbdt/ops/record_patches.py.
 //
-// Eq.: lbdt/reference/record_patches.py. Reads 2 bytes a patch (6 with sums), writes 32 bytes a row (40) and a byte a
-// kept cell.
+// Eq.: lbdt/reference/record_patches.py. Reads 2 bytes a patch (6 with sums), writes 32 bytes a row (8 more with
+// sums and with gated) and a byte a kept cell.
 
 #include "checks.h"
 
@@ -36,13 +36,14 @@ void record_patches_cpp(
     const Tensor replaced,   // [B, N] bool, contiguous
     const Tensor timesteps,  // [B] float32, any stride
     int64_t sizes,
-    Tensor rows,     // [R, 4] int64, contiguous; [R, 5] with sums
+    Tensor rows,     // [R, 4] int64, contiguous; one more with sums and with gated
     Tensor cells,    // [C] uint8, contiguous; C = 0: not kept
     Tensor written,  // [2] int64, contiguous
-    const std::optional<Tensor> sums) {  // [B, N] float32, contiguous
+    const std::optional<Tensor> sums,     // [B, N] float32, contiguous
+    const std::optional<Tensor> gated) {  // [B] int64, any stride
   const int64_t batch = mask.dim() == 2 ? mask.size(0) : 0, patches = mask.dim() == 2 ? mask.size(1) : 0;
   const int64_t row_count = rows.dim() == 2 ? rows.size(0) : 0, cell_count = cells.dim() == 1 ? cells.size(0) : 0;
-  const int64_t fields = kFields + sums.has_value();
+  const int64_t fields = kFields + sums.has_value() + gated.has_value();
   const Span before_padding = lbdt::check("mask", mask, mask, ScalarType::Bool, {batch, patches});
   const Span after_padding = lbdt::check("replaced", replaced, mask, ScalarType::Bool, {batch, patches});
   const Span time = lbdt::check("timesteps", timesteps, mask, ScalarType::Float, {batch}, false);
@@ -51,12 +52,14 @@ void record_patches_cpp(
   const Span cell_ring = lbdt::check("cells", cells, mask, ScalarType::Byte, {cell_count});
   const Span ends = lbdt::check("written", written, mask, ScalarType::Long, {2});
   const Span sum = sums ? lbdt::check("sums", *sums, mask, ScalarType::Float, {batch, patches}) : Span();
-  lbdt::check_apart("rows", row_ring, {before_padding, after_padding, time, sum, cell_ring, ends});
-  lbdt::check_apart("cells", cell_ring, {before_padding, after_padding, time, sum, ends});
-  lbdt::check_apart("written", ends, {before_padding, after_padding, time, sum});
+  const Span taken = gated ? lbdt::check("gated", *gated, mask, ScalarType::Long, {batch}, false) : Span();
+  lbdt::check_apart("rows", row_ring, {before_padding, after_padding, time, sum, taken, cell_ring, ends});
+  lbdt::check_apart("cells", cell_ring, {before_padding, after_padding, time, sum, taken, ends});
+  lbdt::check_apart("written", ends, {before_padding, after_padding, time, sum, taken});
   const uint8_t* before = static_cast<const uint8_t*>(mask.const_data_ptr());
   const uint8_t* after = static_cast<const uint8_t*>(replaced.const_data_ptr());
   const float* totals = sums ? static_cast<const float*>(sums->const_data_ptr()) : nullptr;
+  const int64_t* gates = gated ? static_cast<const int64_t*>(gated->const_data_ptr()) : nullptr;
   const float* times = static_cast<const float*>(timesteps.const_data_ptr());
   int64_t* to = static_cast<int64_t*>(rows.mutable_data_ptr());
   int64_t* counters = static_cast<int64_t*>(written.mutable_data_ptr());
@@ -76,9 +79,10 @@ void record_patches_cpp(
     row[1] = overwritten;
     row[2] = bits;
     row[3] = sizes;
+    if (gates != nullptr) row[fields - 1] = gates[image * gated->stride(0)];
     if (totals == nullptr) continue;
-    row[4] = 0;
-    for (int64_t p = 0; p < patches; ++p) row[4] += !std::isfinite(totals[image * patches + p]);
+    row[kFields] = 0;
+    for (int64_t p = 0; p < patches; ++p) row[kFields] += !std::isfinite(totals[image * patches + p]);
   }
   counters[0] = add(counters[0], batch);
   if (cell_count == 0) return;

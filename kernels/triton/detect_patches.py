@@ -1,4 +1,4 @@
-"""`lbdt::detect_patches` in Triton: two launches, no host sync, nothing of size N x L.
+"""`lbdt::detect_patches` in Triton: two launches, three with the gate, no host sync, nothing of size N x L.
 
 Eq.: METHOD.md, 2.2; reference: lbdt/reference/detect_patches.py; arXiv 2606.31699.
 """
@@ -18,6 +18,7 @@ from lbdt.kernels._common import (
     precision,
     programs,
 )
+from lbdt.kernels._gate import gate_patches
 
 _FEW_ROWS = 1024
 
@@ -42,7 +43,11 @@ def count_config(x: Tensor, rows: int, update: bool) -> Config:
     return Config(64, 128, step, 4, 4) if rows <= _FEW_ROWS else Config(128, 128, step, 8, 4)
 
 
-@triton.jit(do_not_specialize=["union", "total_latents", "bins", "thresholds_stride_t", "enabled_stride_b"])
+@triton.jit(
+    do_not_specialize=[
+        *("union", "total_latents", "bins", "thresholds_stride_t", "enabled_stride_b", "concepts"),
+    ]
+)
 def detect_patches_candidates_kernel(
     x,  # [B, d, H, W] by its strides
     minus,  # like x
@@ -58,6 +63,9 @@ def detect_patches_candidates_kernel(
     owner,  # [B * N] int32, out: the latent it belongs to,
     row,  # [B * N] int32, out: the patch b * N + p,
     count,  # [B * N] int32, out: zero
+    owners,  # [U] int64, where GATED
+    concept,  # [B * N] int32, where GATED, out: the owner of each candidate's largest, of tied ones the first
+    concepts,
     patches,
     union,
     total_latents,
@@ -80,10 +88,12 @@ def detect_patches_candidates_kernel(
     bin_stride,
     enabled_stride_b,
     enabled_stride_u,
+    owners_stride,
     D: tl.constexpr,
     FLAT: tl.constexpr,
     HAS_MINUS: tl.constexpr,
     RANKED: tl.constexpr,
+    GATED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_U: tl.constexpr,
@@ -111,6 +121,7 @@ def detect_patches_candidates_kernel(
 
     largest = tl.full([BLOCK_P], float("-inf"), tl.float32)
     own = tl.zeros([BLOCK_P], tl.int32)
+    first = tl.zeros([BLOCK_P], tl.int32)
     for start in range(0, union, BLOCK_U):
         u = start + tl.arange(0, BLOCK_U)
         known = u < selected
@@ -137,14 +148,20 @@ def detect_patches_candidates_kernel(
         mu = tl.load(thresholds + bin_offset + u * thresholds_stride_u, mask=known, other=float("inf"))
         h = tl.where((h > mu[:, None]) & on[:, None], h, float("-inf"))
         best = tl.max(h, axis=0)
-        # Of tied latents any serves: what is counted lies strictly above.
+        # Of tied latents any serves the count: what is counted lies strictly above.
         who = tl.max(tl.where(h == best[None, :], latent[:, None].to(tl.int32), -1), axis=0)
         own = tl.where(best > largest, who, own)
+        if GATED:
+            where = tl.min(tl.where(h == best[None, :], u[:, None], start + BLOCK_U), axis=0)
+            first = tl.where(best > largest, where, first)
         largest = tl.maximum(largest, best)
 
     candidate = (largest > float("-inf")) & inside
     place = image.to(tl.int64) * patches + patch
     tl.store(mask + place, candidate.to(tl.uint8), mask=inside)
+    if GATED:
+        named = tl.load(owners + first * owners_stride, mask=candidate, other=0).to(tl.int32)
+        tl.store(concept + place, tl.where((named >= 0) & (named < concepts), named, 0), mask=candidate)
     if RANKED:
         flag = candidate.to(tl.int32)
         found = tl.sum(flag, axis=0)
@@ -254,12 +271,20 @@ def detect_patches(
     enabled: Tensor,  # [B, U]
     k: int,
     minus: Tensor | None = None,  # like x
+    owners: Tensor | None = None,  # [U]
+    least: Tensor | None = None,  # [T, C]
+    least_of: int = 0,
+    deciding: Tensor | None = None,  # [B]
+    gated: Tensor | None = None,  # [B]
 ) -> Tensor:  # [B, N]
-    """`lbdt.reference.detect_patches` in two launches. Scratch: 16 bytes a patch, from torch's allocator."""
+    """`lbdt.reference.detect_patches` in two launches, three with the gate. Scratch from torch's allocator: 16 bytes a
+    patch, with the gate 21."""
     batch, channels = x.shape[:2]
     patches = x.shape[2:].numel()
     mask = torch.empty(batch, patches, dtype=torch.bool, device=x.device)
     if mask.numel() == 0 or latents.numel() == 0 or weight.shape[0] == 0:
+        if gated is not None:
+            gated.zero_()
         return mask.zero_()
     rows = mask.numel()
     total = torch.zeros(1, dtype=torch.int32, device=x.device)
@@ -267,6 +292,7 @@ def detect_patches(
     if k > 0:
         value = torch.empty(rows, dtype=torch.float32, device=x.device)
         owner, row, count = torch.empty(3, rows, dtype=torch.int32, device=x.device)
+    concept = total if least is None else torch.empty(rows, dtype=torch.int32, device=x.device)
 
     width, stride_h, stride_w, flat = grid_strides(x)
     other = x if minus is None else minus
@@ -307,6 +333,9 @@ def detect_patches(
             owner,
             row,
             count,
+            latents if owners is None else owners,
+            concept,
+            0 if least is None else least.shape[1],
             patches,
             latents.shape[0],
             weight.shape[0],
@@ -319,42 +348,45 @@ def detect_patches(
             *thresholds.stride(),
             *timestep_bin.stride(),
             *enabled_bytes.stride(),
+            *(latents if owners is None else owners).stride(),
             **flags,
             RANKED=k > 0,
+            GATED=least is not None,
             BLOCK_P=config.block_p,
             BLOCK_U=config.block_l,
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-        if k == 0:
-            return mask
-        config = count_config(x, rows, minus is not None)
-        tiles = triton.cdiv(rows, config.block_p) * triton.cdiv(weight.shape[0], config.block_l)
-        detect_patches_count_kernel[(min(tiles, programs(x.device, 2)),)](
-            x,
-            other,
-            weight,
-            bias,
-            mask_bytes,
-            total,
-            value,
-            owner,
-            row,
-            count,
-            patches,
-            weight.shape[0],
-            k,
-            width,
-            *places,
-            *weight.stride(),
-            *bias.stride(),
-            **flags,
-            GATHERED=x.stride(1) != 1 or other.stride(1) != 1,
-            BLOCK_P=config.block_p,
-            BLOCK_L=config.block_l,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    return mask
+        if k > 0:
+            config = count_config(x, rows, minus is not None)
+            tiles = triton.cdiv(rows, config.block_p) * triton.cdiv(weight.shape[0], config.block_l)
+            detect_patches_count_kernel[(min(tiles, programs(x.device, 2)),)](
+                x,
+                other,
+                weight,
+                bias,
+                mask_bytes,
+                total,
+                value,
+                owner,
+                row,
+                count,
+                patches,
+                weight.shape[0],
+                k,
+                width,
+                *places,
+                *weight.stride(),
+                *bias.stride(),
+                **flags,
+                GATHERED=x.stride(1) != 1 or other.stride(1) != 1,
+                BLOCK_P=config.block_p,
+                BLOCK_L=config.block_l,
+                BLOCK_D=config.block_d,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+    if least is None:
+        return mask
+    return gate_patches(mask, concept, timestep_bin, least, least_of, deciding, gated)

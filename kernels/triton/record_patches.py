@@ -19,20 +19,24 @@ def record_patches_kernel(
     replaced,  # [B, N] uint8, contiguous
     timesteps,  # [B] float32
     sizes,
-    rows,  # [R, 4] int64, out; [R, 5] with SUMMED
+    rows,  # [R, 4] int64, out; one more with SUMMED and with GATED
     cells,  # [C] uint8, out
     written,  # [2] int64, in and out
     sums,  # [B, N] float32, contiguous, where SUMMED
+    gated,  # [B] int64, where GATED
     batch,
     patches,
     timesteps_stride,
+    gated_stride,
     row_count,
     cell_count,
     KEPT: tl.constexpr,
     SUMMED: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Reads 2 bytes a patch, SUMMED 6; writes 32 bytes a row, SUMMED 40, and, KEPT, a byte a patch."""
+    """Reads 2 bytes a patch, SUMMED 6; writes 32 bytes a row, 8 more SUMMED and GATED each, and, KEPT, a byte a
+    patch."""
     rows_before, cells_before = tl.load(written), tl.load(written + 1)
     # The remainder of what is negative is negative.
     first_row = (rows_before % row_count + row_count) % row_count
@@ -63,7 +67,7 @@ def record_patches_kernel(
                 last = cells_now - place <= cell_count
                 tl.store(cells + (first_cell + place) % cell_count, cell, mask=inside & last)
         if batch - image <= row_count:
-            row = rows + (first_row + image) % row_count * (4 + SUMMED)
+            row = rows + (first_row + image) % row_count * (4 + SUMMED + GATED)
             time = tl.load(timesteps + image * timesteps_stride)
             tl.store(row, tl.sum(detected, axis=0).to(tl.int64))
             tl.store(row + 1, tl.sum(overwritten, axis=0).to(tl.int64))
@@ -71,6 +75,8 @@ def record_patches_kernel(
             tl.store(row + 3, tl.cast(sizes, tl.int64))
             if SUMMED:
                 tl.store(row + 4, tl.sum(broken, axis=0).to(tl.int64))
+            if GATED:
+                tl.store(row + 4 + SUMMED, tl.load(gated + image * gated_stride))
     tl.debug_barrier()  # every warp has read `written` by now
     tl.store(written, rows_before + batch)
     if KEPT:
@@ -86,6 +92,7 @@ def record_patches(
     cells: Tensor,  # [C]
     written: Tensor,  # [2]
     sums: Tensor | None = None,  # [B, N]
+    gated: Tensor | None = None,  # [B]
 ) -> None:
     """`lbdt.reference.record_patches` in one launch."""
     batch, patches = mask.shape
@@ -99,13 +106,16 @@ def record_patches(
             cells,
             written,
             timesteps if sums is None else sums.contiguous(),
+            timesteps if gated is None else gated,
             batch,
             patches,
             *timesteps.stride(),
+            *(timesteps if gated is None else gated).stride(),
             rows.shape[0],
             cells.shape[0],
             KEPT=cells.shape[0] > 0,
             SUMMED=sums is not None,
+            GATED=gated is not None,
             BLOCK=_BLOCK,
             num_warps=4,
             num_stages=1,

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 _STRIDED = torch.strided
-_OPTIONAL = ("minus", "bank", "sums")
+_OPTIONAL = ("minus", "bank", "sums", "owners", "least", "deciding", "gated")
+MOST_PATCHES = 1 << 30
+"""csrc/checks.h: kMostPatches."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -77,6 +79,37 @@ def encoder(x: Tensor, width: int, weight: Tensor, bias: Tensor, k: int, least: 
     device("bias", bias, x)
     if not least <= k <= weight.shape[0]:
         raise ValueError(f"k: expected {least} <= k <= L = {weight.shape[0]}, got {k}")
+
+
+def gate(
+    x: Tensor,
+    union: int,
+    bins: int,
+    owners: Tensor | None,
+    least: Tensor | None,
+    least_of: int,
+    deciding: Tensor | None,
+    gated: Tensor | None,
+) -> None:
+    """Checks the gate's arguments of `detect_patches` on `x` with U = `union` and T = `bins`."""
+    for name, tensor in (("owners", owners), ("least", least)):
+        if tensor is None:
+            raise ValueError(f"{name}: expected a tensor, as the gate needs owners and least, got None")
+    shape("owners", owners, (union,), "[U]")
+    if least.dim() != 2 or least.shape[0] != bins or least.shape[1] == 0:
+        raise ValueError(f"least: expected [T, C >= 1] with T = {bins}, got {list(least.shape)}")
+    if not 0 <= least_of <= MOST_PATCHES:
+        raise ValueError(f"least_of: expected 0 <= least_of <= {MOST_PATCHES}, got {least_of}")
+    given = [("owners", owners), ("least", least)]
+    for name, tensor in (("deciding", deciding), ("gated", gated)):
+        if tensor is not None:
+            shape(name, tensor, (x.shape[0],), "[B]")
+            given.append((name, tensor))
+    if gated is not None and not gated.is_contiguous():
+        raise ValueError(f"gated: expected contiguous memory, got strides {list(gated.stride())}")
+    for name, tensor in given:
+        dtype(name, tensor, torch.int64)
+        device(name, tensor, x)
 
 
 def within(name: str, tensor: Tensor, count: int, meaning: str) -> None:

@@ -1,19 +1,26 @@
 """`lbdt::detect_patches`: which patches of a feature map carry a concept."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from lbdt import reference
 from lbdt.ops import _checks, _cpu, _dispatch, _triton
 
+_UNGATED = 9
+"""Arguments of a call without the gate."""
+
 _dispatch.define(
     "detect_patches(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
-    "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus=None, *, str backend='') -> Tensor"
+    "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus=None, Tensor? owners=None, Tensor? least=None, "
+    "int least_of=0, Tensor? deciding=None, Tensor(a!)? gated=None, *, str backend='') -> Tensor"
 )
 # Contiguous but for x, weight and minus; bias and thresholds in float32.
 _dispatch.define_internal(
     "detect_patches_cpp(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
-    "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus, Tensor(a!) mask) -> ()"
+    "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus, Tensor? owners, Tensor? least, int least_of, "
+    "Tensor? deciding, Tensor(a!)? gated, Tensor(b!) mask) -> ()"
 )
 
 
@@ -27,6 +34,11 @@ def detect_patches(
     enabled: Tensor,  # [B, U]
     k: int,
     minus: Tensor | None = None,  # like x
+    owners: Tensor | None = None,  # [U]
+    least: Tensor | None = None,  # [T, C]
+    least_of: int = 0,
+    deciding: Tensor | None = None,  # [B]
+    gated: Tensor | None = None,  # [B]
     *,
     backend: str | None = None,
 ) -> Tensor:  # [B, N]
@@ -47,6 +59,14 @@ def detect_patches(
         enabled: bool, the latents that count for each image.
         k: latents kept per patch; 0 for activation functions without a rank test.
         minus: detect on `x - minus`, for an SAE of a block's update.
+        owners: int64, the concept that each latent is evidence for, in [0, C). A patch is evidence for the concept of
+            its largest passing latent, of tied ones the first.
+        least: int64, the gate (METHOD.md, 2.5): so many patches of a row must be detected for a concept, or they are
+            taken from its mask; with owners, or None: 1.
+        least_of: the patches of the maps that `least` counts on, which is scaled to N; 0: N.
+        deciding: int64, in [0, B): the row whose count decides for each row; None: its own. On a GPU its own too
+            where it is no position.
+        gated: int64, written where given: how many patches the gate took from each row.
         backend: "auto", or one to force (`lbdt.ops.use_backend`).
 
     Returns:
@@ -56,12 +76,41 @@ def detect_patches(
         ValueError, TypeError, IndexError: the argument, what was expected, what was given.
     """
     return torch.ops.lbdt.detect_patches(
-        x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus, backend=backend or ""
+        x,
+        weight,
+        bias,
+        latents,
+        thresholds,
+        timestep_bin,
+        enabled,
+        k,
+        minus,
+        owners,
+        least,
+        least_of,
+        deciding,
+        gated,
+        backend=backend or "",
     )
 
 
 @_checks.tensors
-def _check(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus) -> tuple[int, int]:
+def _check(
+    x,
+    weight,
+    bias,
+    latents,
+    thresholds,
+    timestep_bin,
+    enabled,
+    k,
+    minus=None,
+    owners=None,
+    least=None,
+    least_of=0,
+    deciding=None,
+    gated=None,
+) -> tuple[int, int]:
     batch, width, patches = _checks.feature_map(x)
     _checks.encoder(x, width, weight, bias, k, least=0)
     if latents.dim() != 1:
@@ -86,28 +135,67 @@ def _check(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus
         _checks.shape("minus", minus, tuple(x.shape), "the shape of x")
         _checks.dtype("minus", minus, x.dtype)
         _checks.device("minus", minus, x)
+    if least is not None or owners is not None or deciding is not None or gated is not None:
+        _checks.gate(x, union, thresholds.shape[0], owners, least, least_of, deciding, gated)
     return batch, patches
 
 
-def _fake(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None, *, backend=""):
-    batch, patches = _check(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus)
+def _fake(x, *args, backend="", **kwargs):
+    batch, patches = _check(x, *args, **kwargs)
     return x.new_empty((batch, patches), dtype=torch.bool)
 
 
-def _run(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None, *, backend=""):
-    _check(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus)
+def _run(
+    x,
+    weight,
+    bias,
+    latents,
+    thresholds,
+    timestep_bin,
+    enabled,
+    k,
+    minus=None,
+    owners=None,
+    least=None,
+    least_of=0,
+    deciding=None,
+    gated=None,
+    *,
+    backend="",
+):
+    arguments = x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus
+    gate = owners, least, least_of, deciding, gated
+    _check(*arguments, *gate)
     _checks.within("latents", latents, weight.shape[0], "L, the latents of weight")
     _checks.within("timestep_bin", timestep_bin, thresholds.shape[0], "T, the bins of thresholds")
-    return _dispatch.call(
-        "detect_patches", backend, x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus
-    )
+    if least is None:
+        return _dispatch.call("detect_patches", backend, *arguments)
+    _checks.within("owners", owners, least.shape[1], "C, the concepts of least")
+    if deciding is not None:
+        _checks.within("deciding", deciding, x.shape[0], "B, the rows of x")
+    return _dispatch.call("detect_patches", backend, *arguments, *gate)
 
 
 def _cpp_supports(x, *args, **kwargs) -> str | None:
     return _cpu.supports_product("detect_patches_cpp", x)
 
 
-def _cpp(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None) -> Tensor:
+def _cpp(
+    x,
+    weight,
+    bias,
+    latents,
+    thresholds,
+    timestep_bin,
+    enabled,
+    k,
+    minus=None,
+    owners=None,
+    least=None,
+    least_of=0,
+    deciding=None,
+    gated=None,
+) -> Tensor:
     mask = torch.empty(x.shape[0], x.shape[2:].numel(), dtype=torch.bool)
     torch.ops.lbdt.detect_patches_cpp(
         x,
@@ -119,18 +207,35 @@ def _cpp(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=N
         enabled.contiguous(),
         k,
         minus,
+        None if owners is None else owners.contiguous(),
+        None if least is None else least.contiguous(),
+        least_of,
+        None if deciding is None else deciding.contiguous(),
+        gated,
         mask,
     )
     return mask
 
 
 def _triton_supports(
-    x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None
+    x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None, *gate, **kwargs
 ) -> str | None:
     return _triton.supports_product(x, weight, minus) or _triton.supports(x)
 
 
+def _alone(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`run` with a `gated` that shares no memory; the C++ op looks itself, in less time than Python takes."""
+
+    def checked(*arguments) -> Tensor:
+        if len(arguments) > _UNGATED and arguments[-1] is not None:
+            read = [value for value in arguments[:-1] if isinstance(value, Tensor)]
+            _checks.own_memory({"gated": arguments[-1]}, *read)
+        return run(*arguments)
+
+    return checked
+
+
 _dispatch.implement("detect_patches", _run, _fake)
-_triton.register("detect_patches", _triton_supports)
+_triton.register("detect_patches", _triton_supports, _alone)
 _dispatch.register("detect_patches", "cpp", _cpp_supports, _cpp, _cpu.declines_product)
-_dispatch.register("detect_patches", "reference", _dispatch.always, reference.detect_patches)
+_dispatch.register("detect_patches", "reference", _dispatch.always, _alone(reference.detect_patches))

@@ -9,15 +9,15 @@ from lbdt import reference
 from lbdt.ops import _checks, _cpu, _dispatch, _triton
 
 FIELDS = 4
-"""Columns of a row: detected, replaced, the timestep's float32 bits, sizes; with sums one more."""
+"""Columns of a row: detected, replaced, the timestep's float32 bits, sizes; with sums and with gated one more."""
 
 _dispatch.define(
     "record_patches(Tensor mask, Tensor replaced, Tensor timesteps, int sizes, Tensor(a!) rows, "
-    "Tensor(b!) cells, Tensor(c!) written, Tensor? sums=None, *, str backend='') -> ()"
+    "Tensor(b!) cells, Tensor(c!) written, Tensor? sums=None, Tensor? gated=None, *, str backend='') -> ()"
 )
 _dispatch.define_internal(
     "record_patches_cpp(Tensor mask, Tensor replaced, Tensor timesteps, int sizes, Tensor(a!) rows, "
-    "Tensor(b!) cells, Tensor(c!) written, Tensor? sums) -> ()"
+    "Tensor(b!) cells, Tensor(c!) written, Tensor? sums, Tensor? gated) -> ()"
 )
 
 
@@ -26,10 +26,11 @@ def record_patches(
     replaced: Tensor,  # [B, N]
     timesteps: Tensor,  # [B]
     sizes: int,
-    rows: Tensor,  # [R, 4], [R, 5] with sums
+    rows: Tensor,  # [R, 4], one more with sums and with gated
     cells: Tensor,  # [C]
     written: Tensor,  # [2]
     sums: Tensor | None = None,  # [B, N]
+    gated: Tensor | None = None,  # [B]
     *,
     backend: str | None = None,
 ) -> None:
@@ -39,11 +40,12 @@ def record_patches(
         mask, replaced: bool, before and after padding.
         timesteps: float32.
         sizes: a number of the caller's, >= 0.
-        rows: int64, contiguous: detected, replaced, the timestep's float32 bits, sizes, and with `sums` how many of
-            these are NaN or infinite.
+        rows: int64, contiguous: detected, replaced, the timestep's float32 bits, sizes, with `sums` how many of these
+            are NaN or infinite, with `gated` its number.
         cells: uint8, contiguous: bit 0 detected, bit 1 replaced; C = 0: not kept.
         written: int64, contiguous: rows and cells so far; the next ones go to their remainders by R and C.
         sums: float32, of the embeddings' channels: one that is not finite tells of a NaN or infinity among them.
+        gated: int64, the patches of each row that the gate took away.
         backend: "auto", or one to force (`lbdt.ops.use_backend`).
 
     Raises:
@@ -51,18 +53,18 @@ def record_patches(
             written share memory with another argument.
     """
     torch.ops.lbdt.record_patches(
-        mask, replaced, timesteps, sizes, rows, cells, written, sums, backend=backend or ""
+        mask, replaced, timesteps, sizes, rows, cells, written, sums, gated, backend=backend or ""
     )
 
 
 @_checks.tensors
-def _check(mask, replaced, timesteps, sizes, rows, cells, written, sums) -> None:
+def _check(mask, replaced, timesteps, sizes, rows, cells, written, sums, gated) -> None:
     if mask.dim() != 2:
         raise ValueError(f"mask: expected [B, N], got {list(mask.shape)}")
     _checks.shape("replaced", replaced, tuple(mask.shape), "[B, N]")
     _checks.shape("timesteps", timesteps, (mask.shape[0],), "[B]")
     _checks.shape("written", written, (2,), "[2]")
-    fields = FIELDS + (sums is not None)
+    fields = FIELDS + (sums is not None) + (gated is not None)
     if rows.dim() != 2 or rows.shape[0] == 0 or rows.shape[1] != fields:
         raise ValueError(f"rows: expected [R >= 1, {fields}], got {list(rows.shape)}")
     if cells.dim() != 1:
@@ -81,6 +83,10 @@ def _check(mask, replaced, timesteps, sizes, rows, cells, written, sums) -> None
         _checks.shape("sums", sums, tuple(mask.shape), "[B, N]")
         _checks.dtype("sums", sums, torch.float32)
         _checks.device("sums", sums, mask, like="mask")
+    if gated is not None:
+        _checks.shape("gated", gated, (mask.shape[0],), "[B]")
+        _checks.dtype("gated", gated, torch.int64)
+        _checks.device("gated", gated, mask, like="mask")
     for name, tensor in (("rows", rows), ("cells", cells), ("written", written)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected contiguous memory, got strides {list(tensor.stride())}")
@@ -88,23 +94,28 @@ def _check(mask, replaced, timesteps, sizes, rows, cells, written, sums) -> None
         raise ValueError(f"sizes: expected 0 <= sizes < 2**63, got {sizes}")
 
 
-def _fake(mask, replaced, timesteps, sizes, rows, cells, written, sums=None, *, backend="") -> None:
-    _check(mask, replaced, timesteps, sizes, rows, cells, written, sums)
+def _fake(
+    mask, replaced, timesteps, sizes, rows, cells, written, sums=None, gated=None, *, backend=""
+) -> None:
+    _check(mask, replaced, timesteps, sizes, rows, cells, written, sums, gated)
 
 
-def _run(mask, replaced, timesteps, sizes, rows, cells, written, sums=None, *, backend="") -> None:
-    _check(mask, replaced, timesteps, sizes, rows, cells, written, sums)
-    _dispatch.call("record_patches", backend, mask, replaced, timesteps, sizes, rows, cells, written, sums)
+def _run(
+    mask, replaced, timesteps, sizes, rows, cells, written, sums=None, gated=None, *, backend=""
+) -> None:
+    arguments = mask, replaced, timesteps, sizes, rows, cells, written, sums, gated
+    _check(*arguments)
+    _dispatch.call("record_patches", backend, *arguments)
 
 
 def _cpp_supports(mask, *args, **kwargs) -> str | None:
     return _cpu.supports("record_patches_cpp", mask)
 
 
-def _cpp(mask, replaced, timesteps, sizes, rows, cells, written, sums=None) -> None:
+def _cpp(mask, replaced, timesteps, sizes, rows, cells, written, sums=None, gated=None) -> None:
     totals = None if sums is None else sums.contiguous()
     torch.ops.lbdt.record_patches_cpp(
-        mask.contiguous(), replaced.contiguous(), timesteps, sizes, rows, cells, written, totals
+        mask.contiguous(), replaced.contiguous(), timesteps, sizes, rows, cells, written, totals, gated
     )
 
 
@@ -115,10 +126,10 @@ def _triton_supports(mask, *args, **kwargs) -> str | None:
 def _alone(run: Callable[..., None]) -> Callable[..., None]:
     """`run` on buffers that share no memory; the C++ op looks itself, in less time than Python takes."""
 
-    def checked(mask, replaced, timesteps, sizes, rows, cells, written, sums=None) -> None:
-        read = (mask, replaced, timesteps) if sums is None else (mask, replaced, timesteps, sums)
+    def checked(mask, replaced, timesteps, sizes, rows, cells, written, sums=None, gated=None) -> None:
+        read = [tensor for tensor in (mask, replaced, timesteps, sums, gated) if tensor is not None]
         _checks.own_memory({"rows": rows, "cells": cells, "written": written}, *read)
-        run(mask, replaced, timesteps, sizes, rows, cells, written, sums)
+        run(mask, replaced, timesteps, sizes, rows, cells, written, sums, gated)
 
     return checked
 

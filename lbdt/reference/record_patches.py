@@ -9,13 +9,14 @@ def record_patches(
     replaced: Tensor,  # [B, N]
     timesteps: Tensor,  # [B]
     sizes: int,
-    rows: Tensor,  # [R, 4], [R, 5] with sums
+    rows: Tensor,  # [R, 4], one more with sums and with gated
     cells: Tensor,  # [C]
     written: Tensor,  # [2]
     sums: Tensor | None = None,  # [B, N]
+    gated: Tensor | None = None,  # [B]
 ) -> None:
     """Appends B rows (detected, replaced, bits of the timestep, sizes, with `sums` how many of these are NaN or
-    infinite) and, where C > 0, B * N cells.
+    infinite, with `gated` its number) and, where C > 0, B * N cells.
 
     Eq.: row b goes to `rows[(written[0] + b) % R]`, cell i, bit 0 detected and bit 1 replaced, to
     `cells[(written[1] + i) % C]`; `written` grows by what was added. Ours; no source.
@@ -26,6 +27,8 @@ def record_patches(
     columns = [mask.sum(dim=1), replaced.sum(dim=1), bits, torch.full_like(row, sizes)]
     if sums is not None:
         columns.append(sums.isfinite().logical_not().sum(dim=1))
+    if gated is not None:
+        columns.append(gated)
     record = torch.stack(columns, dim=1)
     # Of more rows than fit the last ones stay.
     rows.index_copy_(

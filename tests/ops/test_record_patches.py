@@ -13,7 +13,7 @@ from tests.backends import DEVICE, on_device
 every_backend = backends.every_backend("cpp", "triton")
 
 
-def inputs(seed=0, B=2, N=35, R=8, C=0, rows_before=0, cells_before=0, sums=False):
+def inputs(seed=0, B=2, N=35, R=8, C=0, rows_before=0, cells_before=0, sums=False, gated=False):
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(B, N, generator=g) < 0.3
     given = {
@@ -21,18 +21,20 @@ def inputs(seed=0, B=2, N=35, R=8, C=0, rows_before=0, cells_before=0, sums=Fals
         "replaced": mask | (torch.rand(B, N, generator=g) < 0.2),
         "timesteps": torch.rand(B, generator=g) * 1000,
         "sizes": (1 << 62) + 12345,
-        "rows": torch.full((R, 4), -1),
+        "rows": torch.empty(0),
         "cells": torch.full((C,), 99, dtype=torch.uint8),
         "written": torch.tensor([rows_before, cells_before]),
     }
     if sums:
         odd = torch.tensor([0.0, -1.5, 3e38, torch.nan, torch.inf, -torch.inf])
         given["sums"] = odd[torch.randint(6, (B, N), generator=g)]
-        given["rows"] = torch.full((R, 5), -1)
+    if gated:
+        given["gated"] = torch.randint(N + 1, (B,), generator=g)
+    given["rows"] = torch.full((R, 4 + sums + gated), -1)
     return given
 
 
-def literal(mask, replaced, timesteps, sizes, rows, cells, written, sums=None):
+def literal(mask, replaced, timesteps, sizes, rows, cells, written, sums=None, gated=None):
     """Row by row and cell by cell, into copies."""
     rows, cells, written = rows.clone(), cells.clone(), written.clone()
     for b in range(mask.shape[0]):
@@ -40,6 +42,8 @@ def literal(mask, replaced, timesteps, sizes, rows, cells, written, sums=None):
         values = [int(mask[b].sum()), int(replaced[b].sum()), bits, sizes]
         if sums is not None:
             values.append(sum(not math.isfinite(value) for value in sums[b].tolist()))
+        if gated is not None:
+            values.append(int(gated[b]))
         rows[(int(written[0]) + b) % len(rows)] = torch.tensor(values)
     if len(cells):
         for i, (m, r) in enumerate(zip(mask.flatten().tolist(), replaced.flatten().tolist(), strict=True)):
@@ -63,6 +67,9 @@ ROWS = [
     pytest.param({"B": 0, "C": 10}, id="no-image"),
     pytest.param({"sums": True, "R": 3, "B": 5}, id="sums"),
     pytest.param({"sums": True, "N": 2500, "C": 6000}, id="sums-several-blocks"),
+    pytest.param({"gated": True, "R": 3, "B": 5}, id="gated"),
+    pytest.param({"gated": True, "sums": True, "rows_before": 7, "C": 90}, id="gated-and-sums"),
+    pytest.param({"gated": True, "B": 1, "N": 1, "R": 1}, id="gated-one-of-everything"),
 ]
 
 
@@ -82,7 +89,8 @@ def test_equals_the_loop(sizes, backend):
 def test_strided_masks_and_expanded_timesteps(backend):
     if backend == "cpp" and DEVICE.type != "cpu":
         pytest.skip("the C++ version takes CPU tensors")
-    arguments = inputs(C=100, sums=True)
+    arguments = inputs(C=100, sums=True, gated=True)
+    arguments["gated"] = torch.stack([arguments["gated"]] * 2, dim=1)[:, 0]
     for name in ("mask", "replaced", "sums"):
         arguments[name] = arguments[name].t().contiguous().t()
     arguments["timesteps"] = torch.tensor([501.5]).expand(2)
@@ -114,6 +122,21 @@ BAD = [
         "sums: expected",
         id="sums",
     ),
+    pytest.param(
+        {"gated": torch.zeros(2).long()}, ValueError, r"rows: expected \[R >= 1, 5", id="gated-rows"
+    ),
+    pytest.param(
+        {"gated": torch.zeros(2), "rows": torch.zeros(8, 5).long()},
+        TypeError,
+        "gated: .*int64",
+        id="gated-dtype",
+    ),
+    pytest.param(
+        {"gated": torch.zeros(3).long(), "rows": torch.zeros(8, 5).long()},
+        ValueError,
+        "gated: ",
+        id="gated-shape",
+    ),
     pytest.param({"sizes": -1}, ValueError, r"sizes: expected 0 <= sizes < 2\*\*63, got -1", id="sizes"),
     pytest.param(
         {"cells": torch.zeros(0, device="meta").byte()},
@@ -137,7 +160,7 @@ def test_bad_arguments(change, error, message):
 def test_opcheck_and_fullgraph(backend):
     if backend == "cpp" and DEVICE.type != "cpu":
         pytest.skip("the C++ version takes CPU tensors")
-    given = tuple(on_device(inputs(C=100, sums=True)).values())
+    given = tuple(on_device(inputs(C=100, sums=True, gated=True)).values())
     torch.library.opcheck(torch.ops.lbdt.record_patches.default, given, {"backend": backend})
     mask, replaced, times, sizes, *buffers = on_device(inputs(C=100)).values()
     expected = literal(
