@@ -67,7 +67,7 @@ def replace_patches(device: torch.device, g: torch.Generator) -> int:
 def detect_patches(device: torch.device, g: torch.Generator) -> int:
     calls = 0
     size = (BATCH, WIDTH, HEIGHT, GRID_WIDTH)
-    for dtype, k, update in itertools.product(DTYPES[:3], (0, K), (False, True)):
+    for dtype, k, update, gated in itertools.product(DTYPES[:3], (0, K), (False, True), (False, True)):
         # Integers, so that every order of summation gives the same.
         x, minus = (torch.randint(-3, 4, size, generator=g).to(dtype) for _ in range(2))
         arguments = (
@@ -81,6 +81,9 @@ def detect_patches(device: torch.device, g: torch.Generator) -> int:
             k,
             minus if update else None,
         )
+        if gated:
+            least = torch.randint(1, 20, (2, 2), generator=g)
+            arguments += (torch.tensor([0, 1, 1]), least, 100, torch.arange(BATCH).flip(0))
         expected, there = ops.detect_patches(*arguments, backend="reference"), put(device, *arguments)
         for backend in backends("detect_patches", *there):
             found = ops.detect_patches(*there, backend=backend)

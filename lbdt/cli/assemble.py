@@ -10,6 +10,7 @@ import typer
 
 from lbdt.cli.options import (
     MOST_PADDING,
+    MOST_PATCHES,
     AsJson,
     Dtype,
     UnusedDevice,
@@ -65,6 +66,13 @@ def command(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the eraser.")],
     padding: Annotated[int, counted(min=0, most=MOST_PADDING, help="Patches around the mask.")] = 1,
     source: Annotated[DonorSource, typer.Option(help="Donor patches.")] = DonorSource.random,
+    min_patches: Annotated[
+        int | None,
+        counted(
+            most=MOST_PATCHES,
+            help="Detected patches below which a picture is left; 1: off. Default: calibrated.",
+        ),
+    ] = None,
     target: Annotated[
         ReplacedPart, typer.Option(help="Replace the block's output, or what it adds to its input.")
     ] = ReplacedPart.output,
@@ -118,6 +126,7 @@ def command(
             "source": source.value,
             "target": target.value,
             "detect_at": detect_at,
+            "min_patches": min_patches,
             "selection": {key: value for key, value in selection.items() if value is not None},
         },
         rule=None if steering is None else steering.value,

@@ -14,6 +14,7 @@ import typer
 
 from lbdt.cli.options import (
     MOST_PADDING,
+    MOST_PATCHES,
     MOST_STEPS,
     AsJson,
     CanvasKind,
@@ -69,6 +70,13 @@ def command(
         int | None, counted(min=0, most=MOST_PADDING, help="Patches around the mask. Default: the eraser's.")
     ] = None,
     source: Annotated[DonorSource | None, typer.Option(help="Donor patches. Default: the eraser's.")] = None,
+    min_patches: Annotated[
+        int | None,
+        counted(
+            most=MOST_PATCHES,
+            help="Detected patches below which the picture is left; 1: off. Default: the eraser's.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None, counted(most=MOST_STEPS, help="Denoising steps. Default: 20, for kind sdxl 4.")
     ] = None,
@@ -89,8 +97,10 @@ def command(
         raise typer.BadParameter(
             "an eraser belongs to a pipeline: give --eraser with --model", param_hint="--eraser"
         )
-    if method is RemovalMethod.steering and (padding is not None or source is not None):
-        raise typer.BadParameter("--padding and --source are of --method per", param_hint="--method")
+    if method is RemovalMethod.steering and not (padding is source is min_patches is None):
+        raise typer.BadParameter(
+            "--padding, --source and --min-patches are of --method per", param_hint="--method"
+        )
     if method is RemovalMethod.per and strength is not None:
         raise typer.BadParameter("is of --method steering: PER has no strength", param_hint="--strength")
     from lbdt.canvas.defaults import NAME, eraser_of, pipeline_of, steering_of
@@ -106,6 +116,8 @@ def command(
         loaded.padding = padding
     if source is not None:
         loaded.source = source.value
+    if min_patches is not None:
+        loaded.min_patches = min_patches
     # An unknown concept is told from the dictionary alone, before gigabytes of pipeline are read.
     chosen = {name: loaded.select(name) for name in concept}
     pipe = pipeline_of(model, where)
@@ -208,6 +220,10 @@ def _table(values: dict[str, Any], loaded: UnetEditor, report: Report) -> list[s
             else "took the bank's embeddings"
         )
         lines.append(f"{'no undetected patch':22}in {full} of {rows * len(steps)} feature maps: {fate}")
+    if report.gated:
+        lines.append(
+            f"{'left by the gate':22}{report.gated} of {rows * len(steps)} feature maps: too few patches detected"
+        )
     if report.not_finite:
         lines.append(f"{'not looked at':22}{report.not_finite} patches that are NaN or infinite")
     blind = dict.fromkeys(name for step in steps for name in step.blind)

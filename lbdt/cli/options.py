@@ -41,6 +41,7 @@ MOST = 2**31 - 1
 MOST_STEPS = 10_000
 MOST_THREADS = 1024
 MOST_PADDING = 65_535
+MOST_PATCHES = 2**30
 LARGEST = 1e6
 """The largest strength, scale or weight."""
 SEEDS = {"min": 0, "max": 2**63 - 1}
@@ -54,13 +55,16 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-def inside(low: float, high: float, open_low: bool = False) -> Callable[[float | None], float | None]:
-    """The callback of options that are numbers in [low, high), or in (low, high)."""
+def inside(
+    low: float, high: float, open_low: bool = False, with_high: bool = False
+) -> Callable[[float | None], float | None]:
+    """The callback of options that are numbers in [low, high), without `low` or with `high` where asked."""
 
     def check(value: float | None) -> float | None:
-        if value is not None and not (low < value < high or (value == low and not open_low)):
-            left = "(" if open_low else "["
-            raise typer.BadParameter(f"expected a number in {left}{low:g}, {high:g}), got {value}")
+        ends = (value == low and not open_low) or (value == high and with_high)
+        if value is not None and not (low < value < high or ends):
+            left, right = "[("[open_low], ")]"[with_high]
+            raise typer.BadParameter(f"expected a number in {left}{low:g}, {high:g}{right}, got {value}")
         return value
 
     return check

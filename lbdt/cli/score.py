@@ -96,6 +96,13 @@ def command(
             help="Share of other labels' patches above a calibrated threshold.",
         ),
     ] = 0.02,
+    picture_false_positive: Annotated[
+        float,
+        typer.Option(
+            callback=inside(0, 1, open_low=True, with_high=True),
+            help="Share of other labels' pictures that may pass the gate; 1: no gate.",
+        ),
+    ] = 0.005,
     heldout: Annotated[
         Path | None,
         typer.Option("--heldout", metavar="DIR", help="Activations on which the detection rate is measured."),
@@ -182,6 +189,7 @@ def command(
         bank=bank,
         bank_site=replaced,
         selection=select,
+        picture_false_positive=picture_false_positive,
         assigned=assigned,
         process=world.rank,
         processes=world.size,

@@ -21,6 +21,7 @@ from lbdt.dictionary.checks import (
     require_same_bins,
     require_shape,
 )
+from lbdt.dictionary.picture_counts import PictureCounts
 from lbdt.dictionary.selection import DetectionRates, Selection
 
 _DEFAULT_TOP_K = 2
@@ -45,6 +46,7 @@ class ConceptDictionary:
         fired: Tensor | None = None,  # [L] patches on which each latent was active, of all concepts and bins
         assigned: Mapping[str, int]
         | None = None,  # the latent that a concept was trained on, for some concepts
+        gate: PictureCounts | None = None,
     ) -> None:
         """Raises ValueError on shapes that do not fit, negative, NaN or infinite values, candidates out of range, or
         an assignment of other concepts, of latents out of range, or of one latent to two concepts."""
@@ -71,6 +73,9 @@ class ConceptDictionary:
             require_shape("fired", self.fired, (self.num_latents,))
             require_range("fired", self.fired)
         self.assigned = checked_assignment(assigned, self.concepts, self.num_latents)
+        self.gate = gate
+        if gate is not None:
+            gate.check(*place)
         self._timesteps_on: dict[torch.device, Tensor] = {}
 
     @property
@@ -300,7 +305,8 @@ class ConceptDictionary:
         """The dictionary over both sets of prompts (which must be disjoint), concepts of either, as a new
         object.
 
-        Histograms merge where both have them for the same concepts and candidates; banks and assignments are joined.
+        Histograms merge where both have them for the same concepts and candidates; banks and assignments are joined;
+        the gate, which was counted under the thresholds of one side, is dropped.
         Means were rounded to float32; to merge parts of one run bit for bit, merge their `ConceptStatistics`.
 
         Raises:
@@ -340,12 +346,13 @@ class ConceptDictionary:
             peak=max(self.peak, other.peak),
             fired=self.fired + other.fired if both_fired else None,
             assigned=assigned,
+            gate=None,
         )
 
     def _parts(self) -> dict[str, Any]:
         """The arguments that make this dictionary."""
         names = ("concepts", "timesteps", "mean", "counts", "histograms", "bank", "peak", "fired", "assigned")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "gate")}
 
     def replaced(self, **changes: Any) -> ConceptDictionary:
         """The same dictionary but for some of the constructor's arguments."""
@@ -353,7 +360,7 @@ class ConceptDictionary:
 
     def without_histograms(self) -> ConceptDictionary:
         """The same dictionary, uncalibrated."""
-        return self.replaced(histograms=None)
+        return self.replaced(histograms=None, gate=None)
 
     def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes `dictionary.json` and `dictionary.safetensors`; see `lbdt.dictionary.dictionary_files.save`."""

@@ -10,16 +10,19 @@ from typing import Any
 import torch
 
 from lbdt.dictionary.activation_histograms import Histograms
+from lbdt.dictionary.picture_counts import PictureCounts
 from lbdt.runs.files import json_bytes, read_json, read_tensors, tensor_bytes
 from lbdt.runs.folder import write_folder
 from lbdt.runs.hub import resolve_folder
 from lbdt.runs.reading import MAX_FLOAT, brief, listed
+from lbdt.runs.settings import plain
 
 INFO_FILE = "dictionary.json"
 TENSORS_FILE = "dictionary.safetensors"
-_VERSION = 3
+_VERSION = 4
 _KEYS = ("version", "concepts", "timesteps", "num_latents", "peak", "calibrated", "bank")
-_SINCE = {2: {"fired"}, 3: {"assigned"}}
+_SINCE = {2: {"fired"}, 3: {"assigned"}, 4: {"gate"}}
+_GATE_KEYS = {"patches", "selection", "false_positive"}
 
 
 def save(
@@ -47,6 +50,9 @@ def save(
             if int(tensors[name].max()) < 2**31:
                 tensors[name] = tensors[name].int()
     tensors |= {name: parts[name] for name in ("bank", "fired") if parts[name] is not None}
+    gate = parts["gate"]
+    if gate is not None:
+        tensors |= {"gate_on": gate.on.int(), "gate_off": gate.off.int()}
     info = {
         "version": _VERSION,
         "concepts": list(parts["concepts"]),
@@ -57,6 +63,7 @@ def save(
         "bank": parts["bank"] is not None,
         "fired": parts["fired"] is not None,
         "assigned": parts["assigned"],
+        "gate": None if gate is None else {name: plain(getattr(gate, name)) for name in sorted(_GATE_KEYS)},
     }
     write_folder(
         Path(directory),
@@ -101,6 +108,11 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None) -> tuple[P
     for name in ("calibrated", "bank", "fired"):
         if not isinstance(info.get(name, False), bool):
             raise ValueError(f"{path}: {name}: expected true or false, got {brief(info[name])}")
+    gate = info.get("gate")
+    if gate is not None and (not isinstance(gate, dict) or set(gate) != _GATE_KEYS):
+        raise ValueError(
+            f"{path}: gate: expected null or an object of {', '.join(sorted(_GATE_KEYS))}, got {brief(gate)}"
+        )
     place = (len(concepts), len(timesteps))
     shapes: dict[str, tuple[int | None, ...]] = {"mean": (*place, info["num_latents"]), "counts": place}
     if info["calibrated"]:
@@ -114,6 +126,8 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None) -> tuple[P
         shapes["bank"] = (place[1], None, None)
     if info.get("fired"):
         shapes["fired"] = (info["num_latents"],)
+    if gate is not None:
+        shapes |= {"gate_on": (*place, None), "gate_off": (*place, None)}
     tensors = read_tensors(folder / TENSORS_FILE, shapes)
     histograms = None
     if info["calibrated"]:
@@ -130,4 +144,7 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None) -> tuple[P
         "peak": peak,
         "fired": tensors.get("fired"),
         "assigned": assigned,
+        "gate": None
+        if gate is None
+        else PictureCounts(tensors["gate_on"].long(), tensors["gate_off"].long(), **gate),
     }

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lbdt.activations.shuffle import mix
 from lbdt.dictionary.calibration import Calibration
-from lbdt.dictionary.encoding import Encoder, detected, rows_by_label, rows_of
+from lbdt.dictionary.encoding import Encoder, detected, labels_of, rows_by_label, rows_of
 from lbdt.dictionary.statistics import ConceptStatistics
 
 if TYPE_CHECKING:
@@ -172,6 +172,44 @@ class BankPass:
     def join(self, tensors: Mapping[str, Tensor]) -> None:
         for bin in range(len(tensors["rows"])):
             self.bank.add(bin, tensors["priorities"][bin], tensors["rows"][bin])
+
+
+class GatePass:
+    """`PictureCounts`: pictures by the number of patches in which each label is detected."""
+
+    name = "gate"
+
+    def __init__(
+        self,
+        source: Source,
+        site: Site,
+        by: str,
+        encoder: Encoder,
+        selections: Sequence[Selection],
+        latents: int,
+        most: int,
+    ) -> None:
+        self._source, self._site, self._by, self._encoder = source, site, by, encoder
+        self._selections, self._latents = selections, latents
+        # [2, C, T, most + 1]: of pictures with the label, and of others.
+        self.counts = torch.zeros(2, len(selections), len(source.timesteps), most + 1, dtype=torch.int64)
+
+    def feed(self, index: int) -> None:
+        shard = self._source.shard(index, self._site)
+        label = labels_of(shard, self._by)
+        known = label >= 0
+        most = self.counts.shape[-1]
+        for bin, code in enumerate(self._encoder.codes(shard.x)):
+            for place, selection in enumerate(self._selections):
+                found = detected(code, selection, bin, self._latents).sum(-1).clamp(max=most - 1)  # [P]
+                for group, pictures in enumerate((label == place, known & (label != place))):
+                    self.counts[group, place, bin] += found[pictures].bincount(minlength=most)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"counts": self.counts}
+
+    def join(self, tensors: Mapping[str, Tensor]) -> None:
+        self.counts += tensors["counts"]
 
 
 def run_pass(

@@ -19,7 +19,8 @@ from lbdt.dictionary.checks import checked_assignment
 from lbdt.dictionary.concept_dictionary import ConceptDictionary
 from lbdt.dictionary.dictionary_files import INFO_FILE
 from lbdt.dictionary.encoding import Encoder, check_fit, labels, one_thread
-from lbdt.dictionary.score_passes import BankPass, CalibrationPass, Pass, StatisticsPass, run_pass
+from lbdt.dictionary.picture_counts import MOST_COUNTED, PictureCounts, check_rate
+from lbdt.dictionary.score_passes import BankPass, CalibrationPass, GatePass, Pass, StatisticsPass, run_pass
 from lbdt.dictionary.score_state import Finished, ScoreState
 from lbdt.dictionary.selection import check_criteria
 from lbdt.runs.digests import marked, sha256
@@ -32,13 +33,14 @@ if TYPE_CHECKING:
     from lbdt.sae import SparseAutoencoder
 
 DONE_FILE = "score.json"
-_VERSION = 1
+_VERSION = 2
 _BINS = 256
 _SUMMED = ("version", "processes", "sae", "site", "by", "source")
 _COUNTED = (*_SUMMED, "candidates", "assigned")
 _USED = {
     StatisticsPass.name: _SUMMED,
     CalibrationPass.name: _COUNTED,
+    GatePass.name: (*_COUNTED, "calibrate", "selection"),
     BankPass.name: (*_COUNTED, "calibrate", "bank", "bank_site", "selection", "seed"),
 }
 """What each pass depends on: an interrupted run may go on with other settings for the passes to come."""
@@ -57,6 +59,7 @@ def score(
     bank: int = 32,
     bank_site: Site | None = None,
     selection: Mapping[str, Any] | None = None,
+    picture_false_positive: float | None = 0.005,
     assigned: Mapping[str, int] | None = None,
     process: int = 0,
     processes: int = 1,
@@ -67,10 +70,11 @@ def score(
 ) -> ConceptDictionary:
     """The dictionary of a site's activations (METHOD.md, 3; SAeUron, arXiv 2501.18052).
 
-    One pass over the shards for the means, one for calibrated thresholds, and one over at most 64 shards for the bank;
-    a `Generated` source runs the pipeline in each. Prompts without a label are left out everywhere. One shard is in
-    memory at a time, beside [C, T, L] sums. Sums are whole numbers, and the SAE runs on one thread a bin, so that the
-    same shards give the same bytes with any number of processes or threads, interrupted or not, on one kind of machine.
+    One pass over the shards for the means, one for calibrated thresholds, one for the gate, and one over at most 64
+    shards for the bank; a `Generated` source runs the pipeline in each. Prompts without a label are left out
+    everywhere. One shard is in memory at a time, beside [C, T, L] sums. Sums are whole numbers, and the SAE runs on one
+    thread a bin, so that the same shards give the same bytes with any number of processes or threads, interrupted or
+    not, on one kind of machine.
 
     Args:
         source: labelled activations.
@@ -81,7 +85,10 @@ def score(
         calibrate: keep histograms.
         bank: undetected patches kept per timestep, for maps in which every patch is detected; 0: none.
         bank_site: where patches will be replaced; None: the output at `site`'s hookpoint, an eraser's default.
-        selection: the eraser's keywords of `ConceptDictionary.select`, which say what counts as detected in the bank.
+        selection: the eraser's keywords of `ConceptDictionary.select`, which say what counts as detected by the gate
+            and in the bank.
+        picture_false_positive: share of other labels' pictures, in (0, 1], that may pass the gate at a timestep
+            (METHOD.md, 3.6); None, or a single label: no gate.
         assigned: the latent that each label was trained on (`lbdt.training.assignment`); other names are ignored.
         process, processes: this process's number and their count; each calls `score` with the same `folder`, and all
             return the same dictionary.
@@ -103,6 +110,8 @@ def score(
         )
     place = _bank_site(source, site, bank_site) if bank else None
     _check_selection(selection or {}, candidates if calibrate else None)
+    if picture_false_positive is not None:
+        check_rate(picture_false_positive)
     mine = None
     if assigned:
         mine = {name: latent for name, latent in assigned.items() if name in names}
@@ -115,7 +124,8 @@ def score(
             f"selection: assigned needs a latent for every label; {', '.join(without)} have none"
         )
     work = _Work(
-        source, site, sae, by, names, candidates, calibrate, bank, place, dict(selection or {}), mine, seed
+        *(source, site, sae, by, names, candidates, calibrate, bank, place),
+        *(dict(selection or {}), picture_false_positive, mine, seed),
     )
     if folder is None:
         return work.run(None, save_every, 0, 1, progress)
@@ -167,6 +177,7 @@ class _Work:
     bank: int
     bank_site: Site | None
     selection: dict[str, Any]
+    picture_false_positive: float | None
     assigned: dict[str, int] | None
     seed: int
 
@@ -183,6 +194,7 @@ class _Work:
                 "bank": self.bank,
                 "bank_site": None if self.bank_site is None else str(self.bank_site),
                 "selection": self.selection,
+                "picture_false_positive": self.picture_false_positive,
                 "assigned": self.assigned,
                 "seed": self.seed,
                 "source": _source_settings(self.source, self.site, self.bank_site),
@@ -211,9 +223,19 @@ class _Work:
                 counts = CalibrationPass(*place, encoder, empty)
                 over(counts, shards)
                 dictionary = counts.calibration.build()
-            if self.bank:
+            gated = self.picture_false_positive is not None and len(self.names) > 1
+            if self.bank or gated:
                 with one_thread():
                     selections = [dictionary.select(name, **self.selection) for name in self.names]
+            if gated:
+                patches = self.source.patches(self.site)
+                seen = GatePass(*place, encoder, selections, latents, min(patches, MOST_COUNTED))
+                over(seen, shards)
+                rate = self.picture_false_positive
+                dictionary = dictionary.replaced(
+                    gate=PictureCounts(*seen.counts, patches, self.selection, rate)
+                )
+            if self.bank:
                 drawn = BankPass(*place, encoder, self.bank_site, selections, latents, self.bank, self.seed)
                 over(drawn, _spread(len(shards)))
                 dictionary = dictionary.replaced(bank=drawn.bank.build())

@@ -36,10 +36,13 @@ class StepReport:
     """Patches that the SAE looked at and that hold NaN or infinity: no concept can be detected in them."""
     blind: tuple[str, ...] = ()
     """Concepts of the attachment without any latent at this timestep: they were not looked for."""
+    gated: int = 0
+    """Rows in which patches were detected, but too few for the picture to count as carrying the concept."""
 
     def unseen(self) -> str:
-        """What was not looked at, as an addition to the step's line; empty where all was."""
-        note = f"; {self.not_finite} patches NaN or infinite" if self.not_finite else ""
+        """What was left or not looked at, as an addition to the step's line; empty where there is nothing to say."""
+        note = f"; {self.gated} gated" if self.gated else ""
+        note += f"; {self.not_finite} patches NaN or infinite" if self.not_finite else ""
         return note + (f"; no latent of {', '.join(self.blind)}" if self.blind else "")
 
 
@@ -94,6 +97,11 @@ class Report:
         """Patches (over all steps) with NaN or infinity, in which no concept can be detected."""
         return sum(step.not_finite for step in self.steps)
 
+    @property
+    def gated(self) -> int:
+        """Rows (over all steps) in which the gate left what was detected."""
+        return sum(step.gated for step in self.steps)
+
     def _mean(self, name: str) -> float:
         patches = sum(step.patches for step in self.steps)
         return sum(getattr(step, name) * step.patches for step in self.steps) / patches if patches else 0.0
@@ -105,6 +113,7 @@ class Report:
             "replaced": self.replaced,
             "unchanged": self.unchanged,
             "not_finite": self.not_finite,
+            "gated": self.gated,
             "steps": [asdict(step) for step in self.steps],
         }
 
@@ -181,6 +190,7 @@ def summarise(calls: list[Call], blind: Blind | None = None, ran: str | None = N
                 unchanged=sum(call.unchanged for call in group),
                 not_finite=sum(call.not_finite for call in group),
                 blind=() if blind is None else blind.at(timestep),
+                gated=sum(call.gated for call in group),
             )
         )
     if ran is None:

@@ -142,6 +142,8 @@ class UnetEditor(Editor):
 
     FILE: ClassVar[str]
     """The JSON file of the settings."""
+    _ADDED: ClassVar[dict[str, Any]] = {}
+    """Settings that older files lack, and what these meant."""
     _OTHERWISE: ClassVar[tuple[str, ...]] = ()
     """Files that are read instead of `FILE` where there is none."""
 
@@ -226,7 +228,7 @@ class UnetEditor(Editor):
             plan = self._plan(columns, options, *self._tensors(columns, seeds))
             blind = warn_of_blind(plan, columns.owners)
             plan.to(parameter.device, parameter.dtype)
-            recorder = Recorder(parameter.device, masks=keep_masks)
+            recorder = Recorder(parameter.device, masks=keep_masks, gated=plan.gate is not None)
         state = CallState(pipe)
         around, watch = around_call(unet, self.hookpoint, plan, state)
         hooks = [*around, *self._hooks(blocks, plan, state, recorder)]
@@ -245,7 +247,12 @@ class UnetEditor(Editor):
             chosen = self.select(concept)
             parts += [concept, chosen.latents, chosen.thresholds]
         bank = self.dictionary.bank
-        return sha256(marked([*parts, self.dictionary.mean, "no bank" if bank is None else bank]))
+        parts += [self.dictionary.mean, "no bank" if bank is None else bank]
+        return sha256(marked(parts + self._digested()))
+
+    def _digested(self) -> list[Any]:
+        """What else tells an editor's pictures from another's."""
+        return []
 
     def save_settings(self, directory: str | os.PathLike[str]) -> None:
         """Writes `eraser.json` or `steering.json` alone, into the folder of another editor with the same SAE and
@@ -291,6 +298,7 @@ class UnetEditor(Editor):
             raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
         if values.get("version") != _VERSION:
             raise ValueError(f"{path}: expected version {_VERSION}, got {brief(values.get('version'))}")
+        values = cls._ADDED | values
         wrong = sorted(set(values) ^ set(keys))
         if wrong:
             raise ValueError(

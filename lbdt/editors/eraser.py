@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,15 @@ from lbdt.donors import SOURCES
 from lbdt.editors.attachment import LatentColumns, check_hookpoint, choice
 from lbdt.editors.editor import UnetEditor
 from lbdt.hooks import lookup
-from lbdt.hooks.detection_plan import MOST_PADDING, TARGETS, CallState, DetectionOptions, ErasePlan
+from lbdt.hooks.detection_plan import (
+    MOST_PADDING,
+    MOST_PATCHES,
+    TARGETS,
+    CallState,
+    DetectionOptions,
+    ErasePlan,
+    Gate,
+)
 from lbdt.hooks.recorder import Recorder
 from lbdt.runs.reading import brief
 from lbdt.sae import SparseAutoencoder
@@ -30,7 +39,8 @@ class ConceptEraser(UnetEditor):
 
     KIND = "eraser"
     FILE = "eraser.json"
-    SETTINGS = ("hookpoint", "padding", "source", "selection", "target", "detect_at")
+    SETTINGS = ("hookpoint", "padding", "source", "selection", "target", "detect_at", "min_patches")
+    _ADDED = {"min_patches": None}
     SHOWN = ("padding", "source")
 
     def __init__(
@@ -44,6 +54,7 @@ class ConceptEraser(UnetEditor):
         selection: dict[str, Any] | None = None,
         target: str = "output",
         detect_at: str | None = None,
+        min_patches: int | None = None,
     ) -> None:
         """
         Args:
@@ -56,11 +67,14 @@ class ConceptEraser(UnetEditor):
             selection: keywords of `ConceptDictionary.select`; None: its defaults.
             target: what is replaced: the block's "output" or its "update".
             detect_at: the block that the SAE looks at, if another one, on the same grid and earlier in the UNet.
+            min_patches: the gate (METHOD.md, 2.5): an image with fewer detected patches of a concept in a UNet call
+                keeps its bits there. None: as the dictionary was calibrated for this `selection`, else 1: off.
 
         Raises:
             ValueError, TypeError: the argument, what was expected, what was given.
         """
         self.padding, self.source, self.target, self.detect_at = padding, source, target, detect_at
+        self.min_patches = min_patches
         super().__init__(sae, dictionary, hookpoint, selection)
 
     def save_pretrained(
@@ -92,6 +106,12 @@ class ConceptEraser(UnetEditor):
             raise ValueError(f"padding: expected an integer >= 0, got {self.padding}")
         if self.padding > MOST_PADDING:
             raise ValueError(f"padding: expected an integer <= {MOST_PADDING}, got {self.padding}")
+        if self.min_patches is not None:
+            least = self.min_patches
+            if isinstance(least, bool) or not isinstance(least, int):
+                raise TypeError(f"min_patches: expected None or an integer >= 1, got {brief(least)}")
+            if not 1 <= least <= MOST_PATCHES:
+                raise ValueError(f"min_patches: expected 1 <= min_patches <= {MOST_PATCHES}, got {least}")
         choice("source", self.source, SOURCES)
         choice("target", self.target, TARGETS)
 
@@ -113,7 +133,27 @@ class ConceptEraser(UnetEditor):
             padding=self.padding,
             source=self.source,
             target=self.target,
+            gate=self._gate(columns.owners),
         )
+
+    def _digested(self) -> list[Any]:
+        gate = self._gate(self.concepts)
+        return [] if gate is None else ["gate", gate.least, str(gate.least_of)]
+
+    def _gate(self, owners: Sequence[str]) -> Gate | None:
+        """The gate of columns with these concepts; None where it is off."""
+        counts, names = self.dictionary.gate, list(dict.fromkeys(owners))
+        if self.min_patches is not None:
+            least = torch.full((len(self.dictionary.timesteps), len(names)), self.min_patches)
+            least_of = 0
+        elif counts is not None and names and counts.is_for(self.selection):
+            least = counts.least()[[self.dictionary.index(name) for name in names]].t().contiguous()
+            least_of = counts.patches
+        else:
+            return None
+        if bool((least == 1).all()):
+            return None
+        return Gate(torch.tensor([names.index(name) for name in owners]), least, least_of)
 
     def _hooks(
         self, blocks: list[nn.Module], plan: ErasePlan, state: CallState, recorder: Recorder

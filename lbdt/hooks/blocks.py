@@ -117,8 +117,9 @@ class _TargetHook(_InputHook):
         if self.recorder.rows.device != mask.device:
             self.recorder.to(mask.device)
         rows = self.plan.rows(self.state)
-        self.recorder.add(rows.timesteps, mask, changed, self.state.sums, height, width, rows.halves)
-        self.state.timesteps = self.state.rows = self.state.mask = self.state.sums = self.state.grid = None
+        state = self.state
+        self.recorder.add(rows.timesteps, mask, changed, state.sums, height, width, rows.halves, state.gated)
+        state.timesteps = state.rows = state.mask = state.sums = state.gated = state.grid = None
 
 
 class EraseHook(_TargetHook):

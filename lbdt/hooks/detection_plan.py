@@ -12,6 +12,8 @@ from lbdt import ops
 
 MOST_PADDING = 65_535
 """The largest padding in patches: no map that a recorder takes has a longer side."""
+MOST_PATCHES = 1 << 30
+"""The largest number of patches in a map."""
 ROWS = ("all", "cond")
 TARGETS = ("output", "update")
 
@@ -48,6 +50,19 @@ class CallRows(NamedTuple):
     """[B] int64."""
     enabled: Tensor
     """[B, U] bool."""
+    deciding: Tensor
+    """[B] int64: the conditional, or only, row of each row's image."""
+
+
+class Gate(NamedTuple):
+    """How many patches of a row must be detected for a concept (METHOD.md, 2.5)."""
+
+    owners: Tensor
+    """[U] int64: the place in `least` of each column's concept."""
+    least: Tensor
+    """[T, C] int64."""
+    least_of: int
+    """The patches of the maps that `least` counts on; 0: of whatever map."""
 
 
 class CallState:
@@ -59,6 +74,7 @@ class CallState:
         self.rows: CallRows | None = None
         self.mask: Tensor | None = None  # [B, N], of detect_at
         self.sums: Tensor | None = None  # [B, N], of what is looked at
+        self.gated: Tensor | None = None  # [B], patches that the gate took
         self.grid: tuple[int, int] | None = None
         self.prompts: int | None = None
         self.images: int | None = None
@@ -89,8 +105,9 @@ class DetectionPlan:
         timesteps: Tensor,  # [T] float32, the bins
         enabled: Tensor,  # [S, U] bool, one row a set
         seeds: Tensor,  # [R] int64
+        gate: Gate | None = None,
     ) -> None:
-        self.options = options
+        self.options, self.gate = options, gate
         self.weight, self.bias, self.latents = weight, bias, latents
         self.thresholds, self.timesteps = thresholds, timesteps
         self.enabled, self.seeds = enabled, seeds
@@ -100,6 +117,9 @@ class DetectionPlan:
         for name in ("bias", "latents", "thresholds", "timesteps", "enabled", "seeds"):
             setattr(self, name, getattr(self, name).to(device))
         self.weight = self.weight.to(device, dtype)
+        if self.gate is not None:
+            owners, least, least_of = self.gate
+            self.gate = Gate(owners.to(device), least.to(device), least_of)
 
     def check_call(self, state: CallState, batch: int) -> None:
         """ValueError where the lists of sets and seeds, or the steps, do not fit this call; reads sizes only."""
@@ -114,8 +134,13 @@ class DetectionPlan:
                 )
 
     def detect(self, x: Tensor, minus: Tensor | None, state: CallState) -> Tensor:
-        """Mask [B, N] of `x` [B, d, H, W] or [B, d, N], by the concept sets, window and half of each row."""
+        """Mask [B, N] of `x` [B, d, H, W] or [B, d, N], by the concept sets, window and half of each row, and where
+        there is a gate by that; keeps how many patches it took."""
         enabled = self.enabled_in(state)
+        gate: tuple[Any, ...] = ()
+        if self.gate is not None:
+            state.gated = torch.empty_like(self.rows(state).bins)
+            gate = (*self.gate, self.rows(state).deciding, state.gated)
         return ops.detect_patches(
             x,
             self.weight,
@@ -126,6 +151,7 @@ class DetectionPlan:
             enabled,
             self.options.k,
             minus,
+            *gate,
         )
 
     def add_up(self, x: Tensor, minus: Tensor | None, state: CallState) -> None:
@@ -172,7 +198,8 @@ class DetectionPlan:
             else:
                 enabled = sets.index_select(0, image // (images // sets.shape[0]))
             timesteps = state.timesteps.to(torch.float32)
-            state.rows = CallRows(timesteps, self.bins(timesteps), half, halves, seeds, enabled)
+            deciding = image + (halves - 1) * images
+            state.rows = CallRows(timesteps, self.bins(timesteps), half, halves, seeds, enabled, deciding)
         return state.rows
 
     def bins(self, timesteps: Tensor) -> Tensor:
@@ -202,8 +229,9 @@ class ErasePlan(DetectionPlan):
         padding: int,
         source: str,
         target: str,
+        gate: Gate | None = None,
     ) -> None:
-        super().__init__(options, *tensors)
+        super().__init__(options, *tensors, gate=gate)
         self.bank, self.padding, self.source, self.target = bank, padding, source, target
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:

@@ -35,6 +35,8 @@ class Call(NamedTuple):
     """uint8 [rows, H, W]: bit 0 detected, bit 1 replaced; None where not kept."""
     not_finite: int
     """Patches that the SAE looked at and that hold NaN or infinity: nothing is detected in them."""
+    gated: int = 0
+    """Rows in which patches were detected, and left as too few."""
 
 
 class Recorder:
@@ -44,10 +46,10 @@ class Recorder:
     CUDA graph. What can be worked out of a row's two counts waits for `read`.
     """
 
-    def __init__(self, device: torch.device, masks: bool = False) -> None:
-        self.masks = masks
+    def __init__(self, device: torch.device, masks: bool = False, gated: bool = False) -> None:
+        self.masks, self.gated = masks, gated
         self.written = torch.zeros(2, dtype=torch.int64, device=device)  # rows and cells
-        self.rows = torch.zeros(_ROWS, FIELDS + 1, dtype=torch.int64, device=device)
+        self.rows = torch.zeros(_ROWS, FIELDS + 1 + gated, dtype=torch.int64, device=device)
         self.cells = torch.zeros(_CELLS if masks else 0, dtype=torch.uint8, device=device)
 
     def to(self, device: torch.device) -> None:
@@ -66,11 +68,12 @@ class Recorder:
         height: int,
         width: int,
         halves: int,
+        gated: Tensor | None = None,  # [B] int64
     ) -> None:
         """Writes one call. `mask` before padding, `replaced` after it, both bool; `sums`: of what was looked at, over
-        its channels."""
+        its channels; `gated`: the patches that the gate took, iff the recorder is of a gate."""
         sizes = ((height * _SIDE + width) * 8 + halves) * _SIDE + mask.shape[0]
-        ops.record_patches(mask, replaced, timesteps, sizes, self.rows, self.cells, self.written, sums)
+        ops.record_patches(mask, replaced, timesteps, sizes, self.rows, self.cells, self.written, sums, gated)
 
     def not_finite(self) -> int:
         """Patches with NaN or infinity among the kept calls. Waits for the device."""
@@ -115,6 +118,7 @@ class Recorder:
                     sum(unchanged),
                     picture,
                     sum(row[FIELDS] for row in rows[end : end + batch]),
+                    sum(row[-1] > 0 for row in rows[end : end + batch]) if self.gated else 0,
                 )
             )
         return calls[::-1]

@@ -93,7 +93,8 @@ def test_without_firing_counts_the_means_order_the_latents(tmp_path):
     dictionary.save_pretrained(tmp_path)
     info = json.loads((tmp_path / "dictionary.json").read_text())
     # As the first version wrote it.
-    assert info.pop("fired") is False and info.pop("assigned") is None and info["version"] == 3
+    assert info.pop("fired") is False and info.pop("assigned") is None and info.pop("gate") is None
+    assert info["version"] == 4
     info["version"] = 1
     (tmp_path / "dictionary.json").write_text(json.dumps(info))
     assert ConceptDictionary.from_pretrained(tmp_path).fired is None
@@ -328,8 +329,8 @@ def test_damaged_files(tmp_path):
     make_dictionary().save_pretrained(tmp_path)
     info = json.loads((tmp_path / "dictionary.json").read_text())
     for change, message in (
-        ({"version": 4}, "expected version 1 to 3, got 4"),
-        ({"version": 1}, "missing or unknown: assigned, fired"),
+        ({"version": 5}, "expected version 1 to 4, got 5"),
+        ({"version": 1}, "missing or unknown: assigned, fired, gate"),
         ({"colour": "red"}, "missing or unknown: colour"),
         ({"peak": "high"}, "peak: expected a finite number"),
         ({"concepts": ["Cats", "Cats", "Dogs"]}, "expected distinct names"),

@@ -59,6 +59,11 @@ def internal_case(random):
                     "enabled": bools(random, (batch, union)),
                     "k": k,
                     "minus": None,
+                    "owners": random.choice((None, integers(random, union, 2))),
+                    "least": random.choice((None, torch.ones(2, 2, dtype=torch.int64))),
+                    "least_of": random.choice((0, 7)),
+                    "deciding": random.choice((None, integers(random, batch, batch or 1))),
+                    "gated": random.choice((None, torch.zeros(batch, dtype=torch.int64))),
                     "mask": mask,
                 },
             ),
@@ -87,10 +92,11 @@ def internal_case(random):
                     "replaced": replaced,
                     "timesteps": torch.zeros(batch),
                     "sizes": random.choice(NUMBERS[:-1]),
-                    "rows": torch.zeros(3, random.choice((4, 5)), dtype=torch.int64),
+                    "rows": torch.zeros(3, random.choice((4, 5, 6)), dtype=torch.int64),
                     "cells": torch.zeros(random.choice((0, 50)), dtype=torch.uint8),
                     "written": integers(random, 2, 99),
                     "sums": random.choice((None, torch.zeros(batch, count))),
+                    "gated": random.choice((None, torch.zeros(batch, dtype=torch.int64))),
                 },
             ),
         )
@@ -119,7 +125,7 @@ def test_internal_ops_take_or_refuse_anything(random):
             arguments = copied(arguments) | {random.choice(list(tensors)): freed}
     written = {n for n in WRITTEN if n in arguments} | ({"x"} if name.endswith("_") else set())
     if name == "detect_patches_cpp":
-        written.add("mask")
+        written |= {"mask", "gated"}
     bounds = memory(arguments)
     _, after = outcome(getattr(torch.ops.lbdt, name), arguments)
     same = {n for n in bounds if not any(after[n] is after[w] or _together(arguments, n, w) for w in written)}

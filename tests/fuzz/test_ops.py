@@ -121,6 +121,15 @@ def test_detect_patches(random):
         "k": k,
         "minus": floats(random, x.shape, x.dtype) if random.random() < 0.3 else None,
     }
+    if random.random() < 0.5:
+        batch, concepts = x.shape[0], random.randint(1, 4)
+        least = [[random.choice((0, 1, 3, 2**62, -5)) for _ in range(concepts)] for _ in range(bins)]
+        arguments |= {
+            "owners": integers(random, union, concepts),
+            "least": torch.tensor(least),
+            "least_of": random.choice((0, 1, 35, 2**30)),
+            "deciding": integers(random, batch, batch) if batch and random.random() < 0.5 else None,
+        }
     arguments = arranged(random, arguments)
     if random.random() < 0.5:
         arguments = spoiled(random, arguments)
@@ -183,10 +192,12 @@ def test_record_patches(random):
         "replaced": bools(random, shape),
         "timesteps": floats(random, shape[:1], torch.float32),
         "sums": random.choice((None, floats(random, shape, torch.float32))),
+        "gated": random.choice((None, integers(random, shape[0], 99))),
     }
+    columns = 4 + (free["sums"] is not None) + (free["gated"] is not None)
     arguments = arranged(random, free) | {
         "sizes": random.choice((0, 12345, 2**62, 2**63 - 1)),
-        "rows": torch.zeros(random.randint(1, 6), 4 + (free["sums"] is not None), dtype=torch.int64),
+        "rows": torch.zeros(random.randint(1, 6), columns, dtype=torch.int64),
         "cells": torch.zeros(room, dtype=torch.uint8),
         "written": torch.tensor(ends),
     }

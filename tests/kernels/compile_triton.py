@@ -45,14 +45,19 @@ def launches(op: str, arch: int, **arguments) -> list:
     module = importlib.import_module(f"lbdt.kernels.{op}")
     module.capability = lambda device: divmod(arch, 10)
     found: list = []
-    kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
-    for name, kernel in kernels.items():
-        setattr(module, name, Recorder(kernel, found))
+    kernels = [
+        (place, name, value)
+        for place in (module, importlib.import_module("lbdt.kernels._gate"))
+        for name, value in vars(place).items()
+        if name.endswith("_kernel")
+    ]
+    for place, name, kernel in kernels:
+        setattr(place, name, Recorder(kernel, found))
     try:
         getattr(module, op)(**arguments)
     finally:
-        for name, kernel in kernels.items():
-            setattr(module, name, kernel)
+        for place, name, kernel in kernels:
+            setattr(place, name, kernel)
     return found
 
 
@@ -121,6 +126,17 @@ def detection(batch, channels, side, latents, union, k, dtype, layout, update) -
     }
 
 
+def gated(concepts: int, **about) -> dict:
+    given = detection(**about)
+    return given | {
+        "owners": torch.empty(about["union"], dtype=torch.int64),
+        "least": torch.empty(50, concepts, dtype=torch.int64),
+        "least_of": given["x"].shape[2:].numel(),
+        "deciding": torch.empty(about["batch"], dtype=torch.int64),
+        "gated": torch.empty(about["batch"], dtype=torch.int64),
+    }
+
+
 def encoding(batch, channels, side, latents, k, dtype, layout) -> dict:
     return {
         "x": torch.empty(batch, channels, side, side, dtype=dtype).to(memory_format=layout),
@@ -150,6 +166,12 @@ CASES = {
     "detect_patches sd15-b8 channels_last float32": lambda: detection(
         **SD15, batch=16, union=64, dtype=FLOAT, layout=NHWC, update=False
     ),
+    "detect_patches gated sd15-b8 NCHW float16": lambda: gated(
+        9, **SD15, batch=16, union=64, dtype=HALF, layout=NCHW, update=False
+    ),
+    "detect_patches gated ones": lambda: gated(
+        1, **SD15 | {"side": 1, "k": 1}, batch=1, union=1, dtype=HALF, layout=NCHW, update=False
+    ),
     "detect_patches sdxl-1024 update bfloat16": lambda: detection(
         **SDXL, batch=2, union=40, dtype=BRAIN, layout=NCHW, update=True
     ),
@@ -167,10 +189,11 @@ CASES = {
         "replaced": torch.empty(2, 256, dtype=torch.bool),
         "timesteps": torch.empty(2),
         "sizes": 2**45,
-        "rows": torch.empty(1 << 16, 5, dtype=torch.int64),
+        "rows": torch.empty(1 << 16, 6, dtype=torch.int64),
         "cells": torch.empty(1 << 22, dtype=torch.uint8),
         "written": torch.empty(2, dtype=torch.int64),
         "sums": torch.empty(2, 256),
+        "gated": torch.empty(2, dtype=torch.int64),
     },
     # Integers that are 1 become constants, which are typed otherwise.
     "detect_patches ones": lambda: detection(

@@ -21,7 +21,10 @@ SHARED = {
     100: 227,
 }  # KiB a program may have (CUDA C++ programming guide, table of capabilities)
 PRODUCTS = ("detect_patches_candidates_kernel", "detect_patches_count_kernel", "encode_topk_part_kernel")
-KERNELS = {*PRODUCTS, "encode_topk_merge_kernel", "patch_uniform_kernel", "record_patches_kernel"}
+KERNELS = {
+    *(*PRODUCTS, "detect_patches_gate_kernel"),
+    *("encode_topk_merge_kernel", "patch_uniform_kernel", "record_patches_kernel"),
+}
 
 
 def triton_version() -> tuple[int, ...]:

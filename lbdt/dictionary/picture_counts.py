@@ -1,0 +1,86 @@
+"""How many patches of a picture are detected for a concept, in pictures of it and of others: what the gate needs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbdt.dictionary.checks import require_range, require_shape
+from lbdt.dictionary.selection import check_criteria
+from lbdt.runs.reading import brief
+
+MOST_COUNTED = 64
+"""Patches of a picture that are told apart; a gate beyond would hide whole objects."""
+
+
+@dataclass(frozen=True)
+class PictureCounts:
+    """Histograms of the detected patches per picture, and the false-positive rate of the gate (METHOD.md, 3.6)."""
+
+    on: Tensor
+    """[C, T, K + 1] int64: pictures of the concept by how many patches are detected for it, the last: K or more."""
+    off: Tensor
+    """The same over the pictures of other concepts."""
+    patches: int
+    """N of the maps that were counted."""
+    selection: Mapping[str, Any]
+    """The keywords of `ConceptDictionary.select` under which they were detected."""
+    false_positive: float
+    """The share of other concepts' pictures that may pass the gate, in (0, 1]."""
+
+    def check(self, concepts: int, bins: int) -> None:
+        """ValueError unless the shapes are those of a dictionary, and the values such as `score` writes."""
+        for name in ("on", "off"):
+            tensor = getattr(self, name)
+            require_shape(f"gate {name}", tensor, (concepts, bins, None))
+            require_range(f"gate {name}", tensor)
+        if self.on.shape != self.off.shape or self.on.shape[2] < 2:
+            raise ValueError(
+                f"gate: expected on and off of one shape [C, T, K + 1 >= 2], got {list(self.on.shape)} and "
+                f"{list(self.off.shape)}"
+            )
+        if type(self.patches) is not int or not 1 <= self.patches <= 1 << 30:
+            raise ValueError(f"gate patches: expected an integer in [1, 2**30], got {brief(self.patches)}")
+        check_rate(self.false_positive)
+        if not isinstance(self.selection, Mapping):
+            raise ValueError(f"gate selection: expected keywords of select, got {brief(self.selection)}")
+        unknown = sorted(set(self.selection) - set(inspect.signature(check_criteria).parameters))
+        if unknown:
+            raise ValueError(f"gate selection: unknown key {', '.join(map(brief, unknown))}")
+        check_criteria(**self.selection)
+
+    def least(self) -> Tensor:
+        """The gate: [C, T] int64, the least number of patches that at most a share `false_positive` of the other
+        concepts' pictures has; K where none of those counted is enough."""
+        tail = self.off.flip(-1).cumsum(-1).flip(-1)  # pictures with so many patches, or more
+        allowed = (self.off.sum(-1, keepdim=True) * self.false_positive).floor()
+        passing = tail[..., 1:] <= allowed
+        passing[..., -1] = True
+        return passing.int().argmax(-1) + 1
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """The shares of pictures of the concept, and of others, that pass the gate: both [C, T] float64."""
+        enough = torch.arange(self.on.shape[2]) >= self.least().unsqueeze(-1)
+        shares = [(h * enough).sum(-1).double() / h.sum(-1).clamp(min=1) for h in (self.on, self.off)]
+        return shares[0], shares[1]
+
+    def is_for(self, selection: Mapping[str, Any]) -> bool:
+        """Whether `selection` detects the same: its keywords, or their defaults, are those of the counts."""
+        return _whole(self.selection) == _whole(selection)
+
+
+def check_rate(value: Any) -> None:
+    """ValueError unless it is a share in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"picture_false_positive: expected a share in (0, 1], got {brief(value)}")
+
+
+def _whole(selection: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(check_criteria).parameters
+    defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+    return defaults | {name: value for name, value in selection.items() if value is not None}

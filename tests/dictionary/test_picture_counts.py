@@ -1,0 +1,142 @@
+"""The gate's counts: what `score` writes, the least number of patches that follows, and files of them."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from lbdt.dictionary import ConceptDictionary
+from lbdt.dictionary.picture_counts import PictureCounts
+from lbdt.dictionary.scoring import score
+from tests.dictionary.activations import CONCEPTS, PATCHES, SITE, TIMESTEPS, Lazy, in_memory, make_sae
+
+
+def counts(off, false_positive=0.005):
+    off = torch.tensor(off).view(1, 1, -1)
+    return PictureCounts(off.flip(-1), off, 16, {}, false_positive)
+
+
+@pytest.mark.parametrize(
+    ("off", "rate", "least"),
+    [
+        pytest.param([1000, 0, 0, 0], 0.005, 1, id="nothing-detected"),
+        pytest.param([995, 5, 0, 0], 0.005, 1, id="just-few-enough"),
+        pytest.param([994, 6, 0, 0], 0.005, 2, id="one-too-many"),
+        pytest.param([990, 0, 6, 4], 0.005, 3, id="a-gap"),
+        pytest.param([0, 0, 0, 1000], 0.005, 3, id="all-beyond-what-was-counted"),
+        pytest.param([10, 1, 0, 0], 0.005, 2, id="few-pictures-allow-none"),
+        pytest.param([0, 0, 0, 1000], 1.0, 1, id="a-rate-of-one-is-no-gate"),
+        pytest.param([0, 0, 0, 0], 0.005, 1, id="no-picture"),
+    ],
+)
+def test_the_least_number_that_few_enough_pictures_reach(off, rate, least):
+    gate = counts(off, rate)
+    assert gate.least().tolist() == [[least]]
+    assert gate.least().dtype == torch.int64
+
+
+def test_the_shares_that_pass():
+    on, off = counts([990, 0, 6, 4]).kept()
+    assert (float(on), float(off)) == (0.99, 0.004)
+
+
+@pytest.fixture(scope="module")
+def scored():
+    return score(in_memory(60), SITE, make_sae(), picture_false_positive=0.2, progress=False)
+
+
+def test_score_counts_every_labelled_picture(scored):
+    source, gate = in_memory(60), scored.gate
+    label = torch.cat([source.shard(i, SITE).concepts for i in range(15)])
+    x = torch.cat([source.shard(i, SITE).x for i in range(15)]).float()
+    assert (gate.patches, gate.selection, gate.false_positive) == (PATCHES, {}, 0.2)
+    for place, name in enumerate(CONCEPTS):
+        chosen = scored.select(name)
+        for bin in range(len(TIMESTEPS)):
+            z = torch.zeros(60, PATCHES, scored.num_latents)
+            code = make_sae().encode(x[:, bin])
+            z.scatter_(-1, code.indices.long(), code.values)
+            found = (z[..., chosen.latents] > chosen.thresholds[bin]).any(-1).sum(-1)
+            for group, pictures in ((gate.on, label == place), (gate.off, (label >= 0) & (label != place))):
+                assert group[place, bin].tolist() == found[pictures].bincount(minlength=PATCHES + 1).tolist()
+
+
+def test_no_gate_where_none_is_asked_for_or_there_is_nothing_to_tell_apart():
+    assert score(in_memory(), SITE, make_sae(), picture_false_positive=None, progress=False).gate is None
+
+
+@pytest.mark.parametrize("rate", [0, -0.1, 1.5, True, "much"])
+def test_bad_rates_are_refused_at_the_door(rate):
+    source = Lazy()
+    with pytest.raises(ValueError, match="picture_false_positive: expected a share in"):
+        score(source, SITE, make_sae(), picture_false_positive=rate, progress=False)
+    assert not source.asked
+
+
+@pytest.mark.parametrize(
+    ("selection", "same"),
+    [
+        ({}, True),
+        ({"false_positive": 0.02}, True),
+        ({"top_k": None}, True),
+        ({"false_positive": 0.01}, False),
+        ({"top_k": 1}, False),
+        ({"thresholds": "published"}, False),
+    ],
+    ids=str,
+)
+def test_it_is_for_the_selection_that_was_counted(scored, selection, same):
+    assert scored.gate.is_for(selection) is same
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+def test_files(scored, tmp_path, dtype):
+    scored.save_pretrained(tmp_path, dtype=dtype)
+    back = ConceptDictionary.from_pretrained(tmp_path).gate
+    assert torch.equal(back.on, scored.gate.on) and torch.equal(back.off, scored.gate.off)
+    assert torch.equal(back.least(), scored.gate.least()) and back.is_for({})
+    assert (back.patches, back.false_positive) == (PATCHES, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ([], "gate: expected null or an object"),
+        (
+            {"patches": 6, "selection": {}},
+            "gate: expected null or an object of false_positive, patches, selection",
+        ),
+        ({"patches": 0, "selection": {}, "false_positive": 0.1}, "gate patches: expected an integer in"),
+        ({"patches": 6, "selection": {"x": 1}, "false_positive": 0.1}, "gate selection: unknown key 'x'"),
+        ({"patches": 6, "selection": [], "false_positive": 0.1}, "gate selection: expected keywords"),
+        ({"patches": 6, "selection": {"top_k": 0}, "false_positive": 0.1}, "top_k: expected an integer >= 1"),
+        ({"patches": 6, "selection": {}, "false_positive": 0}, "picture_false_positive: expected a share"),
+    ],
+    ids=["list", "keys", "patches", "unknown", "selection", "criteria", "rate"],
+)
+def test_bad_files(scored, tmp_path, change, message):
+    scored.save_pretrained(tmp_path)
+    path = tmp_path / "dictionary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"gate": change}))
+    with pytest.raises(ValueError, match=message):
+        ConceptDictionary.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"off": torch.zeros(1, 1, 3).long()}, "of one shape"),
+        ({"on": torch.zeros(2, 1, 4).long()}, "gate on: expected shape"),
+        ({"off": -torch.ones(1, 1, 4).long()}, "gate off: expected finite values >= 0"),
+    ],
+    ids=["other-shape", "other-concepts", "negative"],
+)
+def test_bad_counts(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(counts([1, 0, 0, 0]), **changes).check(1, 1)
+
+
+def test_a_merged_dictionary_has_no_gate(scored):
+    other = score(in_memory(20, first=60), SITE, make_sae(), picture_false_positive=None, progress=False)
+    assert scored.without_histograms().merge(other.without_histograms()).gate is None
