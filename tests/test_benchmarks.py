@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import early_stop, sanitize
+from benchmarks import early_stop, gate_cost, sanitize
 from lbdt.bench import baselines, cases, hardware, hook, runner, shapes, timing_table
 from lbdt.bench.shapes import Place
 
@@ -294,3 +294,13 @@ def test_committed_results_are_complete(path):
     result = json.loads(path.read_text())
     check(result)
     assert not result["quick"] and result["targets"] and result["commit"]
+
+
+def test_the_gate_is_timed_where_it_changes_nothing(tmp_path, capsys):
+    gate_cost.main(
+        ["--threads", "1", "--rounds", "3", "--device", "cpu", "--out", str(tmp_path / "times.json")]
+    )
+    found = json.loads((tmp_path / "times.json").read_text())
+    assert [row["share"] for row in found["rows"]] == list(gate_cost.SHARES)
+    assert all(row["own_ms"]["gated"] > 0 and 0 < row["ratio"] < 10 for row in found["rows"])
+    assert capsys.readouterr().out.count("without the gate") == len(gate_cost.SHARES)

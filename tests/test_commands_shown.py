@@ -121,6 +121,7 @@ ELSEWHERE = {
     "pip install .": "tests/test_packaging.py",
     "pip install --no-build-isolation .": "tests/test_packaging.py",
     "python -m benchmarks.early_stop": "tests/test_benchmarks.py",
+    "python -m benchmarks.gate_cost --threads 2": "tests/test_benchmarks.py",
     "pytest tests/kernels -s": "tests/kernels",
     ".ci/versions": "tests/test_packaging.py",
     ".ci/test --misaligned": "tests/misaligned",
