@@ -70,7 +70,7 @@ class PictureCounts:
         return shares[0], shares[1]
 
     def is_for(self, selection: Mapping[str, Any]) -> bool:
-        """Whether `selection` detects the same: its keywords, or their defaults, are those of the counts."""
+        """Whether the keywords of `selection`, or their defaults, are those of the counts."""
         return _whole(self.selection) == _whole(selection)
 
 

@@ -30,6 +30,8 @@ from lbdt.sae import SparseAutoencoder
 if TYPE_CHECKING:
     from diffusers.hooks import ModelHook
 
+    from lbdt.dictionary.picture_counts import PictureCounts
+
 
 class ConceptEraser(UnetEditor):
     """Detects the patches that carry a concept, and overwrites them with others of the same feature map.
@@ -146,7 +148,7 @@ class ConceptEraser(UnetEditor):
         if self.min_patches is not None:
             least = torch.full((len(self.dictionary.timesteps), len(names)), self.min_patches)
             least_of = 0
-        elif counts is not None and names and counts.is_for(self.selection):
+        elif counts is not None and names and self._detects_as_counted(counts, names):
             least = counts.least()[[self.dictionary.index(name) for name in names]].t().contiguous()
             least_of = counts.patches
         else:
@@ -154,6 +156,18 @@ class ConceptEraser(UnetEditor):
         if bool((least == 1).all()):
             return None
         return Gate(torch.tensor([names.index(name) for name in owners]), least, least_of)
+
+    def _detects_as_counted(self, counts: PictureCounts, names: list[str]) -> bool:
+        """Whether the concepts' latents and thresholds are those under which the pictures were counted."""
+        if counts.is_for(self.selection):
+            return True
+        for name in names:
+            mine, theirs = self.select(name), self.dictionary.select(name, **counts.selection)
+            if not torch.equal(mine.latents, theirs.latents):
+                return False
+            if not torch.equal(mine.thresholds, theirs.thresholds):
+                return False
+        return True
 
     def _hooks(
         self, blocks: list[nn.Module], plan: ErasePlan, state: CallState, recorder: Recorder

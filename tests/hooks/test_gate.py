@@ -97,9 +97,19 @@ def test_it_is_scaled_to_the_map(pipe):
 
 
 def test_another_selection_than_calibrated_is_not_gated(pipe):
-    after, report = erased(pipe, with_gate(toy.eraser(), 17, top_k=2))
+    eraser = toy.eraser()
+    mean = eraser.dictionary.mean.clone()
+    mean[0, :, 40] = 0.01  # the second best latent of the first concept
+    eraser.dictionary = eraser.dictionary.replaced(mean=mean)
+    after, report = erased(pipe, with_gate(eraser, 17, top_k=2))
     expected, _ = erased(pipe, toy.eraser())
     assert torch.equal(after, expected) and report.gated == 0
+
+
+def test_the_same_latents_by_other_keywords_are_gated(pipe):
+    after, report = erased(pipe, with_gate(toy.eraser(), 17, top_k=1, thresholds="published"))
+    expected, wanted = erased(pipe, toy.eraser(min_patches=17))
+    assert torch.equal(after, expected) and report == wanted
 
 
 def test_it_is_saved_and_older_files_have_none(tmp_path):
