@@ -353,7 +353,9 @@ def test_an_interrupted_command_ends_with_130_and_one_line(tmp_path):
     )
     said = ""
     while "bench" not in said:  # its progress bar
-        said += done.stderr.read(1)
+        more = done.stderr.read(1)
+        assert more, said
+        said += more
     done.send_signal(signal.SIGINT)
     printed, rest = done.communicate()
     assert done.returncode == 130 and printed == "" and not list(tmp_path.iterdir())

@@ -1,5 +1,5 @@
 // detect_patches on CPU tensors: what lbdt/reference/detect_patches.py computes, in float32.
-// Schema, checks and fake: lbdt/ops/_schema.py and lbdt/ops/detect_patches.py.
+// Schema, checks and fake: lbdt/ops/detect_patches.py.
 //
 // Eq.: METHOD.md, 2.2; arXiv 2606.31699. With h = weight (x - minus) + bias,
 // m = max{ h_u : h_u > mu_u } over the watched latents of a patch and u* the latent that has it, the patch is

@@ -1,5 +1,5 @@
 // encode_topk on CPU tensors: what lbdt/reference/encode_topk.py computes, in float32.
-// Schema, checks and fake: lbdt/ops/_schema.py and lbdt/ops/encode_topk.py.
+// Schema, checks and fake: lbdt/ops/encode_topk.py.
 //
 // Eq.: METHOD.md, 2.4; arXiv 2501.18052. With h = weight x + bias: the k
 // largest h of a patch, largest first, with 0 for negative ones, and their latents. Of equal values the

@@ -1,4 +1,4 @@
-// record_patches on CPU tensors. Schema, checks and fake: lbdt/ops/_schema.py and lbdt/ops/record_patches.py.
+// record_patches on CPU tensors. Schema, checks and fake: lbdt/ops/record_patches.py.
 //
 // Eq.: lbdt/reference/record_patches.py. Reads 2 bytes a patch (6 with sums), writes 32 bytes a row (8 more with
 // sums and with gated) and a byte a kept cell.

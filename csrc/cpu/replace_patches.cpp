@@ -1,5 +1,5 @@
 // replace_patches on CPU tensors: the lines of lbdt/reference/replace_patches.py, bitwise.
-// Schema, checks and fake: lbdt/ops/_schema.py and lbdt/ops/replace_patches.py.
+// Schema, checks and fake: lbdt/ops/replace_patches.py.
 //
 // Eq.: METHOD.md, 4.1, 4.2 and 4.4; arXiv 2606.31699.
 // In place it reads and writes 2 * replaced * d * sizeof(element) bytes (6 * replaced * d for the mean of 5); the

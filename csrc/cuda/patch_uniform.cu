@@ -1,4 +1,4 @@
-// patch_uniform on CUDA tensors. Schema, checks and fake: lbdt/ops/_schema.py and lbdt/ops/patch_uniform.py.
+// patch_uniform on CUDA tensors. Schema, checks and fake: lbdt/ops/patch_uniform.py.
 //
 // Eq.: csrc/patch_uniform.h. Writes 4 * B * N bytes.
 

@@ -150,7 +150,15 @@ class ConceptDictionary:
                 histograms, no assigned latent, or a selection without any latent.
         """
         place = self.index(concept)
-        _select.check_criteria(percentile, top_k, thresholds, false_positive, allow_below_published, assigned)
+        criteria = {
+            "percentile": percentile,
+            "top_k": top_k,
+            "thresholds": thresholds,
+            "false_positive": false_positive,
+            "allow_below_published": allow_below_published,
+            "assigned": assigned,
+        }
+        _select.check_criteria(**criteria)
         latent = self._assigned_latent(concept, assigned, percentile, top_k)
         if percentile is None and top_k is None and latent is None:
             top_k = _DEFAULT_TOP_K if self.histograms is None else min(_DEFAULT_TOP_K, self._candidates)
@@ -176,7 +184,7 @@ class ConceptDictionary:
                 f"top_k {top_k}, assigned {latent}, thresholds {kind}); lower the percentile, raise false_positive, or "
                 "use another SAE"
             )
-        return Selection(latents, table, concept, kind)
+        return Selection(latents, table, concept, kind, criteria)
 
     def _assigned_latent(
         self, concept: str, asked: bool | None, percentile: float | None, top_k: int | None

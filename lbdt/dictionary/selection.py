@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Selection:
     concept: str
     kind: str
     """published | calibrated."""
+    criteria: Mapping[str, Any] | None = None
+    """The keywords of `ConceptDictionary.select` that chose it; None: not known."""
 
 
 class DetectionRates(NamedTuple):

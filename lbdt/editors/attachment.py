@@ -38,10 +38,22 @@ class LatentColumns(NamedTuple):
     """[T, U] float32, on activations; +inf where not selected in a bin."""
     enabled: Tensor
     """[S, U] bool, one row a concept set."""
+    selections: Mapping[str, Selection]
+    """Where the columns come from, by concept."""
 
     @classmethod
     def of(cls, sets: list[list[str]], selections: Mapping[str, Selection], bins: int) -> LatentColumns:
-        """The columns of the `selections`, by name; a row for each set of their names."""
+        """The columns of the `selections`, by name; a row for each set of their names.
+
+        Raises:
+            ValueError: thresholds of another number of bins than `bins`.
+        """
+        for name, selection in selections.items():
+            if selection.thresholds.shape[0] != bins:
+                raise ValueError(
+                    f"selections: {name!r} has thresholds for {selection.thresholds.shape[0]} timesteps, and the "
+                    f"dictionary {bins}; give what this editor's select returned"
+                )
         chosen = selections.values()
         owners = [name for name, s in selections.items() for _ in range(len(s.latents))]
         enabled = torch.tensor([[name in names for name in owners] for names in sets], dtype=torch.bool)
@@ -50,6 +62,7 @@ class LatentColumns(NamedTuple):
             torch.cat([torch.zeros(0, dtype=torch.int64), *(s.latents for s in chosen)]),
             torch.cat([torch.zeros(bins, 0), *(s.thresholds for s in chosen)], dim=1),
             enabled.view(len(sets), len(owners)),
+            selections,
         )
 
 

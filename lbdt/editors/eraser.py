@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,7 @@ from lbdt.sae import SparseAutoencoder
 if TYPE_CHECKING:
     from diffusers.hooks import ModelHook
 
+    from lbdt.dictionary import Selection
     from lbdt.dictionary.picture_counts import PictureCounts
 
 
@@ -135,39 +136,37 @@ class ConceptEraser(UnetEditor):
             padding=self.padding,
             source=self.source,
             target=self.target,
-            gate=self._gate(columns.owners),
+            gate=self._gate(columns.selections),
         )
 
     def _digested(self) -> list[Any]:
-        gate = self._gate(self.concepts)
+        gate = self._gate({name: self.select(name) for name in self.concepts})
         return [] if gate is None else ["gate", gate.least, str(gate.least_of)]
 
-    def _gate(self, owners: Sequence[str]) -> Gate | None:
-        """The gate of columns with these concepts; None where it is off."""
-        counts, names = self.dictionary.gate, list(dict.fromkeys(owners))
+    def _gate(self, selections: Mapping[str, Selection]) -> Gate | None:
+        """The gate of the selections' columns; None where it is off."""
+        counts, bins = self.dictionary.gate, len(self.dictionary.timesteps)
+        least, least_of = torch.ones(bins, len(selections), dtype=torch.int64), 0
         if self.min_patches is not None:
-            least = torch.full((len(self.dictionary.timesteps), len(names)), self.min_patches)
-            least_of = 0
-        elif counts is not None and names and self._detects_as_counted(counts, names):
-            least = counts.least()[[self.dictionary.index(name) for name in names]].t().contiguous()
-            least_of = counts.patches
-        else:
-            return None
+            least.fill_(self.min_patches)
+        elif counts is not None:
+            calibrated, least_of = counts.least(), counts.patches
+            for place, (name, selection) in enumerate(selections.items()):
+                # Where a concept is detected otherwise, its counts say nothing.
+                if self._is_counted(counts, selection):
+                    least[:, place] = calibrated[self.dictionary.index(name)]
         if bool((least == 1).all()):
             return None
-        return Gate(torch.tensor([names.index(name) for name in owners]), least, least_of)
+        widths = torch.tensor([len(selection.latents) for selection in selections.values()])
+        return Gate(torch.arange(len(selections)).repeat_interleave(widths), least, least_of)
 
-    def _detects_as_counted(self, counts: PictureCounts, names: list[str]) -> bool:
-        """Whether the concepts' latents and thresholds are those under which the pictures were counted."""
-        if counts.is_for(self.selection):
+    def _is_counted(self, counts: PictureCounts, selection: Selection) -> bool:
+        """Whether the gate's pictures were counted under these latents and thresholds."""
+        if selection.criteria is not None and counts.is_for(selection.criteria):
             return True
-        for name in names:
-            mine, theirs = self.select(name), self.dictionary.select(name, **counts.selection)
-            if not torch.equal(mine.latents, theirs.latents):
-                return False
-            if not torch.equal(mine.thresholds, theirs.thresholds):
-                return False
-        return True
+        counted = self.dictionary.select(selection.concept, **counts.selection)
+        same = torch.equal(selection.latents, counted.latents)
+        return same and torch.equal(selection.thresholds, counted.thresholds)
 
     def _hooks(
         self, blocks: list[nn.Module], plan: ErasePlan, state: CallState, recorder: Recorder

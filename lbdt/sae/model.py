@@ -157,7 +157,14 @@ class SparseAutoencoder(nn.Module):
     def from_pretrained(
         cls, path_or_repo: str | os.PathLike[str], hookpoint: str | None = None, format: str = "auto"
     ) -> SparseAutoencoder:
-        """The SAE of `read_sae`."""
+        """The SAE in a folder or a Hugging Face repository, in float32, without gradients.
+
+        `hookpoint` names the subfolder where there are several; `format` is "auto", or the name of a project's file
+        layout (METHOD.md, 7) to insist on.
+
+        Raises:
+            ValueError: anything absent, unreadable, of another shape, NaN or infinite; the text names the file.
+        """
         return read_sae(path_or_repo, hookpoint, format).sae
 
     def _project(self, x: Tensor, bias: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """An eraser with a gate on the toy pipeline: images with too few detected patches keep every bit."""
 
+import dataclasses
 import json
 
 import pytest
@@ -101,15 +102,43 @@ def test_another_selection_than_calibrated_is_not_gated(pipe):
     mean = eraser.dictionary.mean.clone()
     mean[0, :, 40] = 0.01  # the second best latent of the first concept
     eraser.dictionary = eraser.dictionary.replaced(mean=mean)
-    after, report = erased(pipe, with_gate(eraser, 17, top_k=2))
-    expected, _ = erased(pipe, toy.eraser())
+    eraser = with_gate(eraser, 17, top_k=2)
+    after, report = erased(pipe, eraser, ["Cats"])
+    expected, _ = erased(pipe, toy.eraser(), ["Cats"])
     assert torch.equal(after, expected) and report.gated == 0
+    after, report = erased(pipe, eraser, ["Dogs"])  # whose latents are those that were counted
+    assert torch.equal(after, toy.images(pipe)) and report.gated > 0
 
 
 def test_the_same_latents_by_other_keywords_are_gated(pipe):
     after, report = erased(pipe, with_gate(toy.eraser(), 17, top_k=1, thresholds="published"))
     expected, wanted = erased(pipe, toy.eraser(min_patches=17))
     assert torch.equal(after, expected) and report == wanted
+
+
+def test_selections_that_are_given_are_gated_by_their_own_counts(pipe):
+    eraser = with_gate(toy.eraser(), 17)
+    chosen = {name: eraser.select(name) for name in NAMES}
+    with eraser.attach(pipe, concepts=NAMES, selections=chosen) as attached:
+        after = toy.images(pipe)
+    expected, wanted = erased(pipe, eraser)
+    assert torch.equal(after, expected) and attached.report() == wanted and wanted.gated == 12
+    lower = {
+        name: dataclasses.replace(s, thresholds=s.thresholds / 2, criteria=None) for name, s in chosen.items()
+    }
+    with eraser.attach(pipe, concepts=NAMES, selections=lower) as attached:
+        toy.images(pipe)
+    assert attached.report().gated == 0 < attached.report().detected
+
+
+def test_selections_of_another_dictionary_are_refused(pipe):
+    eraser = toy.eraser()
+    cut = dataclasses.replace(eraser.select("Cats"), thresholds=eraser.select("Cats").thresholds[:2])
+    with pytest.raises(
+        ValueError, match="selections: 'Cats' has thresholds for 2 timesteps, and the dictionary 4"
+    ):
+        eraser.attach(pipe, concepts=["Cats"], selections={"Cats": cut})
+    assert toy.traces(pipe) == []
 
 
 def test_it_is_saved_and_older_files_have_none(tmp_path):
