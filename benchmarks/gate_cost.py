@@ -1,6 +1,6 @@
 """The eraser's hook with the gate and without, in turn, on one device: `python -m benchmarks.gate_cost`.
 
-Both replace the same patches: the gate asks for one patch, by counts on a map of twice the size, so it is counted and
+Both replace the same patches: the gate asks for two patches of a map twice the size, which is one, so it is counted and
 compared and never shut. Milliseconds are those of a call of the hooked block without the block's own.
 """
 

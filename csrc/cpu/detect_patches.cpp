@@ -4,7 +4,8 @@
 // Eq.: METHOD.md, 2.2; arXiv 2606.31699. With h = weight (x - minus) + bias,
 // m = max{ h_u : h_u > mu_u } over the watched latents of a patch and u* the latent that has it, the patch is
 // detected iff m > -inf and, for k > 0, #{ j != u* : h_j > m } < k.
-// With `least`, the gate (METHOD.md, 2.5): patches of a concept of which the deciding row has too few are taken away.
+// With `least`, the gate (METHOD.md, 2.5): patches that are evidence only for concepts of which the deciding row has
+// too few are taken away.
 // 2 N U d flops for m, then 2 C L d for the C patches with m > -inf (candidates), less where counts reach k
 // early. Reads x once and, where there is a candidate, the dictionary once. Holds C d floats.
 
@@ -51,15 +52,18 @@ using torch::stable::Tensor;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kZeros[kBlock] = {};
 
-// The largest value of each patch above its threshold, so far, and the watched latent that has it, of tied ones the
-// first.
+// The largest value of each patch above its threshold, so far, and the latent that has it.
 LBDT_CLONES void keep_largest(
-    const float* h, int64_t patches, float floor, int32_t watched, float* largest, int32_t* owner) {
+    const float* h, int64_t patches, float floor, int32_t latent, float* largest, int32_t* owner) {
   for (int64_t i = 0; i < patches; ++i) {
     const bool larger = h[i] > floor && h[i] > largest[i];
     largest[i] = larger ? h[i] : largest[i];
-    owner[i] = larger ? watched : owner[i];
+    owner[i] = larger ? latent : owner[i];
   }
+}
+
+LBDT_CLONES void keep_evidence(const float* h, int64_t patches, float floor, uint8_t* evidence) {
+  for (int64_t i = 0; i < patches; ++i) evidence[i] |= h[i] > floor;
 }
 
 // The owner is left out by index, not by value: its two computations may round differently.
@@ -92,7 +96,11 @@ template <typename T>
 class Detection {
  public:
   Detection(const Call& call, const FeatureMap<T>& x)
-      : call_(call), x_(x), largest_(x.images * x.patches, -kInf), owner_(x.images * x.patches) {}
+      : call_(call),
+        x_(x),
+        largest_(x.images * x.patches, -kInf),
+        owner_(x.images * x.patches),
+        evidence_(call.gate ? call.gate->concepts * x.images * x.patches : 0) {}
 
   void run() {
     find_largest();
@@ -102,7 +110,7 @@ class Detection {
       if (call_.mask[p]) alive.push_back(p);
     }
     if (call_.k > 0) rank(alive);
-    if (call_.gate) call_.gate->close(call_.mask, owner_.data(), call_.bins, x_.images, x_.patches);
+    if (call_.gate) call_.gate->close(call_.mask, evidence_.data(), call_.bins, x_.images, x_.patches);
   }
 
  private:
@@ -161,14 +169,12 @@ class Detection {
       const int64_t some = std::min(kBlock, call_.union_size - u);
       const Rows rows{own.weight.get() + u * x_.width, x_.width};
       product(rows, own.bias.data() + u, some, panel.data, panel.step, x_.width, h, lanes);
-      for (int64_t r = 0; r < some; ++r)
+      for (int64_t r = 0; r < some; ++r) {
+        const float floor = own.floor[image * call_.union_size + u + r];
         keep_largest(
-            h + r * lanes,
-            count,
-            own.floor[image * call_.union_size + u + r],
-            static_cast<int32_t>(u + r),
-            largest,
-            owner);
+            h + r * lanes, count, floor, static_cast<int32_t>(call_.latents[u + r]), largest, owner);
+        if (call_.gate) keep_evidence(h + r * lanes, count, floor, evidence(u + r, image * x_.patches + start));
+      }
     }
   }
 
@@ -191,12 +197,19 @@ class Detection {
         for (int64_t r = 0; r < some; ++r) {
           const int64_t patch = image * x_.patches + start + i;
           const float value = h[i * lanes + r] + own.bias[u + r];
-          if (value > own.floor[image * call_.union_size + u + r] && value > largest_[patch]) {
+          if (!(value > own.floor[image * call_.union_size + u + r])) continue;
+          if (call_.gate) *evidence(u + r, patch) = 1;
+          if (value > largest_[patch]) {
             largest_[patch] = value;
-            owner_[patch] = static_cast<int32_t>(u + r);
+            owner_[patch] = static_cast<int32_t>(call_.latents[u + r]);
           }
         }
     }
+  }
+
+  // Whether a patch is evidence for the concept of a watched latent; the next patches follow.
+  uint8_t* evidence(int64_t watched, int64_t patch) {
+    return evidence_.data() + call_.gate->owners[watched] * x_.images * x_.patches + patch;
   }
 
   // The rows of w [U, d] as the columns of panels [d, most] side by side in memory; zeros in the lanes left.
@@ -250,7 +263,7 @@ class Detection {
       std::fill_n(panel.owner, kMostLanes, -1);
       for (int64_t j = 0; j < panel.filled; ++j) {
         panel.value[j] = largest_[panel.patch[j]];
-        panel.owner[j] = static_cast<int32_t>(call_.latents[owner_[panel.patch[j]]]);
+        panel.owner[j] = owner_[panel.patch[j]];
       }
     }
     return panels;
@@ -286,7 +299,8 @@ class Detection {
   const Call& call_;
   const FeatureMap<T>& x_;
   std::vector<float> largest_;  // [B * N], -inf where no watched latent is above its threshold
-  std::vector<int32_t> owner_;  // [B * N], positions among the watched latents
+  std::vector<int32_t> owner_;
+  std::vector<uint8_t> evidence_;  // [C, B * N]; empty without a gate
 };
 
 template <typename T>
@@ -339,7 +353,7 @@ void detect_patches_cpp(
   }
   lbdt::check_apart("mask", own, {map, rows, start, watched, floors, times, on, less, owned, needed, decided});
   if (mask.numel() == 0) {
-    if (gate) gate->close(nullptr, nullptr, nullptr, batch, 0);
+    if (gate && gate->gated) std::fill_n(gate->gated, batch, 0);
     return;
   }
   const Call call{

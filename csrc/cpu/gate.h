@@ -53,24 +53,31 @@ struct Gate {
     }
   }
 
-  // Takes from `mask` [B, N] the patches of the concepts that their deciding row does not carry. `owner` [B, N]: which
-  // watched latent a patch is evidence for, where the mask is set; `bin` [B].
-  void close(bool* mask, const int32_t* owner, const int64_t* bin, int64_t batch, int64_t patches) const {
-    std::vector<int64_t> counts(batch * concepts);
-    const auto count_of = [&](int64_t row, int64_t p) -> int64_t& { return counts[row * concepts + owners[owner[p]]]; };
+  // Takes from `mask` [B, N] the patches that are evidence for no concept that their deciding row carries. `evidence`
+  // [C, B * N]: whether a patch is evidence for a concept, where the mask is set; `bin` [B].
+  void close(bool* mask, const uint8_t* evidence, const int64_t* bin, int64_t batch, int64_t patches) const {
+    std::vector<uint8_t> carries(batch * concepts), kept(patches);
     for (int64_t b = 0; b < batch; ++b)
-      for (int64_t p = b * patches; p < (b + 1) * patches; ++p)
-        if (mask[p]) ++count_of(b, p);
+      for (int64_t c = 0; c < concepts; ++c) {
+        const uint8_t* own = evidence + (c * batch + b) * patches;
+        int64_t count = 0;
+        for (int64_t p = 0; p < patches; ++p) count += mask[b * patches + p] && own[p];
+        const int64_t needed = least[bin[b] * concepts + c];
+        // Divided, as needed * patches may overflow.
+        carries[b * concepts + c] =
+            needed <= 1 || count * (least_of > 0 ? least_of : patches) / std::max<int64_t>(patches, 1) >= needed;
+      }
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t row = deciding ? deciding[b] : b;
+      std::fill(kept.begin(), kept.end(), 0);
+      for (int64_t c = 0; c < concepts; ++c)
+        if (carries[row * concepts + c])
+          for (int64_t p = 0; p < patches; ++p) kept[p] |= evidence[(c * batch + b) * patches + p];
       int64_t taken = 0;
-      for (int64_t p = b * patches; p < (b + 1) * patches; ++p) {
-        if (!mask[p]) continue;
-        const int64_t needed = least[bin[row] * concepts + owners[owner[p]]];
-        // As count * least_of >= needed * patches, which might overflow.
-        if (count_of(row, p) * (least_of > 0 ? least_of : patches) / patches >= needed) continue;
-        mask[p] = false;
-        ++taken;
+      for (int64_t p = 0; p < patches; ++p) {
+        bool& set = mask[b * patches + p];
+        taken += set && !kept[p];
+        set = set && kept[p];
       }
       if (gated) gated[b] = taken;
     }

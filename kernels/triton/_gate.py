@@ -1,4 +1,4 @@
-"""The gate of `lbdt::detect_patches` (METHOD.md, 2.5), its third launch."""
+"""The gate of `lbdt::detect_patches` (METHOD.md, 2.5): what its first launch keeps for it, and its third launch."""
 
 import torch
 import triton
@@ -7,20 +7,47 @@ from torch import Tensor
 
 from lbdt.kernels._common import device_of
 
+CONCEPTS_A_WORD = 32
+"""The kernels say 32."""
 _BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["batch", "bins", "concepts", "least_of", "least_stride_t"])
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def keep_evidence(
+    evidence,  # [W, B * N] int32
+    place,  # [P] int64, the patches
+    inside,  # [P]
+    total,  # B * N
+    passing,  # [U, P] bool, of some of the watched latents
+    owner,  # [U] int32, their concepts; outside of [0, 32 W): none
+    words,
+    first,
+):
+    """Sets the bits of the concepts whose latents pass; `first`: where nothing is there yet."""
+    for word in range(words):
+        mine = passing & (owner // 32 == word)[:, None] & (owner >= 0)[:, None]
+        bit = tl.full(owner.shape, 1, tl.int32) << (owner % 32)
+        bits = tl.reduce(tl.where(mine, bit[:, None], 0), 0, _either)
+        pointers = evidence + word * total + place
+        before = tl.load(pointers, mask=inside & (first == 0), other=0)
+        tl.store(pointers, before | bits, mask=inside)
+
+
+@triton.jit(do_not_specialize=["bins", "concepts", "least_of", "least_stride_t"])
 def detect_patches_gate_kernel(
     mask,  # [B, N] uint8
-    concept,  # [B * N] int32, where the mask is set
+    evidence,  # [W, B * N] int32
     least,  # [T, C] int64
     timestep_bin,  # [B] int64
     deciding,  # [B] int64, where DECIDED
     kept,  # [B, N] uint8, out
     gated,  # [B] int64, out
     patches,
-    batch,
     bins,
     concepts,
     least_of,
@@ -32,49 +59,57 @@ def detect_patches_gate_kernel(
     DECIDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The mask of a row without the concepts that its deciding row does not carry (METHOD.md, 2.5); a program a row.
+    """The mask of a row without the patches that are evidence for no concept that its deciding row carries.
 
-    Reads 1 byte a patch and, in a row where anything is detected, 5 bytes a patch and concept; writes 1 byte a patch.
+    A program a row. Reads 1 byte a patch and, in a row where anything is detected, 5 to 10 bytes a patch and concept;
+    writes 1 byte a patch and, there, 1 more for each concept that is carried.
     """
     image = tl.program_id(0)
+    batch = tl.num_programs(0)
     row = image.to(tl.int64)
     if DECIDED:
         named = tl.load(deciding + image * deciding_stride)
         row = tl.where((named >= 0) & (named < batch), named, row)
     own = image.to(tl.int64) * patches
+    total = tl.cast(batch, tl.int64) * patches
     detected = tl.zeros([BLOCK], tl.int32)
     for start in range(0, patches, BLOCK):
         patch = start + tl.arange(0, BLOCK)
-        found = tl.load(mask + own + patch, mask=patch < patches, other=0)
-        tl.store(kept + own + patch, found, mask=patch < patches)
-        detected += found.to(tl.int32)
-    taken = tl.zeros([BLOCK], tl.int32)
-    if tl.sum(detected, axis=0) > 0:
-        tl.debug_barrier()  # what is cleared below has been copied by now
+        inside = patch < patches
+        detected += tl.load(mask + own + patch, mask=inside, other=0).to(tl.int32)
+        tl.store(kept + own + patch, tl.zeros([BLOCK], tl.uint8), mask=inside)
+    found = tl.sum(detected, axis=0)
+    left = tl.zeros([BLOCK], tl.int32)
+    if found > 0:
         time = tl.load(timestep_bin + row * bin_stride)
         known = (time >= 0) & (time < bins)
         for c in range(concepts):
-            evidence = tl.zeros([BLOCK], tl.int32)
+            word = evidence + (c // 32) * total
+            counted = tl.zeros([BLOCK], tl.int32)
             for start in range(0, patches, BLOCK):
                 patch = start + tl.arange(0, BLOCK)
-                found = tl.load(mask + row * patches + patch, mask=patch < patches, other=0) != 0
-                whose = tl.load(concept + row * patches + patch, mask=found, other=-1)
-                evidence += (whose == c).to(tl.int32)
+                set = tl.load(mask + row * patches + patch, mask=patch < patches, other=0) != 0
+                bits = tl.load(word + row * patches + patch, mask=set, other=0)
+                counted += (bits >> (c % 32)) & 1
             needed = tl.load(least + time * least_stride_t + c * least_stride_c, mask=known, other=0)
-            # As count * least_of >= needed * patches, which might overflow.
-            if tl.sum(evidence, axis=0).to(tl.int64) * least_of // patches < needed:
+            # Divided, as needed * patches may overflow.
+            enough = tl.sum(counted, axis=0).to(tl.int64) * least_of // patches >= needed
+            if (needed <= 1) | enough:
                 for start in range(0, patches, BLOCK):
                     patch = start + tl.arange(0, BLOCK)
-                    found = tl.load(mask + own + patch, mask=patch < patches, other=0) != 0
-                    whose = tl.load(concept + own + patch, mask=found, other=-1)
-                    tl.store(kept + own + patch, tl.zeros([BLOCK], tl.uint8), mask=whose == c)
-                    taken += (whose == c).to(tl.int32)
-    tl.store(gated + image * gated_stride, tl.sum(taken, axis=0).to(tl.int64))
+                    set = tl.load(mask + own + patch, mask=patch < patches, other=0) != 0
+                    bits = tl.load(word + own + patch, mask=set, other=0)
+                    tl.debug_barrier()  # what the row's warps have written of it so far
+                    before = tl.load(kept + own + patch, mask=set, other=1)
+                    more = set & (before == 0) & (((bits >> (c % 32)) & 1) != 0)
+                    tl.store(kept + own + patch, tl.full([BLOCK], 1, tl.uint8), mask=more)
+                    left += more.to(tl.int32)
+    tl.store(gated + image * gated_stride, (found - tl.sum(left, axis=0)).to(tl.int64))
 
 
 def gate_patches(
     mask: Tensor,  # [B, N]
-    concept: Tensor,  # [B * N] int32
+    evidence: Tensor,  # [W, B * N] int32
     timestep_bin: Tensor,  # [B]
     least: Tensor,  # [T, C]
     least_of: int,
@@ -89,14 +124,13 @@ def gate_patches(
     with device_of(mask):
         detect_patches_gate_kernel[(batch,)](
             mask.view(torch.uint8),
-            concept,
+            evidence,
             least,
             timestep_bin,
             rows,
             kept.view(torch.uint8),
             gated,
             patches,
-            batch,
             least.shape[0],
             least.shape[1],
             least_of or patches,

@@ -18,14 +18,17 @@ from lbdt.kernels._common import (
     precision,
     programs,
 )
-from lbdt.kernels._gate import gate_patches
+from lbdt.kernels._gate import CONCEPTS_A_WORD, gate_patches, keep_evidence
 
 _FEW_ROWS = 1024
 
 
-def candidates_config(x: Tensor) -> Config:
+def candidates_config(x: Tensor, gated: bool) -> Config:
     """Tiles of the first launch: little work, so many small programs, each with its loads well ahead."""
-    return Config(16, 16, 32, 4, 3) if x.dtype == torch.float32 else Config(16, 16, 128, 4, 4)
+    if x.dtype == torch.float32:
+        return Config(16, 16, 32, 4, 3)
+    # With the gate larger steps spill registers.
+    return Config(16, 16, 64 if gated else 128, 4, 4)
 
 
 def count_config(x: Tensor, rows: int, update: bool) -> Config:
@@ -45,7 +48,7 @@ def count_config(x: Tensor, rows: int, update: bool) -> Config:
 
 @triton.jit(
     do_not_specialize=[
-        *("union", "total_latents", "bins", "thresholds_stride_t", "enabled_stride_b", "concepts"),
+        *("union", "total_latents", "bins", "thresholds_stride_t", "enabled_stride_b", "words"),
     ]
 )
 def detect_patches_candidates_kernel(
@@ -64,8 +67,8 @@ def detect_patches_candidates_kernel(
     row,  # [B * N] int32, out: the patch b * N + p,
     count,  # [B * N] int32, out: zero
     owners,  # [U] int64, where GATED
-    concept,  # [B * N] int32, where GATED, out: the owner of each candidate's largest, of tied ones the first
-    concepts,
+    evidence,  # [W, B * N] int32, where GATED, out: bit c of a patch: whether a latent of concept c passes
+    words,
     patches,
     union,
     total_latents,
@@ -121,7 +124,7 @@ def detect_patches_candidates_kernel(
 
     largest = tl.full([BLOCK_P], float("-inf"), tl.float32)
     own = tl.zeros([BLOCK_P], tl.int32)
-    first = tl.zeros([BLOCK_P], tl.int32)
+    place = image.to(tl.int64) * patches + patch
     for start in range(0, union, BLOCK_U):
         u = start + tl.arange(0, BLOCK_U)
         known = u < selected
@@ -146,22 +149,27 @@ def detect_patches_candidates_kernel(
         h += tl.load(bias + latent * bias_stride, mask=known, other=0.0)[:, None]
         on = tl.load(enabled + image * enabled_stride_b + u * enabled_stride_u, mask=known, other=0) != 0
         mu = tl.load(thresholds + bin_offset + u * thresholds_stride_u, mask=known, other=float("inf"))
-        h = tl.where((h > mu[:, None]) & on[:, None], h, float("-inf"))
+        passing = (h > mu[:, None]) & on[:, None]
+        h = tl.where(passing, h, float("-inf"))
         best = tl.max(h, axis=0)
-        # Of tied latents any serves the count: what is counted lies strictly above.
+        # Of tied latents any serves: what is counted lies strictly above.
         who = tl.max(tl.where(h == best[None, :], latent[:, None].to(tl.int32), -1), axis=0)
         own = tl.where(best > largest, who, own)
         if GATED:
-            where = tl.min(tl.where(h == best[None, :], u[:, None], start + BLOCK_U), axis=0)
-            first = tl.where(best > largest, where, first)
+            keep_evidence(
+                evidence,
+                place,
+                inside,
+                tl.num_programs(0).to(tl.int64) * patches,
+                passing,
+                tl.load(owners + u * owners_stride, mask=known, other=-1).to(tl.int32),
+                words,
+                start == 0,
+            )
         largest = tl.maximum(largest, best)
 
     candidate = (largest > float("-inf")) & inside
-    place = image.to(tl.int64) * patches + patch
     tl.store(mask + place, candidate.to(tl.uint8), mask=inside)
-    if GATED:
-        named = tl.load(owners + first * owners_stride, mask=candidate, other=0).to(tl.int32)
-        tl.store(concept + place, tl.where((named >= 0) & (named < concepts), named, 0), mask=candidate)
     if RANKED:
         flag = candidate.to(tl.int32)
         found = tl.sum(flag, axis=0)
@@ -278,7 +286,7 @@ def detect_patches(
     gated: Tensor | None = None,  # [B]
 ) -> Tensor:  # [B, N]
     """`lbdt.reference.detect_patches` in two launches, three with the gate. Scratch from torch's allocator: 16 bytes a
-    patch, with the gate 21."""
+    patch; with the gate 1 more, and 4 for each 32 concepts."""
     batch, channels = x.shape[:2]
     patches = x.shape[2:].numel()
     mask = torch.empty(batch, patches, dtype=torch.bool, device=x.device)
@@ -292,7 +300,8 @@ def detect_patches(
     if k > 0:
         value = torch.empty(rows, dtype=torch.float32, device=x.device)
         owner, row, count = torch.empty(3, rows, dtype=torch.int32, device=x.device)
-    concept = total if least is None else torch.empty(rows, dtype=torch.int32, device=x.device)
+    words = 0 if least is None else triton.cdiv(least.shape[1], CONCEPTS_A_WORD)
+    evidence = total if least is None else torch.empty(words, rows, dtype=torch.int32, device=x.device)
 
     width, stride_h, stride_w, flat = grid_strides(x)
     other = x if minus is None else minus
@@ -317,7 +326,7 @@ def detect_patches(
     # Triton has no kernel arguments of torch.bool.
     mask_bytes, enabled_bytes = mask.view(torch.uint8), enabled.view(torch.uint8)
     with device_of(x):
-        config = candidates_config(x)
+        config = candidates_config(x, least is not None)
         detect_patches_candidates_kernel[(batch, triton.cdiv(patches, config.block_p))](
             x,
             other,
@@ -334,8 +343,8 @@ def detect_patches(
             row,
             count,
             latents if owners is None else owners,
-            concept,
-            0 if least is None else least.shape[1],
+            evidence,
+            words,
             patches,
             latents.shape[0],
             weight.shape[0],
@@ -389,4 +398,4 @@ def detect_patches(
             )
     if least is None:
         return mask
-    return gate_patches(mask, concept, timestep_bin, least, least_of, deciding, gated)
+    return gate_patches(mask, evidence, timestep_bin, least, least_of, deciding, gated)

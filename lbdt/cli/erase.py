@@ -222,7 +222,7 @@ def _table(values: dict[str, Any], loaded: UnetEditor, report: Report) -> list[s
         lines.append(f"{'no undetected patch':22}in {full} of {rows * len(steps)} feature maps: {fate}")
     if report.gated:
         lines.append(
-            f"{'left by the gate':22}{report.gated} of {rows * len(steps)} feature maps: too few patches detected"
+            f"{'left by the gate':22}at {report.gated} of {len(steps)} steps: too few patches detected"
         )
     if report.not_finite:
         lines.append(f"{'not looked at':22}{report.not_finite} patches that are NaN or infinite")

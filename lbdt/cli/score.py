@@ -189,7 +189,7 @@ def command(
         bank=bank,
         bank_site=replaced,
         selection=select,
-        picture_false_positive=picture_false_positive,
+        picture_false_positive=None if picture_false_positive == 1 else picture_false_positive,
         assigned=assigned,
         process=world.rank,
         processes=world.size,
@@ -207,6 +207,7 @@ def command(
         "processes": world.size,
         "timesteps": dictionary.timesteps.tolist(),
         "prompts": source.prompts,
+        "picture_false_positive": picture_false_positive,
         "bank": 0 if dictionary.bank is None else dictionary.bank.shape[1],
         by.value: [],
         "heldout": None,
@@ -248,7 +249,9 @@ def _assigned(given: Path | None, folder: Path, by: str) -> dict[str, int] | Non
 
 def _rows(dictionary: ConceptDictionary, select: dict[str, Any]) -> list[dict[str, Any]]:
     ranks = dictionary.assigned_ranks()
-    rows = []
+    rows, gate = [], dictionary.gate
+    if gate is not None:
+        least, (own, others) = gate.least(), gate.passing()
     for name, scores in zip(dictionary.concepts, dictionary.scores(), strict=True):
         selection = dictionary.select(name, **select)
         mean = scores.mean(0)
@@ -266,6 +269,13 @@ def _rows(dictionary: ConceptDictionary, select: dict[str, Any]) -> list[dict[st
                 "off": off,
                 "assigned": (dictionary.assigned or {}).get(name),
                 "assigned_rank": ranks.get(name),
+                "gate": None
+                if gate is None
+                else {
+                    "least": least[len(rows)].tolist(),
+                    "on": float(own[len(rows)].mean()),
+                    "off": float(others[len(rows)].mean()),
+                },
             }
         )
     return rows
@@ -291,6 +301,20 @@ def _table(values: dict[str, Any]) -> list[str]:
     lines.append(
         "without the label on which one latent fires, the most frequent of each timestep, mean over timesteps"
     )
+    gates = {row["name"]: row["gate"] for row in rows if row["gate"]}
+    if gates:
+        needs = [least for gate in gates.values() for least in gate["least"]]
+        on, off = (sum(gate[name] for gate in gates.values()) / len(gates) for name in ("on", "off"))
+        lines.append(
+            f"gate: {min(needs)} to {max(needs)} patches; {on:.1%} of pictures with the label pass at a timestep, "
+            f"{off:.2%} of others"
+        )
+        worst = max(gates, key=lambda name: gates[name]["off"])
+        if gates[worst]["off"] > values["picture_false_positive"]:
+            lines.append(
+                f"gate: {worst} lets {gates[worst]['off']:.1%} of others pass, more than asked for: a higher one would "
+                "leave its own pictures"
+            )
     ranks = [row["assigned_rank"] for row in rows if row["assigned_rank"] is not None]
     if ranks:
         lines.append(f"assigned latent is the best one for {ranks.count(0)} of {len(ranks)}")

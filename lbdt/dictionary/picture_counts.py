@@ -16,6 +16,9 @@ from lbdt.runs.reading import brief
 
 MOST_COUNTED = 64
 """Patches of a picture that are told apart; a gate beyond would hide whole objects."""
+LEAST_KEPT = 0.99
+"""The share of a concept's own pictures, of those detected at a timestep, that a gate lets pass whatever else it
+should do."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,20 @@ class PictureCounts:
 
     def least(self) -> Tensor:
         """The gate: [C, T] int64, the least number of patches that at most a share `false_positive` of the other
-        concepts' pictures has; K where none of those counted is enough."""
-        tail = self.off.flip(-1).cumsum(-1).flip(-1)  # pictures with so many patches, or more
+        concepts' pictures reaches, but never more than a share `LEAST_KEPT` of the concept's own pictures has, of those
+        in which anything is detected: what is to be erased goes before what is to be left."""
+        reach = [
+            h.flip(-1).cumsum(-1).flip(-1) for h in (self.on, self.off)
+        ]  # pictures with so many patches, or more
         allowed = (self.off.sum(-1, keepdim=True) * self.false_positive).floor()
-        passing = tail[..., 1:] <= allowed
-        passing[..., -1] = True
-        return passing.int().argmax(-1) + 1
+        wanted = (reach[1][..., 1:] > allowed).sum(-1) + 1
+        # At least one: with no own picture, or none detected, nothing is known against it.
+        needed = (reach[0][..., 1:2] * LEAST_KEPT).ceil()
+        most = ((reach[0][..., 1:] >= needed) & (reach[0][..., 1:] > 0)).sum(-1).clamp(min=1)
+        return torch.minimum(wanted, most)
 
-    def kept(self) -> tuple[Tensor, Tensor]:
-        """The shares of pictures of the concept, and of others, that pass the gate: both [C, T] float64."""
+    def passing(self) -> tuple[Tensor, Tensor]:
+        """The shares of the concept's pictures, and of others, that pass the gate: both [C, T] float64."""
         enough = torch.arange(self.on.shape[2]) >= self.least().unsqueeze(-1)
         shares = [(h * enough).sum(-1).double() / h.sum(-1).clamp(min=1) for h in (self.on, self.off)]
         return shares[0], shares[1]

@@ -175,7 +175,8 @@ class BankPass:
 
 
 class GatePass:
-    """`PictureCounts`: pictures by the number of patches in which each label is detected."""
+    """`PictureCounts`: pictures by the number of patches in which each label is detected; none of a label without a
+    selection."""
 
     name = "gate"
 
@@ -185,7 +186,7 @@ class GatePass:
         site: Site,
         by: str,
         encoder: Encoder,
-        selections: Sequence[Selection],
+        selections: Sequence[Selection | None],
         latents: int,
         most: int,
     ) -> None:
@@ -193,23 +194,33 @@ class GatePass:
         self._selections, self._latents = selections, latents
         # [2, C, T, most + 1]: of pictures with the label, and of others.
         self.counts = torch.zeros(2, len(selections), len(source.timesteps), most + 1, dtype=torch.int64)
+        self._sampled = torch.zeros(1, dtype=torch.int64)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether a map was not whole."""
+        return bool(self._sampled)
 
     def feed(self, index: int) -> None:
         shard = self._source.shard(index, self._site)
         label = labels_of(shard, self._by)
         known = label >= 0
         most = self.counts.shape[-1]
+        self._sampled += int((shard.patches.cpu() != torch.arange(shard.x.shape[2])).any())
         for bin, code in enumerate(self._encoder.codes(shard.x)):
             for place, selection in enumerate(self._selections):
+                if selection is None:
+                    continue
                 found = detected(code, selection, bin, self._latents).sum(-1).clamp(max=most - 1)  # [P]
                 for group, pictures in enumerate((label == place, known & (label != place))):
                     self.counts[group, place, bin] += found[pictures].bincount(minlength=most)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"counts": self.counts}
+        return {"counts": self.counts, "sampled": self._sampled}
 
     def join(self, tensors: Mapping[str, Tensor]) -> None:
         self.counts += tensors["counts"]
+        self._sampled += tensors["sampled"]
 
 
 def run_pass(

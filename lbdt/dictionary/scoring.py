@@ -30,10 +30,11 @@ from lbdt.runs.settings import plain, require_same_settings
 
 if TYPE_CHECKING:
     from lbdt.activations import Source
+    from lbdt.dictionary.selection import Selection
     from lbdt.sae import SparseAutoencoder
 
 DONE_FILE = "score.json"
-_VERSION = 2
+_VERSION = 1
 _BINS = 256
 _SUMMED = ("version", "processes", "sae", "site", "by", "source")
 _COUNTED = (*_SUMMED, "candidates", "assigned")
@@ -183,6 +184,7 @@ class _Work:
 
     def settings(self) -> dict[str, Any]:
         """Everything that the dictionary follows from, JSON-like."""
+        gate = {} if self.picture_false_positive is None else {"gate": self.picture_false_positive}
         return plain(
             {
                 "version": _VERSION,
@@ -194,10 +196,10 @@ class _Work:
                 "bank": self.bank,
                 "bank_site": None if self.bank_site is None else str(self.bank_site),
                 "selection": self.selection,
-                "picture_false_positive": self.picture_false_positive,
                 "assigned": self.assigned,
                 "seed": self.seed,
                 "source": _source_settings(self.source, self.site, self.bank_site),
+                **gate,
             }
         )
 
@@ -223,19 +225,24 @@ class _Work:
                 counts = CalibrationPass(*place, encoder, empty)
                 over(counts, shards)
                 dictionary = counts.calibration.build()
-            gated = self.picture_false_positive is not None and len(self.names) > 1
-            if self.bank or gated:
+            if self.picture_false_positive is not None and len(self.names) > 1:
+                patches = self.source.patches(self.site)
+                with one_thread():
+                    chosen = [self._selected(dictionary, name) for name in self.names]
+                seen = GatePass(*place, encoder, chosen, latents, min(patches, MOST_COUNTED))
+                over(seen, shards)
+                if seen.sampled:
+                    warnings.warn(
+                        "no gate: the activations hold some patches of each map, and it counts those of whole ones; "
+                        "collect all patches for it",
+                        stacklevel=3,
+                    )
+                else:
+                    gate = PictureCounts(*seen.counts, patches, self.selection, self.picture_false_positive)
+                    dictionary = dictionary.replaced(gate=gate)
+            if self.bank:
                 with one_thread():
                     selections = [dictionary.select(name, **self.selection) for name in self.names]
-            if gated:
-                patches = self.source.patches(self.site)
-                seen = GatePass(*place, encoder, selections, latents, min(patches, MOST_COUNTED))
-                over(seen, shards)
-                rate = self.picture_false_positive
-                dictionary = dictionary.replaced(
-                    gate=PictureCounts(*seen.counts, patches, self.selection, rate)
-                )
-            if self.bank:
                 drawn = BankPass(*place, encoder, self.bank_site, selections, latents, self.bank, self.seed)
                 over(drawn, _spread(len(shards)))
                 dictionary = dictionary.replaced(bank=drawn.bank.build())
@@ -246,6 +253,13 @@ class _Work:
                         stacklevel=3,
                     )
         return dictionary
+
+    def _selected(self, dictionary: ConceptDictionary, name: str) -> Selection | None:
+        """What is selected for a label; None where nothing is."""
+        try:
+            return dictionary.select(name, **self.selection)
+        except ValueError:
+            return None
 
 
 def _finish(folder: Path, settings: dict[str, Any], dictionary: ConceptDictionary) -> None:

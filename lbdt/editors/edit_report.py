@@ -37,7 +37,7 @@ class StepReport:
     blind: tuple[str, ...] = ()
     """Concepts of the attachment without any latent at this timestep: they were not looked for."""
     gated: int = 0
-    """Rows in which patches were detected, but too few for the picture to count as carrying the concept."""
+    """Pictures in which patches were detected, but too few for any concept, and that kept their bits here."""
 
     def unseen(self) -> str:
         """What was left or not looked at, as an addition to the step's line; empty where there is nothing to say."""
@@ -99,7 +99,7 @@ class Report:
 
     @property
     def gated(self) -> int:
-        """Rows (over all steps) in which the gate left what was detected."""
+        """Pictures (added over all steps) that the gate left as they were."""
         return sum(step.gated for step in self.steps)
 
     def _mean(self, name: str) -> float:

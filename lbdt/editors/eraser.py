@@ -70,8 +70,9 @@ class ConceptEraser(UnetEditor):
             selection: keywords of `ConceptDictionary.select`; None: its defaults.
             target: what is replaced: the block's "output" or its "update".
             detect_at: the block that the SAE looks at, if another one, on the same grid and earlier in the UNet.
-            min_patches: the gate (METHOD.md, 2.5): an image with fewer detected patches of a concept in a UNet call
-                keeps its bits there. None: as the dictionary was calibrated for this `selection`, else 1: off.
+            min_patches: the gate (METHOD.md, 2.5): an image with fewer detected patches of a concept in a UNet call is
+                not treated for it there, and without any concept left keeps its bits. None: as the dictionary was
+                calibrated, for concepts whose latents and thresholds are those it was calibrated with; else 1: off.
 
         Raises:
             ValueError, TypeError: the argument, what was expected, what was given.

@@ -52,7 +52,7 @@ class TimestepHook(_Hook):
             timesteps = args[0] if args else next(iter(kwargs.values()))
             self.plan.check_call(self.state, timesteps.shape[0])
             self.state.timesteps = timesteps
-            self.state.rows = self.state.mask = self.state.sums = None
+            self.state.rows = self.state.mask = self.state.sums = self.state.gated = None
         return args, kwargs
 
 

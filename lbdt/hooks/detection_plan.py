@@ -198,7 +198,8 @@ class DetectionPlan:
             else:
                 enabled = sets.index_select(0, image // (images // sets.shape[0]))
             timesteps = state.timesteps.to(torch.float32)
-            deciding = image + (halves - 1) * images
+            # Of more branches it is not known which one is conditional: then each decides for itself.
+            deciding = image + images if halves == 2 else row
             state.rows = CallRows(timesteps, self.bins(timesteps), half, halves, seeds, enabled, deciding)
         return state.rows
 

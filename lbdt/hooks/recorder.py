@@ -36,11 +36,12 @@ class Call(NamedTuple):
     not_finite: int
     """Patches that the SAE looked at and that hold NaN or infinity: nothing is detected in them."""
     gated: int = 0
-    """Rows in which patches were detected, and left as too few."""
+    """Pictures in which patches were detected and all of them left as too few: conditional, or only, rows."""
 
 
 class Recorder:
-    """Ring buffers of the last 65536 rows (2 MiB on the device) and, with `masks`, of the last 4 Mi cells (4 MiB).
+    """Ring buffers of the last 65536 rows (2.5 MiB on the device, 3 with a gate) and, with `masks`, of the last 4 Mi
+    cells (4 MiB).
 
     Writing is one op on the device: no host sync, no Python state, so it is the same under `torch.compile` and in a
     CUDA graph. What can be worked out of a row's two counts waits for `read`.
@@ -74,6 +75,10 @@ class Recorder:
         its channels; `gated`: the patches that the gate took, iff the recorder is of a gate."""
         sizes = ((height * _SIDE + width) * 8 + halves) * _SIDE + mask.shape[0]
         ops.record_patches(mask, replaced, timesteps, sizes, self.rows, self.cells, self.written, sums, gated)
+
+    def _gated(self, rows: list[list[int]]) -> int:
+        """How many of these rows lost all that was detected to the gate."""
+        return sum(row[-1] > 0 and row[0] == 0 for row in rows) if self.gated else 0
 
     def not_finite(self) -> int:
         """Patches with NaN or infinity among the kept calls. Waits for the device."""
@@ -118,7 +123,7 @@ class Recorder:
                     sum(unchanged),
                     picture,
                     sum(row[FIELDS] for row in rows[end : end + batch]),
-                    sum(row[-1] > 0 for row in rows[end : end + batch]) if self.gated else 0,
+                    self._gated(rows[end + batch - batch // halves : end + batch]),
                 )
             )
         return calls[::-1]

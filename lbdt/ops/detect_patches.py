@@ -59,11 +59,10 @@ def detect_patches(
         enabled: bool, the latents that count for each image.
         k: latents kept per patch; 0 for activation functions without a rank test.
         minus: detect on `x - minus`, for an SAE of a block's update.
-        owners: int64, the concept that each latent is evidence for, in [0, C). A patch is evidence for the concept of
-            its largest passing latent, of tied ones the first.
-        least: int64, the gate (METHOD.md, 2.5): so many patches of a row must be detected for a concept, or they are
-            taken from its mask; with owners, or None: 1.
-        least_of: the patches of the maps that `least` counts on, which is scaled to N; 0: N.
+        owners: int64, the concept of each latent, in [0, C); needed with least.
+        least: int64, the gate (METHOD.md, 2.5): the patches that must be detected for a concept in a row, or those
+            that are detected for no other are taken from its mask; 1 or less: no gate. None: none for any concept.
+        least_of: the patches of the maps that `least` counts on, which is scaled to N, but for 1; 0: N.
         deciding: int64, in [0, B): the row whose count decides for each row; None: its own. On a GPU its own too
             where it is no position.
         gated: int64, written where given: how many patches the gate took from each row.

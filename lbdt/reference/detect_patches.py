@@ -32,65 +32,77 @@ def detect_patches(
     threshold only the largest needs the rank test, and it needs a count, so nothing of size N x L is held.
     arXiv 2606.31699; the identity is ours.
 
-    With `least`, the gate (METHOD.md, 2.5): a detected patch is evidence for the concept of its largest passing latent,
-    of tied ones the first. It stays in the mask of row b iff row `deciding[b]` has `count * least_of >= least * N`
-    patches of that concept; how many did not stay is written to `gated`.
+    With `least`, the gate (METHOD.md, 2.5): a detected patch is evidence for every concept of which a latent is above
+    its threshold there. Row b carries c iff the row `deciding[b]` has n patches of evidence for it with `least <= 1` or
+    `floor(n * least_of / N) >= least`. A patch stays in the mask iff it is evidence for a concept that its row carries;
+    how many did not stay is written to `gated`.
     """
     # Which patches need the rank test is data: elsewhere than on the CPU, reading it would wait for the device.
     select = x.device.type == "cpu"
-    mask, column = _detect(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus, select)
+    mask, evidence = _detect(
+        *(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus, select),
+        None if least is None else F.one_hot(owners, least.shape[1]),
+    )
     if least is None:
         return mask
-    concept = torch.where(mask, owners[column], -1) if latents.numel() else column - 1
-    needed = least[timestep_bin]
-    kept = mask & _carries(concept, needed, least_of or mask.shape[1], deciding)
+    kept = _carried(evidence & mask.unsqueeze(2), least[timestep_bin], least_of or mask.shape[1], deciding)
     if gated is not None:
         gated.copy_(mask.sum(dim=1) - kept.sum(dim=1))
     return kept
 
 
-def _carries(concept: Tensor, needed: Tensor, least_of: int, deciding: Tensor | None) -> Tensor:
-    """Whether the deciding row carries the `concept` [B, N] (-1: none) of each patch, by the counts `needed` [B, C] on
+def _carried(evidence: Tensor, needed: Tensor, least_of: int, deciding: Tensor | None) -> Tensor:
+    """The patches that are evidence [B, N, C] for a concept that their row carries, by the counts `needed` [B, C] on
     maps of `least_of` patches; bool [B, N]."""
-    counts = needed.new_zeros(needed.shape[0], needed.shape[1] + 1)
-    counts.scatter_add_(1, concept + 1, torch.ones_like(concept))
-    # floor(count * least_of / N) >= least, as least * N may overflow.
-    carried = counts[:, 1:] * least_of // max(concept.shape[1], 1) >= needed
+    # Divided, as needed * N may overflow.
+    carries = (needed <= 1) | (evidence.sum(dim=1) * least_of // max(evidence.shape[1], 1) >= needed)
     if deciding is not None:
-        carried = carried.index_select(0, deciding)
-    # Column 0 is for patches without a concept.
-    return F.pad(carried, (1, 0)).gather(1, concept + 1)
+        carries = carries.index_select(0, deciding)
+    return (evidence & carries.unsqueeze(1)).any(dim=2)
 
 
 def _detect(
-    x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus, select: bool
-) -> tuple[Tensor, Tensor]:
-    """The mask before the gate, and the column [B, N] of each patch's largest passing latent (anything without one);
-    where `select`, only candidates are counted, and until their count reaches k."""
+    x,
+    weight,
+    bias,
+    latents,
+    thresholds,
+    timestep_bin,
+    enabled,
+    k,
+    minus,
+    select: bool,
+    owners: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The mask before the gate and, by `owners` [U, C] of ones and zeros, for which concepts a patch is evidence if it
+    is detected, bool [B, N, C]; where `select`, only candidates are counted, and until their count reaches k."""
     x = x.flatten(2)
     minus = None if minus is None else minus.flatten(2)
     batch, width, patches = x.shape
     mask = torch.zeros(batch, patches, dtype=torch.bool, device=x.device)
-    column = torch.zeros(batch, patches, dtype=torch.int64, device=x.device)
+    evidence = None if owners is None else mask.new_zeros(batch, patches, owners.shape[1])
     if mask.numel() == 0 or latents.numel() == 0:
-        return mask, column
+        return mask, evidence
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     own_weight = weight[latents].to(dtype)
     own_bias = bias[latents].to(dtype).unsqueeze(1)
     floor = thresholds[timestep_bin].to(dtype).masked_fill(~enabled, torch.inf)
 
     largest = torch.empty(batch, patches, dtype=dtype, device=x.device)
+    owner = torch.empty(batch, patches, dtype=torch.int64, device=x.device)
     for image in range(batch):
         columns = x[image].to(dtype)
         if minus is not None:
             columns = columns - minus[image].to(dtype)
         h = torch.addmm(own_bias, own_weight, columns)  # [U, N]
-        h = torch.where(h > floor[image].unsqueeze(1), h, -torch.inf)
-        largest[image], column[image] = h.max(dim=0)
+        passing = h > floor[image].unsqueeze(1)
+        if owners is not None:
+            evidence[image] = (passing.t().float() @ owners.float()) > 0
+        largest[image], position = torch.where(passing, h, -torch.inf).max(dim=0)
+        owner[image] = latents[position]
     candidate = largest > -torch.inf
     if k == 0:
-        return candidate, column
-    owner = latents[column]
+        return candidate, evidence
 
     if select:
         ranked = candidate.flatten().nonzero().squeeze(1)
@@ -104,7 +116,7 @@ def _detect(
             patch = patch - minus[image, :, place].to(dtype)
         inside = _in_first_k(patch, largest[image, place], owner[image, place], weight, bias, k, select)
         mask[image, place] = inside & candidate[image, place]
-    return mask, column
+    return mask, evidence
 
 
 def _in_first_k(patch, value, owner, weight, bias, k: int, select: bool) -> Tensor:

@@ -6,15 +6,26 @@ import json
 import pytest
 import torch
 
+from lbdt.activations import InMemory
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.picture_counts import PictureCounts
 from lbdt.dictionary.scoring import score
-from tests.dictionary.activations import CONCEPTS, PATCHES, SITE, TIMESTEPS, Lazy, in_memory, make_sae
+from tests.dictionary.activations import (
+    CONCEPTS,
+    PATCHES,
+    SITE,
+    STYLES,
+    TIMESTEPS,
+    Lazy,
+    in_memory,
+    made,
+    make_sae,
+)
 
 
-def counts(off, false_positive=0.005):
-    off = torch.tensor(off).view(1, 1, -1)
-    return PictureCounts(off.flip(-1), off, 16, {}, false_positive)
+def counts(off, false_positive=0.005, on=(0, 0, 0, 1000)):
+    on, off = (torch.tensor(values).view(1, 1, -1) for values in (on, off))
+    return PictureCounts(on, off, 16, {}, false_positive)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +47,45 @@ def test_the_least_number_that_few_enough_pictures_reach(off, rate, least):
     assert gate.least().dtype == torch.int64
 
 
+@pytest.mark.parametrize(
+    ("on", "least"),
+    [
+        pytest.param([0, 0, 0, 1000], 3, id="all-have-more"),
+        pytest.param([0, 0, 1000, 0], 2, id="none-has-three"),
+        pytest.param([0, 10, 0, 990], 3, id="one-percent-has-fewer"),
+        pytest.param([0, 11, 0, 989], 1, id="a-little-more-has-fewer"),
+        pytest.param([900, 0, 0, 100], 3, id="undetected-ones-do-not-count"),
+        pytest.param([1000, 0, 0, 0], 1, id="never-detected"),
+        pytest.param([0, 0, 0, 0], 1, id="no-picture"),
+    ],
+)
+def test_a_concepts_own_pictures_come_first(on, least):
+    gate = counts([10, 0, 0, 90], on=on)
+    assert gate.least().tolist() == [[least]]
+    assert float(gate.passing()[0]) >= 0.99 * (1 - on[0] / max(sum(on), 1)) - 1e-9 or not any(on)
+
+
+def test_a_wrong_label_does_not_hide_a_concept():
+    """Of 150 pictures, 50 a concept, one of another concept shows this one on most of its patches."""
+    x, concept, style = made(0, 150)
+    wrong = next(i for i in range(150) if concept[i] == 1)
+    x[wrong, :, :5, 0] += 4
+    source = InMemory(
+        x,
+        site=SITE,
+        timesteps=TIMESTEPS,
+        concepts=CONCEPTS,
+        concept=concept,
+        styles=STYLES,
+        style=style,
+        prompts_per_shard=50,
+    )
+    gate = score(source, SITE, make_sae(), progress=False).gate
+    assert (gate.passing()[0][0] > 0.9).all() and gate.off[0, :, 5].sum() > 0
+
+
 def test_the_shares_that_pass():
-    on, off = counts([990, 0, 6, 4]).kept()
+    on, off = counts([990, 0, 6, 4], on=[10, 0, 0, 990]).passing()
     assert (float(on), float(off)) == (0.99, 0.004)
 
 
@@ -64,6 +112,29 @@ def test_score_counts_every_labelled_picture(scored):
 
 def test_no_gate_where_none_is_asked_for_or_there_is_nothing_to_tell_apart():
     assert score(in_memory(), SITE, make_sae(), picture_false_positive=None, progress=False).gate is None
+    alone = in_memory()
+    alone.concepts = ("Cats",)
+    alone._concept = torch.zeros_like(alone._concept)
+    assert score(alone, SITE, make_sae(), calibrate=False, progress=False).gate is None
+
+
+def test_no_gate_of_sampled_patches():
+    class Sampled(Lazy):
+        def shard(self, index, site):
+            whole = super().shard(index, site)
+            return whole._replace(patches=whole.patches + (whole.patches >= 3))
+
+    with pytest.warns(UserWarning, match="no gate: the activations hold some patches of each map"):
+        assert score(Sampled(), SITE, make_sae(), progress=False).gate is None
+
+
+def test_a_label_that_selects_nothing_has_no_gate_and_does_not_end_the_run():
+    source = in_memory()
+    selection = {"thresholds": "published", "percentile": 99.9}
+    sae = make_sae()
+    sae.encoder.weight[2], sae.encoder.bias[2] = 0, -100.0
+    dictionary = score(source, SITE, sae, selection=selection, bank=0, calibrate=False, progress=False)
+    assert dictionary.gate.patches == PATCHES
 
 
 @pytest.mark.parametrize("rate", [0, -0.1, 1.5, True, "much"])
@@ -138,5 +209,5 @@ def test_bad_counts(changes, message):
 
 
 def test_a_merged_dictionary_has_no_gate(scored):
-    other = score(in_memory(20, first=60), SITE, make_sae(), picture_false_positive=None, progress=False)
-    assert scored.without_histograms().merge(other.without_histograms()).gate is None
+    plain = scored.replaced(histograms=None)
+    assert plain.gate is not None and plain.merge(plain).gate is None

@@ -41,8 +41,8 @@ def with_gate(eraser, least: int, patches: int = 16, **selection):
 def test_without_enough_patches_an_image_keeps_its_bits(pipe, base):
     after, report = erased(pipe, toy.eraser(min_patches=17))
     assert torch.equal(after, base)
-    assert report.detected == report.replaced == 0 and report.gated == 12
-    assert "4 gated" in str(report) and report.to_dict()["gated"] == 12
+    assert report.detected == report.replaced == 0 and report.gated == 6
+    assert "2 gated" in str(report) and report.to_dict()["gated"] == 6
 
 
 def test_one_is_off(pipe, base):
@@ -91,10 +91,34 @@ def test_none_takes_what_was_calibrated(pipe, least):
     assert torch.equal(after, expected) and report == wanted
 
 
-def test_it_is_scaled_to_the_map(pipe):
-    after, report = erased(pipe, with_gate(toy.eraser(), 6, patches=64))
-    expected, wanted = erased(pipe, toy.eraser(min_patches=2))  # 16 patches: a quarter of 6, rounded up
+@pytest.mark.parametrize(
+    ("least", "patches", "here"),
+    [
+        pytest.param(6, 64, 2, id="smaller"),  # 16 patches: a quarter of 6, rounded up
+        pytest.param(2, 8, 4, id="larger"),
+        pytest.param(1, 4, 1, id="one-is-off"),
+    ],
+)
+def test_it_is_scaled_to_the_map(pipe, least, patches, here):
+    after, report = erased(pipe, with_gate(toy.eraser(), least, patches=patches))
+    expected, wanted = erased(pipe, toy.eraser(min_patches=here))
     assert torch.equal(after, expected) and report == wanted
+
+
+def test_a_concept_beside_another_is_left_no_more_than_alone(pipe):
+    """Cats and Dogs are one latent; Cats need more patches than there are, Dogs one."""
+    eraser = with_gate(toy.eraser(), 1)
+    mean = eraser.dictionary.mean.clone()
+    mean[1] = mean[0]
+    gate = eraser.dictionary.gate
+    off = gate.off.clone()
+    off[0, :, 0], off[0, :, 16] = 0, 10
+    eraser.dictionary = eraser.dictionary.replaced(mean=mean, gate=dataclasses.replace(gate, off=off))
+    alone, _ = erased(pipe, eraser, ["Dogs"])
+    for names in (["Cats", "Dogs"], ["Dogs", "Cats"]):
+        assert torch.equal(erased(pipe, eraser, names)[0], alone)
+    left, report = erased(pipe, eraser, ["Cats"])
+    assert torch.equal(left, toy.images(pipe)) and report.gated > 0 and not torch.equal(alone, left)
 
 
 def test_another_selection_than_calibrated_is_not_gated(pipe):
@@ -122,7 +146,7 @@ def test_selections_that_are_given_are_gated_by_their_own_counts(pipe):
     with eraser.attach(pipe, concepts=NAMES, selections=chosen) as attached:
         after = toy.images(pipe)
     expected, wanted = erased(pipe, eraser)
-    assert torch.equal(after, expected) and attached.report() == wanted and wanted.gated == 12
+    assert torch.equal(after, expected) and attached.report() == wanted and wanted.gated == 6
     lower = {
         name: dataclasses.replace(s, thresholds=s.thresholds / 2, criteria=None) for name, s in chosen.items()
     }

@@ -29,22 +29,25 @@ def gated_by_hand(arguments, owners, least, least_of, deciding, gated=None):
     """The literal mask, row by row: (mask, taken)."""
     mask = detection.literal(**arguments)
     h = detection.pre_activations(*(arguments.get(name) for name in ("x", "weight", "bias", "minus")))
-    h = h[..., arguments["latents"]].tolist()
-    floor = (
-        arguments["thresholds"][arguments["timestep_bin"]]
-        .masked_fill(~arguments["enabled"], detection.INF)
-        .tolist()
+    floor = arguments["thresholds"][arguments["timestep_bin"]].masked_fill(
+        ~arguments["enabled"], detection.INF
     )
+    passing = (h[..., arguments["latents"]] > floor.unsqueeze(1)) & mask.unsqueeze(2)  # [B, N, U]
     batch, patches = mask.shape
-    concept = [[-1] * patches for _ in range(batch)]
-    for b, p in mask.nonzero().tolist():
-        passing = [value if value > floor[b][u] else -detection.INF for u, value in enumerate(h[b][p])]
-        concept[b][p] = int(owners[passing.index(max(passing))])
+    evidence = [
+        [{int(owners[u]) for u in passing[b, p].nonzero()[:, 0]} for p in range(patches)]
+        for b in range(batch)
+    ]
     taken = torch.zeros(batch, dtype=torch.int64)
     for b, p in mask.nonzero().tolist():
         row = b if deciding is None else int(deciding[b])
-        needed = int(least[arguments["timestep_bin"][row], concept[b][p]]) * patches / (least_of or patches)
-        if concept[row].count(concept[b][p]) < needed:
+        carried = set()
+        for c in evidence[b][p]:
+            needed = int(least[arguments["timestep_bin"][row], c])
+            count = sum(c in found for found in evidence[row])
+            if needed <= 1 or count >= needed * patches / (least_of or patches):
+                carried.add(c)
+        if not carried:
             mask[b, p] = False
             taken[b] += 1
     return mask, taken
@@ -57,12 +60,18 @@ GATES = [
     pytest.param({"H": 7, "W": 9}, {"least_of": 20}, id="larger-map-than-calibrated"),
     pytest.param({"H": 2, "W": 3}, {"least_of": 64}, id="smaller-map-than-calibrated"),
     pytest.param({"U": 40, "L": 40}, {"C": 11}, id="many-concepts"),
+    pytest.param({"U": 70, "L": 90, "k": 30}, {"C": 70}, id="more-concepts-than-fit-a-word"),
     pytest.param({"d": 2, "L": 200, "k": 9, "U": 30}, {}, id="ties"),
     pytest.param({"threshold": detection.INF}, {}, id="no-candidate"),
     pytest.param({"B": 0}, {}, id="no-image"),
     pytest.param({"U": 0}, {}, id="no-latent"),
     pytest.param({"k": 40, "threshold": -1e9}, {"least": torch.full((3, 3), 2**62)}, id="never-enough"),
     pytest.param({}, {"least": torch.ones(3, 3, dtype=torch.int64)}, id="one-is-enough"),
+    pytest.param(
+        {"threshold": 25},
+        {"least": torch.ones(3, 3, dtype=torch.int64), "least_of": 1},
+        id="one-is-not-scaled",
+    ),
 ]
 
 
@@ -86,15 +95,23 @@ def test_the_rows_of_the_gate_contain_both_answers():
 
 
 @backends
-def test_a_latent_of_two_concepts_is_evidence_for_the_first(backend):
-    """Its value is the same in both columns; the second has the lower threshold."""
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]], ids=str)
+def test_a_concept_beside_it_takes_no_evidence_from_one(order, backend):
+    """A latent of two concepts, of which the second has the lower threshold and needs a single patch: what it replaces
+    alone it replaces beside the first, in any order."""
     arguments = detection.inputs(U=1, threshold=5, k=0)
     arguments["latents"] = arguments["latents"].repeat(2)
-    arguments["thresholds"] = torch.cat([arguments["thresholds"], arguments["thresholds"] - 4], dim=1)
-    arguments["enabled"] = torch.ones(2, 2, dtype=torch.bool)
-    given = gate(arguments, C=2, owners=torch.tensor([0, 1]))
-    expected, taken = gated_by_hand(arguments, **given)
-    assert torch.equal(detection.detect(backend, **arguments, **on_device(given)), expected)
+    arguments["thresholds"] = torch.cat([arguments["thresholds"], arguments["thresholds"] - 4], dim=1)[
+        :, order
+    ]
+    needs = torch.tensor([[2**40, 1]] * 3)
+    given = on_device(gate(arguments, C=2, owners=torch.tensor(order), least=needs))
+    first = torch.tensor([owner == 0 for owner in order])
+    masks = [
+        detection.detect(backend, **arguments | {"enabled": enabled.expand(2, 2)}, **given)
+        for enabled in (~first, first, torch.ones(2, dtype=torch.bool))
+    ]
+    assert masks[0].any() and not masks[1].any() and torch.equal(masks[0], masks[2])
 
 
 @backends
