@@ -85,6 +85,7 @@ SMALL = {
     "lbdt train --stream": f"--recipe saeuron --model pipe --prompts prompts.jsonl --site {toy.HOOKPOINT} "
     f"--out streamed --sampling-steps 2 {TRAIN}",
     "lbdt erase ... --method steering": ERASE,
+    "lbdt concepts --eraser DIR": "",
     "lbdt attack": ATTACK,
     "lbdt attack --quick": ATTACK,
     "lbdt bench --threads 2": BENCH,

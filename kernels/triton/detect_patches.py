@@ -47,9 +47,7 @@ def count_config(x: Tensor, rows: int, update: bool) -> Config:
 
 
 @triton.jit(
-    do_not_specialize=[
-        *("union", "total_latents", "bins", "thresholds_stride_t", "enabled_stride_b", "words"),
-    ]
+    do_not_specialize=["union", "total_latents", "bins", "thresholds_stride_t", "enabled_stride_b", "words"]
 )
 def detect_patches_candidates_kernel(
     x,  # [B, d, H, W] by its strides
