@@ -19,6 +19,7 @@ from lbdt.attack import AttackFolder, AttackOutcome
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.activation_histograms import Histograms
 from lbdt.dictionary.latents_pickle import read_latents
+from lbdt.dictionary.picture_counts import PictureCounts
 from lbdt.dictionary.score_state import ScoreState
 from lbdt.editors import ConceptEraser, Steering
 from lbdt.evaluation.jobs import Job
@@ -67,6 +68,7 @@ def make_dictionary(folder: Path) -> None:
         torch.zeros(bins, 3, width),
         fired=torch.arange(latents),
         assigned={"Cats": 1},
+        gate=PictureCounts(counts[..., 0, :], counts[..., 0, :], 16, {"top_k": 1}, 0.005),
     ).save_pretrained(folder)
 
 
@@ -75,6 +77,9 @@ def read_dictionary(folder: Path) -> None:
     for tensor in (dictionary.mean, dictionary.bank):
         assert tensor is None or bool(torch.isfinite(tensor).all())
     assert torch.isfinite(torch.tensor(dictionary.peak))
+    if dictionary.gate is not None:
+        assert bool((dictionary.gate.least() >= 1).all())
+        dictionary.gate.is_for({})
 
 
 def make_eraser(folder: Path) -> None:
