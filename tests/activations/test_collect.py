@@ -302,7 +302,7 @@ def test_killed_runs_and_racing_processes_leave_the_same_bytes(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
