@@ -252,7 +252,7 @@ def _rows(dictionary: ConceptDictionary, select: dict[str, Any]) -> list[dict[st
     rows, gate = [], dictionary.gate
     if gate is not None:
         least, (own, others) = gate.least(), gate.passing()
-    for name, scores in zip(dictionary.concepts, dictionary.scores(), strict=True):
+    for place, (name, scores) in enumerate(zip(dictionary.concepts, dictionary.scores(), strict=True)):
         selection = dictionary.select(name, **select)
         mean = scores.mean(0)
         on = off = None
@@ -272,9 +272,9 @@ def _rows(dictionary: ConceptDictionary, select: dict[str, Any]) -> list[dict[st
                 "gate": None
                 if gate is None
                 else {
-                    "least": least[len(rows)].tolist(),
-                    "on": float(own[len(rows)].mean()),
-                    "off": float(others[len(rows)].mean()),
+                    "least": least[place].tolist(),
+                    "on": float(own[place].mean()),
+                    "off": float(others[place].mean()),
                 },
             }
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lbdt.dictionary.checks import require_range, require_shape
 from lbdt.dictionary.selection import check_criteria
+from lbdt.ops.detect_patches import MOST_PATCHES
 from lbdt.runs.reading import brief
 
 MOST_COUNTED = 64
@@ -47,8 +48,10 @@ class PictureCounts:
                 f"gate: expected on and off of one shape [C, T, K + 1 >= 2], got {list(self.on.shape)} and "
                 f"{list(self.off.shape)}"
             )
-        if type(self.patches) is not int or not 1 <= self.patches <= 1 << 30:
-            raise ValueError(f"gate patches: expected an integer in [1, 2**30], got {brief(self.patches)}")
+        if type(self.patches) is not int or not 1 <= self.patches <= MOST_PATCHES:
+            raise ValueError(
+                f"gate patches: expected an integer in [1, {MOST_PATCHES}], got {brief(self.patches)}"
+            )
         check_rate(self.false_positive)
         if not isinstance(self.selection, Mapping):
             raise ValueError(f"gate selection: expected keywords of select, got {brief(self.selection)}")

@@ -225,10 +225,12 @@ class _Work:
                 counts = CalibrationPass(*place, encoder, empty)
                 over(counts, shards)
                 dictionary = counts.calibration.build()
-            if self.picture_false_positive is not None and len(self.names) > 1:
-                patches = self.source.patches(self.site)
+            gated = self.picture_false_positive is not None and len(self.names) > 1
+            if self.bank or gated:
                 with one_thread():
                     chosen = [self._selected(dictionary, name) for name in self.names]
+            if gated:
+                patches = self.source.patches(self.site)
                 seen = GatePass(*place, encoder, chosen, latents, min(patches, MOST_COUNTED))
                 over(seen, shards)
                 if seen.sampled:
@@ -241,9 +243,7 @@ class _Work:
                     gate = PictureCounts(*seen.counts, patches, self.selection, self.picture_false_positive)
                     dictionary = dictionary.replaced(gate=gate)
             if self.bank:
-                with one_thread():
-                    selections = [dictionary.select(name, **self.selection) for name in self.names]
-                drawn = BankPass(*place, encoder, self.bank_site, selections, latents, self.bank, self.seed)
+                drawn = BankPass(*place, encoder, self.bank_site, chosen, latents, self.bank, self.seed)
                 over(drawn, _spread(len(shards)))
                 dictionary = dictionary.replaced(bank=drawn.bank.build())
                 if dictionary.bank is None:
@@ -255,10 +255,12 @@ class _Work:
         return dictionary
 
     def _selected(self, dictionary: ConceptDictionary, name: str) -> Selection | None:
-        """What is selected for a label; None where nothing is."""
+        """What is selected for a label; None where nothing is, which a bank cannot do without."""
         try:
             return dictionary.select(name, **self.selection)
         except ValueError:
+            if self.bank:
+                raise
             return None
 
 

@@ -14,16 +14,9 @@ from lbdt.donors import SOURCES
 from lbdt.editors.attachment import LatentColumns, check_hookpoint, choice
 from lbdt.editors.editor import UnetEditor
 from lbdt.hooks import lookup
-from lbdt.hooks.detection_plan import (
-    MOST_PADDING,
-    MOST_PATCHES,
-    TARGETS,
-    CallState,
-    DetectionOptions,
-    ErasePlan,
-    Gate,
-)
+from lbdt.hooks.detection_plan import MOST_PADDING, TARGETS, CallState, DetectionOptions, ErasePlan, Gate
 from lbdt.hooks.recorder import Recorder
+from lbdt.ops.detect_patches import MOST_PATCHES
 from lbdt.runs.reading import brief
 from lbdt.sae import SparseAutoencoder
 

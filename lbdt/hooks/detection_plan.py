@@ -12,8 +12,6 @@ from lbdt import ops
 
 MOST_PADDING = 65_535
 """The largest padding in patches: no map that a recorder takes has a longer side."""
-MOST_PATCHES = 1 << 30
-"""The largest number of patches in a map."""
 ROWS = ("all", "cond")
 TARGETS = ("output", "update")
 
@@ -50,8 +48,8 @@ class CallRows(NamedTuple):
     """[B] int64."""
     enabled: Tensor
     """[B, U] bool."""
-    deciding: Tensor
-    """[B] int64: the conditional, or only, row of each row's image."""
+    deciding: Tensor | None
+    """[B] int64: the row whose patches the gate counts for each row; None without a gate, or for itself."""
 
 
 class Gate(NamedTuple):
@@ -199,7 +197,7 @@ class DetectionPlan:
                 enabled = sets.index_select(0, image // (images // sets.shape[0]))
             timesteps = state.timesteps.to(torch.float32)
             # Of more branches it is not known which one is conditional: then each decides for itself.
-            deciding = image + images if halves == 2 else row
+            deciding = image + images if self.gate is not None and halves == 2 else None
             state.rows = CallRows(timesteps, self.bins(timesteps), half, halves, seeds, enabled, deciding)
         return state.rows
 

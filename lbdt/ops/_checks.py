@@ -9,8 +9,6 @@ from torch import Tensor
 
 _STRIDED = torch.strided
 _OPTIONAL = ("minus", "bank", "sums", "owners", "least", "deciding", "gated")
-MOST_PATCHES = 1 << 30
-"""csrc/checks.h: kMostPatches."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -90,16 +88,18 @@ def gate(
     least_of: int,
     deciding: Tensor | None,
     gated: Tensor | None,
+    most: int,
 ) -> None:
-    """Checks the gate's arguments of `detect_patches` on `x` with U = `union` and T = `bins`."""
+    """Checks the gate's arguments of `detect_patches` on `x` with U = `union` and T = `bins`, on maps of up to `most`
+    patches."""
     for name, tensor in (("owners", owners), ("least", least)):
         if tensor is None:
             raise ValueError(f"{name}: expected a tensor, as the gate needs owners and least, got None")
     shape("owners", owners, (union,), "[U]")
     if least.dim() != 2 or least.shape[0] != bins or least.shape[1] == 0:
         raise ValueError(f"least: expected [T, C >= 1] with T = {bins}, got {list(least.shape)}")
-    if not 0 <= least_of <= MOST_PATCHES:
-        raise ValueError(f"least_of: expected 0 <= least_of <= {MOST_PATCHES}, got {least_of}")
+    if not 0 <= least_of <= most:
+        raise ValueError(f"least_of: expected 0 <= least_of <= {most}, got {least_of}")
     given = [("owners", owners), ("least", least)]
     for name, tensor in (("deciding", deciding), ("gated", gated)):
         if tensor is not None:

@@ -8,8 +8,8 @@ from torch import Tensor
 from lbdt import reference
 from lbdt.ops import _checks, _cpu, _dispatch, _triton
 
-_UNGATED = 9
-"""Arguments of a call without the gate."""
+MOST_PATCHES = 1 << 30
+"""The largest number of patches in a map; csrc/checks.h: kMostPatches."""
 
 _dispatch.define(
     "detect_patches(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
@@ -135,7 +135,7 @@ def _check(
         _checks.dtype("minus", minus, x.dtype)
         _checks.device("minus", minus, x)
     if least is not None or owners is not None or deciding is not None or gated is not None:
-        _checks.gate(x, union, thresholds.shape[0], owners, least, least_of, deciding, gated)
+        _checks.gate(x, union, thresholds.shape[0], owners, least, least_of, deciding, gated, MOST_PATCHES)
     return batch, patches
 
 
@@ -162,17 +162,16 @@ def _run(
     *,
     backend="",
 ):
-    arguments = x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus
+    given = x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus
     gate = owners, least, least_of, deciding, gated
-    _check(*arguments, *gate)
+    _check(*given, *gate)
     _checks.within("latents", latents, weight.shape[0], "L, the latents of weight")
     _checks.within("timestep_bin", timestep_bin, thresholds.shape[0], "T, the bins of thresholds")
-    if least is None:
-        return _dispatch.call("detect_patches", backend, *arguments)
-    _checks.within("owners", owners, least.shape[1], "C, the concepts of least")
+    if least is not None:
+        _checks.within("owners", owners, least.shape[1], "C, the concepts of least")
     if deciding is not None:
         _checks.within("deciding", deciding, x.shape[0], "B, the rows of x")
-    return _dispatch.call("detect_patches", backend, *arguments, *gate)
+    return _dispatch.call("detect_patches", backend, *given, *gate)
 
 
 def _cpp_supports(x, *args, **kwargs) -> str | None:
@@ -226,9 +225,9 @@ def _alone(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`run` with a `gated` that shares no memory; the C++ op looks itself, in less time than Python takes."""
 
     def checked(*arguments) -> Tensor:
-        if len(arguments) > _UNGATED and arguments[-1] is not None:
-            read = [value for value in arguments[:-1] if isinstance(value, Tensor)]
-            _checks.own_memory({"gated": arguments[-1]}, *read)
+        *others, gated = arguments
+        if gated is not None:
+            _checks.own_memory({"gated": gated}, *(other for other in others if isinstance(other, Tensor)))
         return run(*arguments)
 
     return checked

@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 
-from lbdt.activations import InMemory
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.picture_counts import PictureCounts
 from lbdt.dictionary.scoring import score
@@ -14,7 +13,6 @@ from tests.dictionary.activations import (
     CONCEPTS,
     PATCHES,
     SITE,
-    STYLES,
     TIMESTEPS,
     Lazy,
     in_memory,
@@ -67,20 +65,9 @@ def test_a_concepts_own_pictures_come_first(on, least):
 
 def test_a_wrong_label_does_not_hide_a_concept():
     """Of 150 pictures, 50 a concept, one of another concept shows this one on most of its patches."""
-    x, concept, style = made(0, 150)
-    wrong = next(i for i in range(150) if concept[i] == 1)
-    x[wrong, :, :5, 0] += 4
-    source = InMemory(
-        x,
-        site=SITE,
-        timesteps=TIMESTEPS,
-        concepts=CONCEPTS,
-        concept=concept,
-        styles=STYLES,
-        style=style,
-        prompts_per_shard=50,
-    )
-    gate = score(source, SITE, make_sae(), progress=False).gate
+    x, concept, _ = made(0, 150)
+    x[(concept == 1).nonzero()[0], :, :5, 0] += 4
+    gate = score(in_memory(150, 50, x=x), SITE, make_sae(), progress=False).gate
     assert (gate.passing()[0][0] > 0.9).all() and gate.off[0, :, 5].sum() > 0
 
 
