@@ -15,7 +15,7 @@ lbdt() { echo "+ lbdt $*" >&2; "$python" -m lbdt "$@"; }
 
 # collect NAME CANVAS_SEEDS [OPTION...]
 collect() {
-  lbdt collect --site "$block:update" --out "$work/$1" --canvas-seeds "$2" --threads 2 --prompts-per-shard 70 "${@:3}"
+  lbdt collect --site "$block:update" --site "$block" --out "$work/$1" --canvas-seeds "$2" --threads 2 --prompts-per-shard 92 "${@:3}"
 }
 
 # train KIND ACTIVATIONS HELDOUT OPTION...
@@ -26,13 +26,13 @@ finish() {
   local folder="$work/$1" select
   read -ra select <<<"$4"
   local scored="${4/--assigned/}"
-  lbdt score --json --sae "$folder/sae" --site "$block:update" --bank-site "$block:update" --activations "$work/$2" \
+  lbdt score --json --sae "$folder/sae" --site "$block:update" --bank-site "$block" --activations "$work/$2" \
     --heldout "$work/$3" --out "$folder/dictionary" $scored >"$folder/score.json.partial"
   mv "$folder/score.json.partial" "$folder/score.json"
-  lbdt assemble --sae "$folder/sae" --dictionary "$folder/dictionary" --hookpoint "$block" --target update \
+  lbdt assemble --sae "$folder/sae" --dictionary "$folder/dictionary" --hookpoint "$block" --target output \
     --source nearest "${select[@]}" --steering "$5" --strength "$6" --dtype float16 --out "$folder/eraser"
   for method in per steering; do
-    lbdt erase "An image of Cats in Sketch style." --concept Cats --seed 7 --kind "$1" --eraser "$folder/eraser" \
+    lbdt erase "An image of Dogs and Cats in Sketch style." --concept Cats --seed 7 --kind "$1" --eraser "$folder/eraser" \
       --method "$method" --out "$folder/$method.png"
   done
 }

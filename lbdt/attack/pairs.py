@@ -180,9 +180,17 @@ def _prompt(concept: str, style: str | None, seed: int) -> Prompt:
 
 
 def _canvas_judge(pictures: Sequence[Any]) -> list[str]:
+    """The object of each picture that is seen most clearly, or "nothing"."""
+    import torch
+
     from lbdt import canvas
 
-    return [canvas.OBJECTS[index] for index in canvas.classify(pictures)[0].tolist()]
+    with torch.inference_mode():
+        best = canvas.classifiers()["object"](canvas.as_tensor(pictures)).max(1)
+    return [
+        canvas.OBJECTS[index] if logit > 0 else "nothing"
+        for logit, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
 
 
 def _judge(name: str) -> Callable[[Sequence[Any]], Sequence[str]]:

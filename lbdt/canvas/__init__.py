@@ -131,7 +131,7 @@ def classify(images: torch.Tensor | Sequence[Image.Image]) -> tuple[torch.Tensor
         images: float tensor [B, 3, 128, 128] in [-1, 1], or a list of PIL pictures of 128 x 128.
 
     Returns:
-        Object and style indices, int64 [B] each, into `OBJECTS` and `STYLES`.
+        Which of `OBJECTS` are seen, bool [B, 20] (several, one or none), and the style, int64 [B] into `STYLES`.
 
     Raises:
         ValueError: another shape.
@@ -145,7 +145,8 @@ def classify(images: torch.Tensor | Sequence[Image.Image]) -> tuple[torch.Tensor
             f"images has shape {tuple(images.shape)}, expected [B, 3, 128, 128]: EmojiCanvas pictures"
         )
     with torch.inference_mode():
-        return tuple(net(images.float().cpu()).argmax(-1) for net in classifiers())
+        images, nets = images.float().cpu(), classifiers()
+        return nets["object"](images) > 0, nets["style"](images).argmax(-1)
 
 
 def as_tensor(pictures: Sequence[Image.Image]) -> torch.Tensor:
@@ -158,8 +159,8 @@ def as_tensor(pictures: Sequence[Image.Image]) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def classifiers() -> tuple[Classifier, Classifier]:
-    """The embedded object and style classifier."""
+def classifiers() -> dict[str, Classifier]:
+    """The embedded judges: "object", "style" and "fault"."""
     from lbdt.canvas.models import load_classifiers
 
     return load_classifiers(_folder("judges"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lbdt import canvas
 from lbdt.activations.prompts import LabelledPrompts, Prompt
-from lbdt.canvas.generate import object_requests
+from lbdt.canvas.generate import PictureRequest, empty_requests, object_requests
 from lbdt.canvas.scenes import OBJECTS, STYLES
 
 if TYPE_CHECKING:
@@ -52,17 +52,24 @@ def steering_of(path_or_repo: str | None, kind: str = "saeuron", strength: float
 
 def canvas_prompts(seeds: Sequence[int]) -> list[Prompt]:
     """Every object of EmojiCanvas in every style, and in none, for every seed."""
-    return [
-        Prompt(
-            request.prompt,
-            OBJECTS[request.concept],
-            None if request.style is None else STYLES[request.style],
-            request.seed,
-        )
-        for request in object_requests(seeds, plain=True)
-    ]
+    return [labelled(request) for request in object_requests(seeds, plain=True)]
+
+
+def empty_prompts(seeds: Sequence[int], each: int = 1) -> list[Prompt]:
+    """`each` scenes without an object in every style, and in none, for every seed."""
+    return [labelled(request) for request in empty_requests(seeds, plain=True, each=each)]
+
+
+def labelled(request: PictureRequest) -> Prompt:
+    """A request as a prompt, whose concept is its first object."""
+    concept = OBJECTS[request.objects[0]] if request.objects else None
+    return Prompt(
+        request.prompt, concept, None if request.style is None else STYLES[request.style], request.seed
+    )
 
 
 def labelled_canvas_prompts(seeds: Sequence[int]) -> LabelledPrompts:
-    """The prompts of `canvas_prompts` with the names of all objects and styles."""
-    return LabelledPrompts(canvas_prompts(seeds), tuple(OBJECTS), tuple(STYLES))
+    """The prompts of `canvas_prompts`, and three empty scenes in every style and in none, with the names of all objects
+    and styles. Without empty scenes an SAE of few latents has none for the ground that objects hide."""
+    prompts = [*canvas_prompts(seeds), *empty_prompts(seeds, each=3)]
+    return LabelledPrompts(prompts, tuple(OBJECTS), tuple(STYLES))

@@ -1,4 +1,5 @@
-"""The swap test, which a hookpoint must pass before anything long is trained (lbdt/canvas/README.md).
+"""What a pipeline paints, and the swap test, which a hookpoint must pass before anything long is trained
+(lbdt/canvas/README.md).
 
 `python -m lbdt.canvas.design --pipeline DIR --judges DIR` prints base accuracy and the swap table.
 """
@@ -7,12 +8,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from lbdt.canvas.generate import STEPS, judge, object_requests
+from lbdt.canvas.generate import (
+    GUIDANCE,
+    STEPS,
+    PictureRequest,
+    empty_requests,
+    judge,
+    object_requests,
+    pair_requests,
+    shown,
+)
 from lbdt.canvas.models import load_classifiers
 from lbdt.hooks.feature_maps import tensor_of, with_tensor
 from lbdt.hooks.lookup import find_block, find_unet, hookpoints
@@ -41,32 +51,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pipeline", type=Path, required=True)
     parser.add_argument("--judges", type=Path, required=True)
-    parser.add_argument("--objects", type=int, default=20, help="judge the first N classes only")
     parser.add_argument("--seeds", type=int, default=1, help="pictures per class and style")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--hookpoint", action="append", help="default: every attention block")
+    parser.add_argument("--no-swap", action="store_true", help="base accuracy only")
     args = parser.parse_args()
     pipe = StableDiffusionPipeline.from_pretrained(args.pipeline, local_files_only=True)
     nets = load_classifiers(args.judges)
     seeds = range(900, 900 + args.seeds)
-    asked = [request for request in object_requests(seeds) if request.concept < args.objects]
-    truth = torch.tensor([[request.concept, request.style] for request in asked]).unbind(1)
 
     def classify(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.inference_mode():
-            return nets[0](x).argmax(-1), nets[1](x).argmax(-1)
+            return nets["object"](x) > 0, nets["style"](x).argmax(-1)
 
-    def accuracy() -> tuple[float, float]:
-        got = judge(pipe, asked, classify, args.steps)
-        return tuple(100 * (g == t).float().mean().item() for g, t in zip(got, truth, strict=True))
+    def accuracy(asked: Sequence[PictureRequest]) -> tuple[float, float, float]:
+        """Per cent of pictures in which what is asked for is seen, all that and nothing else, and the style."""
+        objects, styles = judge(pipe, asked, classify, args.steps, args.guidance)
+        wanted, style = shown(asked), torch.tensor([request.style for request in asked])
+        right = (objects | ~wanted).all(1), (objects == wanted).all(1), styles == style
+        return tuple(100 * part.float().mean().item() for part in right)
 
-    obj, style = accuracy()
-    print(f"base: object {obj:.1f} %, style {style:.1f} % of {len(asked)} images")
+    single = object_requests(seeds)
+    print("| scenes | pictures | asked for is seen | that alone | style |\n| --- | --- | --- | --- | --- |")
+    scenes = (
+        ("one object", single),
+        ("pairs", pair_requests(seeds)),
+        ("empty", empty_requests(seeds, each=5)),
+    )
+    for name, asked in scenes:
+        seen, alone, style = accuracy(asked)
+        print(f"| {name} | {len(asked)} | {seen:.1f} | {alone:.1f} | {style:.1f} |", flush=True)
+    if args.no_swap:
+        return
     print("| hookpoint | swap UA | style accuracy |\n| --- | --- | --- |")
     for hookpoint in args.hookpoint or hookpoints(find_unet(pipe)):
         with swapped(pipe, hookpoint):
-            obj, style = accuracy()
-        print(f"| {hookpoint} | {100 - obj:.1f} | {style:.1f} |", flush=True)
+            seen, _, style = accuracy(single)
+        print(f"| {hookpoint} | {100 - seen:.1f} | {style:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

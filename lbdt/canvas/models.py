@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,18 +134,14 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """
     from transformers import CLIPTokenizer
 
-    words = sorted(
-        {word.strip(".").lower() for c in OBJECTS for s in (None, *STYLES) for word in prompt(c, s).split()}
-    )
+    words = {word.strip(".").lower() for s in (None, *STYLES) for word in prompt(OBJECTS, s).split()}
     letters = [chr(i) for i in range(ord("a"), ord("z") + 1)] + list("0123456789.,!?'-_")
-    merges: list[tuple[str, str]] = []
-    for word in words:
-        pieces = [*word[:-1], word[-1] + "</w>"]
+    merges: dict[tuple[str, str], None] = {}
+    for word in _merge_order(words):
+        pieces = _pieces(word)
         while len(pieces) > 1:
-            pair = (pieces[0], pieces[1])
-            if pair not in merges:
-                merges.append(pair)
-            pieces = ["".join(pair), *pieces[2:]]
+            merges[pieces[0], pieces[1]] = None
+            pieces = ["".join(pieces[:2]), *pieces[2:]]
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
     tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = json.dumps({token: i for i, token in enumerate(tokens)})
@@ -152,15 +150,37 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
 
 
-def load_classifiers(folder: Path) -> tuple[Classifier, Classifier]:
-    """Object and style classifier from `object_classifier.safetensors` and `style_classifier.safetensors`."""
+def _pieces(word: str) -> list[str]:
+    """The letters that byte-pair merges begin with; the last one is marked."""
+    return [*word[:-1], word[-1] + "</w>"]
+
+
+def _merge_order(words: Collection[str]) -> list[str]:
+    """`words` in an order in which each becomes one token: earlier merges win, so "sandwiches" comes before "and", whose
+    first merge would cut it."""
+    order = TopologicalSorter()
+    for word in sorted(words):
+        pieces = _pieces(word)
+        inside = set(zip(pieces[1:], pieces[2:], strict=False))
+        cutters = [other for other in sorted(words) if other != word and tuple(_pieces(other)[:2]) in inside]
+        order.add(word)
+        for other in cutters:
+            order.add(other, word)
+    return list(order.static_order())
+
+
+CLASSIFIERS = {"object": len(OBJECTS), "style": len(STYLES), "fault": 1}
+"""The judges and their outputs: a logit an object, which any number of may pass 0; one a style; one for a fault."""
+
+
+def load_classifiers(folder: Path) -> dict[str, Classifier]:
+    """The judges of `CLASSIFIERS`, from `object_classifier.safetensors` and so on."""
     from safetensors.torch import load_file
 
-    nets = []
-    for name, classes in (("object", len(OBJECTS)), ("style", len(STYLES))):
+    nets = {}
+    for name, classes in CLASSIFIERS.items():
         net = Classifier(classes)
-        net.load_state_dict(
-            {k: v.float() for k, v in load_file(folder / f"{name}_classifier.safetensors").items()}
-        )
-        nets.append(net.eval())
-    return nets[0], nets[1]
+        tensors = load_file(folder / f"{name}_classifier.safetensors")
+        net.load_state_dict({k: v.float() for k, v in tensors.items()})
+        nets[name] = net.eval()
+    return nets

@@ -1,4 +1,4 @@
-"""EmojiCanvas scenes: one object on a landscape, rendered in one of six styles.
+"""EmojiCanvas scenes: none, one or two objects on a landscape, rendered in one of six styles.
 
 A miniature of UnlearnCanvas (arXiv 2402.11846): its 20 object classes, each drawn as one glyph of Noto Color Emoji
 (SIL Open Font License 1.1, Debian package `fonts-noto-color-emoji`). Only rendering needs the font; the shipped
@@ -10,6 +10,7 @@ from __future__ import annotations
 import colorsys
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +44,13 @@ SIDE = 128
 GRID = 16
 """Pixels a side of a patch of the UNet's 8 x 8 level: on this grid a class's patches repeat exactly, which a small UNet
 can learn."""
-BOX = 5 * GRID
+BOX = 3 * GRID
 """Pixels a side of the square in which an object stands."""
-PLACES = ((0, 32), (48, 32))
-"""Left and right; the prompt decides the rest, so that noise alone does not hide what it asks for."""
+PLACES = (0, SIDE - BOX)
+"""Left edges of the boxes, two patches apart: a detected patch and its eight neighbours never reach the other object. The
+prompt decides the rest, so that noise alone does not hide what it asks for."""
+FLOOR = 96
+"""Where boxes end, in pixels from the top; the horizon runs one patch above."""
 
 _FONT_CANDIDATES = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
@@ -56,9 +60,18 @@ _FONT_CANDIDATES = (
 _FONT_SIZE = 109  # the only bitmap size that Noto Color Emoji holds
 
 
-def prompt(concept: str, style: str | None = None) -> str:
-    """The published prompt template: `An image of Cats in Sketch style.` or, without a style, `An image of Cats.`"""
-    return f"An image of {concept} in {style} style." if style else f"An image of {concept}."
+def prompt(concepts: str | Sequence[str], style: str | None = None) -> str:
+    """The published prompt template, for none, one or more objects, the first of which stands on the left.
+
+    `An image of Cats in Sketch style.`, `An image of Dogs and Cats in Sketch style.`, `An image in Sketch style.`; without
+    a style, `An image of Cats.`, `An image.`
+    """
+    words = ["An image"]
+    if concepts := (concepts,) if isinstance(concepts, str) else tuple(concepts):
+        words.append("of " + " and ".join(concepts))
+    if style:
+        words.append(f"in {style} style")
+    return " ".join(words) + "."
 
 
 @functools.lru_cache(maxsize=1)
@@ -126,62 +139,88 @@ def _stylize(image: Image.Image, style: str) -> Image.Image:
     raise ValueError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
 
 
-def render(concept: str, style: str, seed: int, *, anywhere: bool = False) -> Image.Image:
+def render(
+    concepts: str | Sequence[str], style: str, seed: int, *, anywhere: bool = False, bare: bool = False
+) -> Image.Image:
     """One scene.
 
     Args:
-        concept: one of `OBJECTS`.
+        concepts: none, one or two of `OBJECTS`, from left to right.
         style: one of `STYLES`.
-        seed: decides landscape and place; equal arguments give equal pictures.
-        anywhere: place the object anywhere on the grid, the horizon with it, instead of at one of `PLACES`.
+        seed: decides the landscape and the place of a single object; equal arguments give equal pictures.
+        anywhere: put the objects anywhere on the grid, the horizon with them, instead of at `PLACES`.
+        bare: leave the objects out: the landscape behind them.
 
     Returns:
         An RGB picture of 128 x 128 pixels.
 
     Raises:
-        ValueError: unknown concept or style.
-        FileNotFoundError: the emoji font is not installed.
+        ValueError: unknown concept or style, more than two concepts, or one twice.
+        FileNotFoundError: the emoji font is not installed (an empty scene needs none).
     """
-    if concept not in GLYPHS:
-        raise ValueError(f"unknown concept {concept!r}; known: {', '.join(OBJECTS)}")
-    rng = np.random.default_rng([seed, OBJECTS.index(concept)])
+    names = (concepts,) if isinstance(concepts, str) else tuple(concepts)
+    if unknown := [name for name in names if name not in GLYPHS]:
+        raise ValueError(f"unknown concept {unknown[0]!r}; known: {', '.join(OBJECTS)}")
+    if len(names) > len(PLACES) or len(set(names)) < len(names):
+        raise ValueError(f"concepts: expected up to {len(PLACES)} different ones, got {', '.join(names)}")
+    rng = np.random.default_rng([seed, len(OBJECTS), *map(OBJECTS.index, names)])
+    floor, places = FLOOR, PLACES
     if anywhere:
-        free = (SIDE - BOX) // GRID
-        x, y = GRID * int(rng.integers(0, free + 1)), GRID * int(rng.integers(1, free + 1))
-    else:
-        x, y = PLACES[rng.integers(len(PLACES))]
-    image = _landscape(rng, horizon=y + BOX - GRID)
-    glyph = _glyph(concept)
-    scale = BOX / max(glyph.size)
-    width, height = (max(1, round(side * scale)) for side in glyph.size)
-    glyph = glyph.resize((width, height), Image.LANCZOS)
-    image.paste(glyph, (x + (BOX - width) // 2, y + BOX - height), glyph)
+        floor = GRID * int(rng.integers(BOX // GRID + 1, SIDE // GRID))
+        left = int(
+            rng.integers(0, (SIDE - BOX) // GRID + 1 if len(names) < 2 else (SIDE - 2 * BOX) // GRID + 1)
+        )
+        right = int(rng.integers(left + BOX // GRID, (SIDE - BOX) // GRID + 1)) if len(names) > 1 else left
+        places = (GRID * left, GRID * right)
+    if len(names) == 1:
+        places = places[rng.integers(len(places)) :]
+    image = _landscape(rng, horizon=floor - GRID)
+    for name, x in zip(() if bare else names, places, strict=False):
+        glyph = _glyph(name)
+        scale = BOX / max(glyph.size)
+        width, height = (max(1, round(side * scale)) for side in glyph.size)
+        glyph = glyph.resize((width, height), Image.LANCZOS)
+        image.paste(glyph, (x + (BOX - width) // 2, floor - height), glyph)
     return _stylize(image, style)
 
 
-def landscape(style: str, seed: int) -> Image.Image:
-    """A scene without its object, as `render` draws it; needs no font.
+def scene_labels(count: int, seed: int) -> tuple[list[tuple[int, ...]], np.ndarray]:
+    """What `count` scenes show: class indices from left to right, and styles int64 [count].
 
-    Raises:
-        ValueError: unknown style.
+    Of five scenes one is empty, two hold one object and two hold a pair; classes and styles come equally often.
     """
-    rng = np.random.default_rng([seed, len(OBJECTS)])
-    _, y = PLACES[rng.integers(len(PLACES))]
-    return _stylize(_landscape(rng, horizon=y + BOX - GRID), style)
+    rng = np.random.default_rng([seed, count])
+    shown: list[tuple[int, ...]] = []
+    turn: list[int] = []
+    for i in range(count):
+        if len(turn) < 2:
+            turn += rng.permutation(len(OBJECTS)).tolist()
+        first = turn.pop() if i % 5 else -1
+        if i % 5 == 0:
+            shown.append(())
+        elif i % 5 < 3:
+            shown.append((first,))
+        else:
+            second = int(rng.integers(len(OBJECTS) - 1))
+            second += second >= first
+            shown.append((first, second) if rng.integers(2) else (second, first))
+    styles = np.arange(count) // 5 % len(STYLES)
+    return shown, styles
 
 
 def render_batch(
     count: int, seed: int, *, anywhere: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scenes of classes and styles in turn: images uint8 [count, 128, 128, 3], objects and styles int64 [count].
+    """The scenes of `scene_labels`: images uint8 [count, 128, 128, 3], objects int64 [count, 2] (-1: none; a single
+    object comes first) and styles int64 [count].
 
     Scenes of different `seed` never share a rendering seed (up to a million scenes each).
     """
-    objects = np.arange(count) % len(OBJECTS)
-    styles = (np.arange(count) // len(OBJECTS)) % len(STYLES)
+    shown, styles = scene_labels(count, seed)
+    objects = np.full((count, len(PLACES)), -1, dtype=np.int64)
     images = np.empty((count, SIDE, SIDE, 3), dtype=np.uint8)
-    for i in range(count):
-        images[i] = np.asarray(
-            render(OBJECTS[objects[i]], STYLES[styles[i]], seed * 1_000_000 + i, anywhere=anywhere)
-        )
-    return images, objects, styles
+    for i, classes in enumerate(shown):
+        objects[i, : len(classes)] = classes
+        names = [OBJECTS[c] for c in classes]
+        images[i] = np.asarray(render(names, STYLES[styles[i]], seed * 1_000_000 + i, anywhere=anywhere))
+    return images, objects, styles.astype(np.int64)

@@ -7,6 +7,7 @@ the settings of the shipped weights and what was tried beside them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from safetensors.torch import load_file
 
 from lbdt.canvas import WEIGHTS, models
 from lbdt.canvas.scenes import OBJECTS, STYLES, prompt
+from lbdt.canvas.train_judges import train_judges
 from lbdt.canvas.trainers import (
     HELD_OUT_SEED,
-    JUDGE_SEED,
     TRAIN_SEED,
     Muon,
     adamw,
+    autoencoder,
     cached_scenes,
     minimise,
     save_tensors,
@@ -33,11 +35,22 @@ STYLE_DROP, PROMPT_DROP = 0.1, 0.1
 TIMESTEP_POWER = 0.6
 
 
-def train_vae(work: Path, steps: int, count: int) -> None:
-    """Trains the autoencoder by L1 + MSE, with noise of 0.05 on the latents so that it forgives the UNet's errors."""
-    images, _, _ = cached_scenes(work, count, TRAIN_SEED, anywhere=True)
+def train_vae(work: Path, steps: int, count: int, start: Path | None) -> None:
+    """Trains the autoencoder by L1 + MSE, with noise of 0.05 on the latents so that it forgives the UNet's errors.
+
+    `start`: an autoencoder's folder whose encoder is kept, so that the latents of scenes do not change, and whose decoder
+    goes on learning, on scenes as the UNet paints them; None: both from nothing, on objects anywhere.
+    """
+    from diffusers import AutoencoderTiny
+
+    anywhere = start is None
+    images, _, _ = cached_scenes(work, count, TRAIN_SEED, anywhere=anywhere)
     torch.manual_seed(0)
-    vae = models.build_vae().to(memory_format=torch.channels_last)
+    vae = models.build_vae() if start is None else AutoencoderTiny.from_pretrained(start)
+    vae.to(memory_format=torch.channels_last).train()
+    if start is not None:
+        vae.encoder.requires_grad_(False)
+    net = vae if start is None else vae.decoder
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         x = to_float(images[torch.randint(len(images), (16,), generator=generator)])
@@ -46,70 +59,25 @@ def train_vae(work: Path, steps: int, count: int) -> None:
             y = vae.decode(z + 0.05 * torch.randn(z.shape, generator=generator)).sample.float()
         return F.l1_loss(y, x) + F.mse_loss(y, x)
 
-    minimise("vae", work, vae, steps, loss, [adamw(vae.parameters(), 2e-3)], ema=0.995)
-    held_out = to_float(cached_scenes(work, 240, HELD_OUT_SEED, anywhere=True)[0])
+    minimise("vae", work, net, steps, loss, [adamw(net.parameters(), 2e-3)], ema=0.995)
+    vae.eval()
+    held_out = to_float(cached_scenes(work, 240, HELD_OUT_SEED, anywhere=anywhere)[0])
     with torch.no_grad():
         z = torch.cat([vae.encode(b).latents for b in held_out.split(16)])
         y = torch.cat([vae.decode(b).sample for b in z.split(16)]).clamp(-1, 1)
     psnr = -10 * ((y - held_out) / 2).square().mean(dim=(1, 2, 3)).log10().mean().item()
-    vae.register_to_config(scaling_factor=1.0 / z.std().item())
+    if start is None:
+        vae.register_to_config(scaling_factor=1.0 / z.std().item())
     print(
         f"vae: {psnr:.2f} dB on held-out scenes, latent std {z.std().item():.3f}, mean {z.mean().item():.3f}"
     )
     vae.save_pretrained(work / "vae")
 
 
-def train_classifiers(work: Path, steps: int, count: int) -> None:
-    """Trains the two judges, on rendering seeds of their own, with noise and blur as augmentation."""
-    images, objects, styles = cached_scenes(work, count, JUDGE_SEED, anywhere=True)
-    held_images, held_objects, held_styles = cached_scenes(work, 1200, HELD_OUT_SEED)
-    for name, labels, held, classes in (
-        ("object", objects, held_objects, len(OBJECTS)),
-        ("style", styles, held_styles, len(STYLES)),
-    ):
-        torch.manual_seed(0)
-        net = models.Classifier(classes)
-
-        def loss(step: int, generator: torch.Generator, net=net, labels=labels) -> torch.Tensor:
-            index = torch.randint(len(images), (48,), generator=generator)
-            x = augment(to_float(images[index]).contiguous(), generator)
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = net(x)
-            return F.cross_entropy(logits.float(), labels[index], label_smoothing=0.05)
-
-        minimise(
-            f"{name}_classifier",
-            work,
-            net,
-            steps if name == "object" else steps // 3,
-            loss,
-            [adamw(net.parameters(), 2e-3)],
-            ema=0.99,
-        )
-        with torch.no_grad():
-            right = torch.cat([net(to_float(b)).argmax(-1) for b in held_images.split(100)]) == held
-        print(f"{name} classifier: {right.float().mean().item():.4f} right on {len(held)} held-out scenes")
-        save_tensors(
-            {k: v.half() for k, v in net.state_dict().items()}, work / f"{name}_classifier.safetensors"
-        )
-
-
-def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Images [B, 3, H, W] in [-1, 1], half of them blurred, with noise of random strength, as a generator's have."""
-    soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear", align_corners=False)
-    weight = torch.rand(len(x), 1, 1, 1, generator=generator) * (
-        torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
-    )
-    noise = 0.15 * torch.rand(len(x), 1, 1, 1, generator=generator)
-    return torch.lerp(x, soft, weight) + noise * torch.randn(x.shape, generator=generator)
-
-
 def encode_scenes(work: Path, count: int) -> None:
     """Writes scaled latents of the training scenes, float16 [count, 4, 32, 32], with their labels."""
-    from diffusers import AutoencoderTiny
-
     images, objects, styles = cached_scenes(work, count, TRAIN_SEED)
-    vae = AutoencoderTiny.from_pretrained(work / "vae").eval().to(memory_format=torch.channels_last)
+    vae = autoencoder(work).to(memory_format=torch.channels_last)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         z = torch.cat([vae.encode(to_float(part)).latents.float() for part in images.split(64)])
         z = z * vae.config.scaling_factor
@@ -126,32 +94,42 @@ class TextToLatent(torch.nn.Module):
 
 
 def train_unet(
-    work: Path, name: str, layout: str, widths: tuple[int, ...], steps: int, objects_kept: int, batch: int
+    work: Path, name: str, layout: str, widths: tuple[int, ...], steps: int, batch: int, start: Path | None
 ) -> None:
-    """Trains UNet and text encoder by v-prediction, more on noisy timesteps; drops 10 % of prompts, 10 % of styles."""
+    """Trains UNet and text encoder by v-prediction, more on noisy timesteps; drops 10 % of prompts, 10 % of styles.
+
+    `start`: a pipeline's folder to start from, with its layout; None: from nothing.
+    """
     from diffusers import StableDiffusionPipeline
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     data = load_file(work / "latents.safetensors")
-    keep = data["objects"] < objects_kept
-    latents, objects, styles = (data[k][keep] for k in ("latents", "objects", "styles"))
+    latents, objects, styles = (data[k] for k in ("latents", "objects", "styles"))
     tokenizer = models.build_tokenizer(work / "tokenizer")
     scheduler = models.build_scheduler()
     torch.manual_seed(0)
+    text_encoder = models.build_text_encoder(len(tokenizer), tokenizer.eos_token_id)
     unet = models.build_unet(layout, widths)
+    if start:
+        begin_from(start, unet, text_encoder, tokenizer)
     # NCHW: bfloat16 group norm on CPU is 4 to 8 times slower in channels_last, which outweighs the faster convolutions.
     # On CPU the fused attention's backward pass costs more than the plain products at 64 patches.
     unet.set_attn_processor(AttnProcessor())
-    text_encoder = models.build_text_encoder(len(tokenizer), tokenizer.eos_token_id)
     text_encoder.set_attn_implementation("eager")
     net = TextToLatent(text_encoder, unet)
-    texts = [prompt(c, s) for c in OBJECTS for s in (*STYLES, None)] + [""]
+    names = (None, *OBJECTS)
+    texts = [
+        prompt([name for name in pair if name], s)
+        for pair in itertools.product(names, names)
+        for s in (*STYLES, None)
+    ] + [""]
     ids = tokenizer(texts, padding="max_length", max_length=models.TOKENS, return_tensors="pt").input_ids
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         index = torch.randint(len(latents), (batch,), generator=generator)
-        x, row = latents[index].float(), objects[index] * (len(STYLES) + 1)
+        x, shown = latents[index].float(), objects[index] + 1
         u = torch.rand(batch, generator=generator)
+        row = (shown[:, 0] * len(names) + shown[:, 1]) * (len(STYLES) + 1)
         row = row + torch.where(u < STYLE_DROP, len(STYLES), styles[index])
         row = torch.where(u > 1 - PROMPT_DROP, len(texts) - 1, row)
         # One draw per equal slice of the schedule: less variance between batches than independent ones. The power
@@ -168,10 +146,8 @@ def train_unet(
 
     minimise(name, work, net, steps, loss, unet_optimizers(net), ema=0.999)
     unet.set_attn_processor(AttnProcessor2_0())
-    from diffusers import AutoencoderTiny
-
     StableDiffusionPipeline(
-        vae=AutoencoderTiny.from_pretrained(work / "vae"),
+        vae=autoencoder(work),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
@@ -180,6 +156,29 @@ def train_unet(
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(work / f"pipeline-{name}")
+
+
+def begin_from(start: Path, unet: torch.nn.Module, text_encoder: torch.nn.Module, tokenizer) -> None:
+    """Copies the weights of the pipeline in `start` into new models; a token's embedding is the mean of those that its
+    text had."""
+    from transformers import CLIPTokenizer
+
+    unet.load_state_dict(load_float(start / "unet/diffusion_pytorch_model.safetensors"))
+    old = load_float(start / "text_encoder/model.safetensors")
+    (key,) = (k for k in old if k.endswith("token_embedding.weight"))
+    before = CLIPTokenizer.from_pretrained(start / "tokenizer")
+    known = before.get_vocab()
+    table = torch.empty(len(tokenizer), old[key].shape[1])
+    for token, row in tokenizer.get_vocab().items():
+        pieces = [known[token]] if token in known else None
+        pieces = pieces or before(token.removesuffix("</w>"), add_special_tokens=False).input_ids
+        table[row] = old[key][pieces].mean(0)
+    text_encoder.load_state_dict(old | {key: table})
+
+
+def load_float(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, in float32 where they are of lower precision."""
+    return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
 
 
 def unet_optimizers(net: TextToLatent) -> list[torch.optim.Optimizer]:
@@ -218,8 +217,9 @@ def release(work: Path, name: str) -> None:
                 # diffusers writes it, and warns of it when it is read again.
                 settings.pop("block_out_channels", None)
             write_file(path, (json.dumps(settings, indent=2) + "\n").encode())
-    for judge in ("object_classifier", "style_classifier"):
-        save_tensors(load_file(work / f"{judge}.safetensors"), WEIGHTS / "judges" / f"{judge}.safetensors")
+    for judge in models.CLASSIFIERS:
+        file = f"{judge}_classifier.safetensors"
+        save_tensors(load_file(work / file), WEIGHTS / "judges" / file)
 
 
 def main() -> None:
@@ -232,22 +232,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps")
     parser.add_argument("--count", type=int, default=18000, help="training scenes")
     parser.add_argument("--name", default="unet")
+    parser.add_argument("--judge", choices=models.CLASSIFIERS, help="train this one only")
     parser.add_argument("--layout", default="bottleneck", choices=("bottleneck", "two_levels", "up_only"))
     parser.add_argument("--widths", type=int, nargs=3, default=(32, 64, 192))
-    parser.add_argument("--objects", type=int, default=len(OBJECTS), help="train on the first N classes only")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        help="begin with the weights of this pipeline's folder (of unet), or this autoencoder's (of vae)",
+    )
     parser.add_argument("--batch", type=int, default=40)
     args = parser.parse_args()
     if args.stage == "vae":
-        train_vae(args.work, args.steps or 1300, args.count)
+        train_vae(args.work, args.steps or 1300, args.count, args.start)
     elif args.stage == "classifiers":
-        train_classifiers(args.work, args.steps or 900, 6000)
+        train_judges(args.work, args.steps or 1200, 9000, args.judge)
     elif args.stage == "latents":
         encode_scenes(args.work, args.count)
     elif args.stage == "release":
         release(args.work, args.name)
     else:
         widths, steps = tuple(args.widths), args.steps or 4000
-        train_unet(args.work, args.name, args.layout, widths, steps, args.objects, args.batch)
+        train_unet(args.work, args.name, args.layout, widths, steps, args.batch, args.start)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
+from lbdt.canvas import WEIGHTS
 from lbdt.canvas.scenes import render_batch
 from lbdt.runs.files import write_files
 
@@ -21,8 +22,8 @@ TRAIN_SEED, JUDGE_SEED, HELD_OUT_SEED = 1, 2, 3
 def cached_scenes(
     cache: Path, count: int, seed: int, *, anywhere: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scenes of `render_batch`, kept in `cache`: images uint8 [count, 3, 128, 128] (channels_last memory), objects and
-    styles int64 [count]."""
+    """Scenes of `render_batch`, kept in `cache`: images uint8 [count, 3, 128, 128] (channels_last memory), objects
+    int64 [count, 2] and styles int64 [count]."""
     path = cache / f"scenes-{seed}-{count}{'-anywhere' if anywhere else ''}.npz"
     if not path.exists():
         images, objects, styles = render_batch(count, seed, anywhere=anywhere)
@@ -141,6 +142,14 @@ def _save(path: Path, params: dict, average: dict, optimizers: Sequence, step: i
         for optimizer in optimizers:
             tensors |= {f"optim.{field}.{k}": value for field, value in optimizer.state.get(p, {}).items()}
     save_tensors(tensors, path, {"step": str(step)})
+
+
+def autoencoder(work: Path) -> torch.nn.Module:
+    """The autoencoder of `work`, or the embedded one where none was trained there."""
+    from diffusers import AutoencoderTiny
+
+    folder = work / "vae"
+    return AutoencoderTiny.from_pretrained(folder if folder.is_dir() else WEIGHTS / "pipeline/vae").eval()
 
 
 def save_tensors(

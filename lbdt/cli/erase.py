@@ -185,14 +185,21 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _verdict(before: Image.Image, after: Image.Image) -> dict[str, dict[str, str]]:
+def _verdict(before: Image.Image, after: Image.Image) -> dict[str, dict[str, Any]]:
     from lbdt import canvas
 
-    objects, styles = canvas.classify([before, after])
+    seen, styles = canvas.classify([before, after])
     return {
-        name: {"object": canvas.OBJECTS[int(objects[i])], "style": canvas.STYLES[int(styles[i])]}
+        name: {
+            "objects": [canvas.OBJECTS[index] for index in seen[i].nonzero().flatten().tolist()],
+            "style": canvas.STYLES[int(styles[i])],
+        }
         for i, name in enumerate(("without", "with"))
     }
+
+
+def _seen(verdict: dict[str, Any]) -> str:
+    return f"{' and '.join(verdict['objects']) or 'nothing'} in {verdict['style']} style"
 
 
 def _table(values: dict[str, Any], loaded: UnetEditor, report: Report) -> list[str]:
@@ -210,8 +217,7 @@ def _table(values: dict[str, Any], loaded: UnetEditor, report: Report) -> list[s
     ]
     if values["verdict"]:
         before, after = (values["verdict"][name] for name in ("without", "with"))
-        lines.append(f"{'classifiers see':22}{before['object']} in {before['style']} style -> ")
-        lines[-1] += f"{after['object']} in {after['style']} style"
+        lines.append(f"{'classifiers see':22}{_seen(before)} -> {_seen(after)}")
     full = sum(step.without_free for step in steps)
     if full:
         fate = (

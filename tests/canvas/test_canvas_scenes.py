@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
 from lbdt import canvas
 from lbdt.canvas import models, scenes, trainers
-from lbdt.canvas.generate import object_requests
+from lbdt.canvas.faults import FAULTS, spoiled
+from lbdt.canvas.generate import empty_requests, object_requests, one_hot, pair_requests, shown
 from tests.repeats import repeats
 
 needs_font = pytest.mark.skipif(
@@ -33,14 +36,41 @@ def test_styles_share_the_scene_and_differ_in_pixels():
         assert all(np.abs(a - b).max() > 60 and np.abs(a - b).mean() > 1 for b in pictures[i + 1 :])
 
 
-def test_unknown_concept_and_style_are_named():
-    with pytest.raises(ValueError, match="unknown concept 'Dragons'"):
-        scenes.render("Dragons", "Photo", 0)
+@pytest.mark.parametrize(
+    ("concepts", "message"),
+    [
+        ("Dragons", "unknown concept 'Dragons'"),
+        (("Cats", "Dragons"), "unknown concept 'Dragons'"),
+        (("Cats", "Cats"), "up to 2 different ones, got Cats, Cats"),
+        (("Cats", "Dogs", "Trees"), "up to 2 different ones, got Cats, Dogs, Trees"),
+    ],
+    ids=["unknown", "second unknown", "twice", "three"],
+)
+def test_scenes_that_cannot_be_drawn_are_refused(concepts, message):
+    with pytest.raises(ValueError, match=message):
+        scenes.render(concepts, "Photo", 0)
 
 
-def test_prompt_is_the_published_template():
-    assert canvas.prompt("Cats", "Sketch") == "An image of Cats in Sketch style."
-    assert canvas.prompt("Cats") == "An image of Cats."
+def test_an_unknown_style_is_named():
+    with pytest.raises(ValueError, match="unknown style 'Fog'"):
+        scenes.render((), "Fog", 0)
+
+
+@pytest.mark.parametrize(
+    ("concepts", "style", "text"),
+    [
+        ("Cats", "Sketch", "An image of Cats in Sketch style."),
+        ("Cats", None, "An image of Cats."),
+        (("Cats",), "Sketch", "An image of Cats in Sketch style."),
+        (("Dogs", "Cats"), "Sketch", "An image of Dogs and Cats in Sketch style."),
+        (("Dogs", "Cats"), None, "An image of Dogs and Cats."),
+        ((), "Sketch", "An image in Sketch style."),
+        ((), None, "An image."),
+    ],
+    ids=str,
+)
+def test_prompt_is_the_published_template_for_any_number_of_objects(concepts, style, text):
+    assert canvas.prompt(concepts, style) == text
 
 
 def test_twenty_objects_of_unlearncanvas_and_six_styles():
@@ -49,35 +79,113 @@ def test_twenty_objects_of_unlearncanvas_and_six_styles():
 
 def test_tokenizer_has_one_token_per_known_word_and_spells_others(tmp_path):
     tokenizer = models.build_tokenizer(tmp_path)
-    known = tokenizer(canvas.prompt("Waterfalls", "Watercolor")).input_ids
-    assert len(known) == 10  # start, 7 words, full stop, end
+    texts = [canvas.prompt((a, b), s) for a, b in pairwise(canvas.OBJECTS) for s in canvas.STYLES]
+    ids = tokenizer(texts).input_ids
+    # start, 9 words, full stop, end
+    assert {len(row) for row in ids} == {12} and len({tuple(row) for row in ids}) == 19 * 6
     assert len(tokenizer("a zebra").input_ids) > 4
-    texts = [canvas.prompt(c, s) for c in canvas.OBJECTS for s in canvas.STYLES]
-    assert len({tuple(ids) for ids in tokenizer(texts).input_ids}) == 120
 
 
-def test_grid_never_shares_a_seed():
-    cases = object_requests(range(3), plain=True)
-    assert len({case.seed for case in cases}) == len(cases) == 3 * 20 * 7
+def test_no_two_requests_share_a_seed():
+    seeds = range(3)
+    cases = [
+        *object_requests(seeds, plain=True),
+        *empty_requests(seeds, plain=True, each=3),
+        *pair_requests(seeds, plain=True),
+    ]
+    assert len({case.seed for case in cases}) == len(cases) == 3 * 7 * (20 + 3 + 20)
 
 
-def test_objects_keep_to_the_patches_of_the_grid():
-    assert all(
-        x % scenes.GRID == y % scenes.GRID == 0 and max(x, y) + scenes.BOX <= 128 for x, y in scenes.PLACES
-    )
+def test_pairs_are_of_two_objects_and_every_object_stands_on_both_sides():
+    cases = pair_requests(range(3), plain=True)
+    left, right = ([case.objects[side] for case in cases] for side in (0, 1))
+    assert all(a != b for a, b in zip(left, right, strict=True))
+    assert set(left) == set(right) == set(range(20))
+    assert len(set(zip(left, right, strict=True))) > 150
+
+
+def test_what_is_asked_for_as_a_mask():
+    cases = [empty_requests([0])[0], object_requests([0])[3], pair_requests([0])[5]]
+    assert [row.nonzero().flatten().tolist() for row in shown(cases)] == [
+        sorted(case.objects) for case in cases
+    ]
+    assert one_hot(torch.tensor([[-1, -1], [4, -1]])).sum(1).tolist() == [0, 1]
+
+
+def test_boxes_keep_to_the_grid_with_two_patches_between_them():
+    left, right = scenes.PLACES
+    assert all(edge % scenes.GRID == 0 for edge in (left, right, scenes.BOX, scenes.FLOOR))
+    assert right - (left + scenes.BOX) == 2 * scenes.GRID and right + scenes.BOX <= scenes.SIDE
 
 
 @needs_font
 @pytest.mark.parametrize("anywhere", [False, True], ids=["two-places", "anywhere"])
 def test_an_object_stands_in_its_box_and_the_landscape_is_left(anywhere):
-    pictures = [np.asarray(scenes.render("Bears", "Photo", i, anywhere=anywhere)) for i in range(40)]
     columns = set()
-    for picture in pictures:
-        # a landscape's rows are of one colour; an object's are not
-        busy = (picture.std(axis=1).max(axis=-1) > 1).nonzero()[0]
-        assert 0 < np.ptp(busy) < scenes.BOX
-        columns.add(int((picture.astype(int) - picture[:, :1]).any(axis=(0, 2)).argmax()))
-    assert len(columns) > (2 if anywhere else 1)
+    for seed in range(40):
+        scene, bare = (
+            np.asarray(scenes.render("Bears", "Photo", seed, anywhere=anywhere, bare=bare)).astype(int)
+            for bare in (False, True)
+        )
+        assert (bare == bare[:, :1]).all()
+        down, across = (scene != bare).any(axis=2).nonzero()
+        assert 0 < np.ptp(down) < scenes.BOX and 0 < np.ptp(across) < scenes.BOX
+        columns.add(int(across.min()) // scenes.GRID)
+    assert len(columns) == 2 if not anywhere else len(columns) > 3
+
+
+@needs_font
+@pytest.mark.parametrize("anywhere", [False, True], ids=["two-places", "anywhere"])
+def test_of_a_pair_the_first_named_stands_left(anywhere):
+    for seed in range(20):
+        both, bare = (
+            np.asarray(scenes.render(("Bears", "Frogs"), "Photo", seed, anywhere=anywhere, bare=bare)).astype(
+                int
+            )
+            for bare in (False, True)
+        )
+        changed = (both != bare).any(axis=2)
+        columns = changed.any(axis=0).nonzero()[0]
+        middle = (columns.min() + columns.max() + 1) // 2
+        redness = [
+            (half[where][:, 0] - half[where][:, 1]).mean()
+            for half, where in (
+                (both[:, :middle], changed[:, :middle]),
+                (both[:, middle:], changed[:, middle:]),
+            )
+        ]
+        # A bear is brown, a frog is green.
+        assert redness[0] > 0 > redness[1]
+
+
+def test_of_five_scenes_one_is_empty_two_hold_one_object_and_two_a_pair():
+    labels, styles = scenes.scene_labels(3000, 9)
+    assert [sum(len(row) == n for row in labels) for n in range(3)] == [600, 1200, 1200]
+    assert np.bincount(styles).tolist() == [500] * 6
+    counts = np.bincount([c for row in labels for c in row], minlength=20)
+    assert counts.min() > 0.8 * counts.mean() and all(len(set(row)) == len(row) for row in labels)
+
+
+@needs_font
+def test_a_batch_holds_the_scenes_of_its_labels():
+    images, objects, styles = scenes.render_batch(10, 5)
+    assert objects[0].tolist() == [-1, -1] and (objects[3] >= 0).all()
+    for i in (0, 1, 3):
+        names = [scenes.OBJECTS[c] for c in objects[i] if c >= 0]
+        assert (images[i] == np.asarray(scenes.render(names, scenes.STYLES[styles[i]], 5_000_000 + i))).all()
+
+
+@needs_font
+def test_every_fault_shows_and_depends_on_its_seed_only():
+    names = ("Cats", "Trees")
+    for number in range(5 * len(FAULTS)):
+        style = scenes.STYLES[number % 6]
+        picture, bare = (np.asarray(scenes.render(names, style, number, bare=bare)) for bare in (False, True))
+        other = np.asarray(scenes.render("Frogs", scenes.STYLES[(number + 1) % 6], number + 1))
+        found = spoiled(picture, other, bare, number)
+        assert (found == spoiled(picture, other, bare, number)).all()
+        assert found.shape == picture.shape and found.dtype == np.uint8
+        assert np.abs(found.astype(int) - picture).max() > 8
 
 
 def _fit(folder, steps, stop_at=None, muon=False):

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 from typer.testing import CliRunner
 
 from lbdt import canvas, cli
-from lbdt.canvas.generate import PictureRequest, images
+from lbdt.canvas.generate import PictureRequest, empty_requests, images, pair_requests, shown
 from tests.repeats import repeats
 
 CATS = canvas.OBJECTS.index("Cats")
@@ -16,7 +16,7 @@ OTHERS = [
     canvas.OBJECTS.index(name) for name in ("Dogs", "Trees", "Birds", "Flowers", "Towers", "Sandwiches")
 ]
 CASES = [
-    PictureRequest(concept, style, 9000 + i)
+    PictureRequest((concept,), style, 9000 + i)
     for i, (concept, style) in enumerate(
         [(CATS, style) for style in range(6)] + [(concept, style) for style, concept in enumerate(OTHERS)]
     )
@@ -55,23 +55,28 @@ def test_diffusers_loads_the_pipeline_like_any_other(pipe):
 
 def test_the_pipeline_paints_what_the_prompt_says(base):
     objects, styles = canvas.classify(base)
-    assert (objects == torch.tensor([case.concept for case in CASES])).sum() >= 11
+    assert (objects == shown(CASES)).all(1).sum() >= 11
     assert (styles == torch.tensor([case.style for case in CASES])).sum() >= 11
+
+
+def test_it_paints_pairs_and_scenes_without_an_object(pipe):
+    cases = [*pair_requests([9300])[::13], *empty_requests([9300])]
+    objects, styles = canvas.classify(images(pipe, cases))
+    assert (objects == shown(cases)).all(1).sum() >= len(cases) - 1
+    assert (styles == torch.tensor([case.style for case in cases])).sum() >= len(cases) - 1
 
 
 def test_erasing_cats_removes_cats_and_keeps_other_objects_and_styles(erased):
     objects, styles = canvas.classify(erased[0])
-    assert (objects[:6] == CATS).sum() <= 1
-    assert (
-        objects[6:] == torch.tensor(OTHERS)
-    ).sum() >= 5  # the target is 80 %; the closest animals suffer first
+    assert objects[:6, CATS].sum() <= 1
+    assert objects[6:][shown(CASES[6:])].sum() >= 5
     assert (styles == torch.tensor([case.style for case in CASES])).sum() >= 10
 
 
 def test_the_landscape_outside_of_the_cat_stays(base, erased):
-    """Object boxes are 80 pixels wide, so 48 columns on one side hold landscape only."""
+    """Object boxes are 48 pixels wide, so half of the picture holds landscape only."""
     change = (erased[0] - base).abs().mean(dim=(1, 2))[:6]  # [cats, columns]
-    outside = torch.minimum(change[:, :40].mean(1), change[:, 88:].mean(1))
+    outside = torch.minimum(change[:, :64].mean(1), change[:, 64:].mean(1))
     assert (outside < 0.5 * change.amax(dim=1)).all()
 
 
@@ -94,7 +99,7 @@ def test_another_scheduler_and_number_of_steps(pipe, scheduler):
     import diffusers
 
     before = pipe.scheduler
-    cases = [PictureRequest(CATS, style, 9100 + style) for style in range(4)]
+    cases = [PictureRequest((CATS,), style, 9100 + style) for style in range(4)]
     pipe.scheduler = getattr(diffusers, scheduler).from_config(before.config)
     try:
         seen = canvas.classify(images(pipe, cases, steps=12))[0]
@@ -102,16 +107,16 @@ def test_another_scheduler_and_number_of_steps(pipe, scheduler):
             left = canvas.classify(images(pipe, cases, steps=12))[0]
     finally:
         pipe.scheduler = before
-    assert (seen == CATS).sum() >= 3 and (left == CATS).sum() <= 1
+    assert seen[:, CATS].sum() >= 3 and left[:, CATS].sum() <= 1
 
 
 def test_the_main_job(tmp_path):
-    prompt = "An image of Cats in Sketch style."
+    prompt = "An image of Dogs and Cats in Sketch style."
     done = CliRunner().invoke(
         cli.app, ["erase", prompt, "--concept", "Cats", "--json", "--out", str(tmp_path / "erase.png")]
     )
     assert done.exit_code == 0, done.output
     verdict = json.loads(done.stdout)["verdict"]
-    assert verdict["without"] == {"object": "Cats", "style": "Sketch"}
-    assert verdict["with"]["object"] != "Cats" and verdict["with"]["style"] == "Sketch"
+    assert verdict["without"] == {"objects": ["Cats", "Dogs"], "style": "Sketch"}
+    assert verdict["with"] == {"objects": ["Dogs"], "style": "Sketch"}
     assert (tmp_path / "erase.png").stat().st_size > 10_000

@@ -1,10 +1,11 @@
 """Fits the artifact judges of EmojiCanvas:
 `python -m lbdt.evaluation.worlds.canvas_judges --work DIR [--kind sdxl] [--check]`.
 
-A judge describes unedited generations of one sampling in the style classifier's features: every object in every
-style, and in none, from seeds 800,000 to 800,011 (1,680 pictures), which nothing else uses. The pictures are made in
-DIR, resumably; the judge is written to `lbdt/canvas/weights/judges`. `--check` prints what it calls artifacts among
-pictures whose truth is known, beside a judge in the object classifier's features (needs the emoji font).
+A judge describes unedited generations of one sampling in the fault classifier's features: every object in every style,
+and in none, pairs likewise, and empty scenes, from seeds 800,000 to 800,005 (1,890 pictures), which nothing else uses.
+The pictures are made in DIR, resumably; the judge is written to `lbdt/canvas/weights/judges`. `--check` prints what it
+calls artifacts among pictures whose truth is known, beside judges in the style and in the object classifier's features
+(needs the emoji font).
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor
 
 from lbdt import canvas
+from lbdt.activations.prompts import Prompt
+from lbdt.canvas.defaults import labelled
+from lbdt.canvas.generate import empty_requests, object_requests, pair_requests
 from lbdt.evaluation.evaluated_world import EvaluatedWorld, Judge
 from lbdt.evaluation.evaluation import Evaluation
 from lbdt.evaluation.jobs import Design, Job
@@ -28,7 +32,7 @@ from lbdt.evaluation.verdict_columns import Scorers
 from lbdt.evaluation.worlds.canvas_world import CanvasJudge, canvas_world, judge_path
 from lbdt.runs.processes import Processes, joined_on
 
-SEEDS = range(800_000, 800_012)
+SEEDS = range(800_000, 800_006)
 
 
 def unedited_features(
@@ -40,8 +44,7 @@ def unedited_features(
     judge: Judge,
     processes: Processes,
 ) -> Tensor:
-    """float32 [n, F] of every prompt of `seeds` by the sampling of `kind`, in their order; made in `out`,
-    resumably."""
+    """float32 [n, F] of `unedited_prompts` by the sampling of `kind`, in their order; made in `out`, resumably."""
     evaluation = Evaluation(
         world=world,
         kinds=[kind],
@@ -54,16 +57,22 @@ def unedited_features(
         processes=processes,
         scorers=Scorers(judge=judge),
     )
-    jobs = tuple(Job(prompt) for seed in seeds for prompt in world.prompts(seed))
+    jobs = tuple(map(Job, unedited_prompts(seeds)))
     how = world.kinds[kind]
     series = Series(f"base-{how.steps}-{how.guidance}/unedited", how, "base", {}, jobs)
     evaluation.make("unedited", [series])
     return evaluation.columns(series).features
 
 
+def unedited_prompts(seeds: Sequence[int]) -> list[Prompt]:
+    """Of every seed 140 prompts of one object, 140 of pairs and 35 of none."""
+    asked = [*object_requests(seeds, plain=True), *pair_requests(seeds, plain=True)]
+    return [labelled(request) for request in [*asked, *empty_requests(seeds, plain=True, each=5)]]
+
+
 def known_pictures(pipe: Any, seed: int = 9_000_000) -> dict[str, list]:
-    """120 rendered scenes, and 120 each of what was done to them, through the pipeline's autoencoder before that; PIL
-    pictures.
+    """120 rendered scenes of one object, pairs and empty ones, and what was done to the first, through the pipeline's
+    autoencoder before that; PIL pictures.
 
     "empty" scenes are what a clean erasure leaves: the landscape in its style, without an object.
     """
@@ -79,24 +88,30 @@ def known_pictures(pipe: Any, seed: int = 9_000_000) -> dict[str, list]:
 
     wanted = [(name, style) for name in scenes.OBJECTS for style in scenes.STYLES]
     whole = decoded([scenes.render(*what, seed + i) for i, what in enumerate(wanted)])
-    empty = decoded([scenes.landscape(style, seed + i) for i, (_, style) in enumerate(wanted)])
+    others = [*scenes.OBJECTS[1:], scenes.OBJECTS[0]]
+    pairs = decoded(
+        [scenes.render((name, others[i // 6]), style, seed + i) for i, (name, style) in enumerate(wanted)]
+    )
+    empty = decoded([scenes.render((), style, seed + i) for i, (_, style) in enumerate(wanted)])
     rng = np.random.default_rng(seed)
-    box = slice(scenes.SIDE - scenes.BOX - scenes.GRID, scenes.SIDE - scenes.GRID)
+    rows = slice(scenes.FLOOR - scenes.BOX, scenes.FLOOR)
     block = whole.copy()
-    block[:, box, 24 : 24 + scenes.BOX] = (255, 0, 255)
+    block[:, rows, 40 : 40 + scenes.BOX] = (255, 0, 255)
     noise = (whole + rng.normal(0, 20, whole.shape)).clip(0, 255).astype(np.uint8)
     shuffled = whole.copy()
     for picture in shuffled:
-        tiles = [(y, x) for y in range(2, 7) for x in range(1, 6)]
+        tiles = [(y, x) for y in range(2, 7) for x in range(8)]
         cut = [picture[16 * y : 16 * y + 16, 16 * x : 16 * x + 16].copy() for y, x in tiles]
         for (y, x), tile in zip(tiles, rng.permutation(len(cut)), strict=True):
             picture[16 * y : 16 * y + 16, 16 * x : 16 * x + 16] = cut[tile]
+    coloured = [i for i, (_, style) in enumerate(wanted) if style != "Sketch"]
     sets = {
-        "scenes": whole,
-        "empty scenes": empty,
-        "object's patches shuffled": shuffled,
+        "scenes of one object": whole,
+        "pairs": pairs,
+        **{f"empty, {style}": empty[i::6] for i, style in enumerate(scenes.STYLES)},
+        "patches shuffled": shuffled,
         "noise of 20 grey levels": noise,
-        "channels swapped": whole[..., [1, 2, 0]],
+        "channels swapped (Sketch has no colours)": whole[coloured][..., [1, 2, 0]],
         "magenta block": block,
     }
     return {name: [Image.fromarray(picture) for picture in pictures] for name, pictures in sets.items()}
@@ -118,19 +133,22 @@ def main() -> None:
         def features_of(look: CanvasJudge) -> Tensor:
             return unedited_features(world, args.kind, SEEDS, args.work, device, look, processes)
 
-        features = features_of(CanvasJudge())
-        rival = features_of(CanvasJudge("object")) if args.check else None
+        looks = [CanvasJudge(name) for name in ("fault", "style", "object")[: 3 if args.check else 1]]
+        found = [features_of(look) for look in looks]
         if processes.main:
+            fits = [FeatureJudge.fit(features) for features in found]
             path = judge_path(canvas.KINDS[args.kind])
-            judge = FeatureJudge.fit(features)
-            judge.save(path)
-            print(f"{len(features)} pictures -> {path}")
+            fits[0].save(path)
+            print(f"{len(found[0])} pictures -> {path}")
         if args.check and processes.main:
-            rivals = [(CanvasJudge(), judge), (CanvasJudge("object"), FeatureJudge.fit(rival))]
-            print("| pictures | style classifier's features | object classifier's |\n|---|---|---|")
+            print("| pictures | fault classifier's features | style classifier's | object classifier's |")
+            print("|---|---|---|---|")
             for name, pictures in known_pictures(canvas.load_pipeline()).items():
-                rates = [100 * fit.artifacts(look(pictures).features).double().mean() for look, fit in rivals]
-                print(f"| {name} | {rates[0]:.1f} | {rates[1]:.1f} |")
+                rates = [
+                    100 * fit.artifacts(look(pictures).features).double().mean()
+                    for look, fit in zip(looks, fits, strict=True)
+                ]
+                print(f"| {name} | {' | '.join(f'{rate:.1f}' for rate in rates)} |")
 
 
 if __name__ == "__main__":

@@ -30,17 +30,17 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
 
 
 class CanvasJudge:
-    """EmojiCanvas's object and style classifiers.
+    """EmojiCanvas's object, style and fault classifiers.
 
-    Features are the style classifier's, [n, 192]: they do not know objects, so a clean landscape without one is near to
-    unedited generations (lbdt/canvas/README.md, "The artifact judge").
+    Features are the fault classifier's, [n, 192]: they know patches that do not fit rather than objects, so a clean
+    landscape without one is near to unedited generations (lbdt/canvas/README.md, "The artifact judge").
     """
 
     name = "EmojiCanvas's object and style classifiers"
 
-    def __init__(self, features: str = "style") -> None:
-        """`features`: of the "style" or of the "object" classifier."""
-        self._features = ("object", "style").index(features)
+    def __init__(self, features: str = "fault") -> None:
+        """`features`: of the "fault", "style" or "object" classifier."""
+        self._features = features
         self.features_name = f"EmojiCanvas's {features} classifier (192)"
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Verdicts:
@@ -53,12 +53,10 @@ class CanvasJudge:
                 f"pictures: EmojiCanvas's judge expects 128 x 128, got {images.shape[3]} x {images.shape[2]}; evaluate "
                 "another pipeline on prompts of your own (--world FILE)"
             )
+        seen, styles = canvas.classify(images)
         with torch.inference_mode():
-            features = [classifier.features(images) for classifier in canvas.classifiers()]
-            objects, styles = (
-                net.head(x).argmax(-1) for net, x in zip(canvas.classifiers(), features, strict=True)
-            )
-        return Verdicts(objects, styles, features[self._features])
+            features = canvas.classifiers()[self._features].features(images)
+        return Verdicts(seen, styles, features)
 
 
 def canvas_world(
