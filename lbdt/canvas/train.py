@@ -200,8 +200,8 @@ def unet_optimizers(net: TextToLatent) -> list[torch.optim.Optimizer]:
     return [Muon(inner.values(), lr=0.02), adamw(groups, 1.5e-3)]
 
 
-def release(work: Path, name: str) -> None:
-    """Copies the pipeline and the judges into the package, weights in float16."""
+def release_pipeline(work: Path, name: str) -> None:
+    """Copies the pipeline into the package, weights in float16."""
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(work / f"pipeline-{name}", local_files_only=True)
@@ -217,6 +217,10 @@ def release(work: Path, name: str) -> None:
                 # diffusers writes it, and warns of it when it is read again.
                 settings.pop("block_out_channels", None)
             write_file(path, (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def release_judges(work: Path) -> None:
+    """Copies the judges into the package."""
     for judge in models.CLASSIFIERS:
         file = f"{judge}_classifier.safetensors"
         save_tensors(load_file(work / file), WEIGHTS / "judges" / file)
@@ -249,7 +253,8 @@ def main() -> None:
     elif args.stage == "latents":
         encode_scenes(args.work, args.count)
     elif args.stage == "release":
-        release(args.work, args.name)
+        release_pipeline(args.work, args.name)
+        release_judges(args.work)
     else:
         widths, steps = tuple(args.widths), args.steps or 4000
         train_unet(args.work, args.name, args.layout, widths, steps, args.batch, args.start)

@@ -2,7 +2,7 @@
 `python -m lbdt.evaluation.worlds.canvas_judges --work DIR [--kind sdxl] [--check]`.
 
 A judge describes unedited generations of one sampling in the fault classifier's features: every object in every style,
-and in none, pairs likewise, and empty scenes, from seeds 800,000 to 800,005 (1,890 pictures), which nothing else uses.
+and in none, pairs likewise, and empty scenes, from seeds 800,000 to 800,002 (945 pictures), which nothing else uses.
 The pictures are made in DIR, resumably; the judge is written to `lbdt/canvas/weights/judges`. `--check` prints what it
 calls artifacts among pictures whose truth is known, beside judges in the style and in the object classifier's features
 (needs the emoji font).
@@ -32,7 +32,7 @@ from lbdt.evaluation.verdict_columns import Scorers
 from lbdt.evaluation.worlds.canvas_world import CanvasJudge, canvas_world, judge_path
 from lbdt.runs.processes import Processes, joined_on
 
-SEEDS = range(800_000, 800_006)
+SEEDS = range(800_000, 800_003)
 
 
 def unedited_features(
