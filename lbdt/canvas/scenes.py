@@ -10,6 +10,7 @@ from __future__ import annotations
 import colorsys
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,13 @@ _FONT_CANDIDATES = (
 _FONT_SIZE = 109  # the only bitmap size that Noto Color Emoji holds
 
 
-def prompt(concept: str, style: str | None = None) -> str:
-    """The published prompt template: `An image of Cats in Sketch style.` or, without a style, `An image of Cats.`"""
-    return f"An image of {concept} in {style} style." if style else f"An image of {concept}."
+def prompt(concepts: str | Sequence[str], style: str | None = None) -> str:
+    """The published prompt template: `An image of Cats in Sketch style.` or, without a style, `An image of Cats.`
+
+    Of two concepts `An image of Dogs and Cats in Sketch style.`, of none `An image in Sketch style.`
+    """
+    names = " and ".join([concepts] if isinstance(concepts, str) else concepts)
+    return "An image" + (f" of {names}" if names else "") + (f" in {style} style." if style else ".")
 
 
 @functools.lru_cache(maxsize=1)

@@ -132,7 +132,11 @@ def test_the_judge_is_the_two_classifiers_and_the_style_classifiers_features(cle
     pictures = [Image.fromarray(part) for part in pixels]
     verdicts = CanvasJudge()(pictures)
     objects, styles = canvas.classify(pictures)
-    expected = [objects, styles, features(canvas.as_tensor(pictures), 1).float()]
+    expected = [
+        objects.unsqueeze(1) == torch.arange(20),
+        styles,
+        features(canvas.as_tensor(pictures), 1).float(),
+    ]
     assert repeats([verdicts.objects, verdicts.styles, verdicts.features], expected)
     with pytest.raises(ValueError, match="expects 128 x 128, got 64 x 32"):
         CanvasJudge()([Image.new("RGB", (64, 32))])
