@@ -117,8 +117,8 @@ class Attachment:
         images = sorted({call.rows // call.halves for call in calls})
         if len(images) != 1:
             raise ValueError(
-                f"patches_changed: expected calls of one number of images, got {', '.join(map(str, images)) or 'no call'}; "
-                "attach anew for every pipeline call"
+                "patches_changed: expected calls of one number of images, got "
+                f"{', '.join(map(str, images)) or 'no call'}; attach anew for every pipeline call"
             )
         return sum(torch.tensor(call.changed).view(call.halves, images[0]).sum(0) for call in calls)
 

@@ -135,8 +135,8 @@ class UCE:
             for projection in projections:
                 if projection.in_features != old.shape[1]:
                     raise ValueError(
-                        f"pipe: cross-attention reads states of width {projection.in_features}, but encode_prompt gives "
-                        f"{old.shape[1]}; this pipeline's text encoders are not supported"
+                        f"pipe: cross-attention reads states of width {projection.in_features}, but encode_prompt "
+                        f"gives {old.shape[1]}; this pipeline's text encoders are not supported"
                     )
             matrix = edit_matrix(old, new, kept, self.erase_scale, self.preserve_scale, self.ridge)
             return EditedWeights(unet, projections, matrix)
@@ -200,9 +200,9 @@ def cross_attention_projections(unet: nn.Module) -> list[nn.Linear]:
                     "adapters and quantisation first"
                 )
             if projection.weight.is_meta or not projection.weight.is_floating_point():
+                state = "offloaded" if projection.weight.is_meta else "quantised"
                 raise ValueError(
-                    f"pipe: the weight of unet.{name}.{part} is {'offloaded' if projection.weight.is_meta else 'quantised'}"
-                    "; load the UNet whole, in floating point"
+                    f"pipe: the weight of unet.{name}.{part} is {state}; load the UNet whole, in floating point"
                 )
             found.append(projection)
     if not found:

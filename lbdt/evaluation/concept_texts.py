@@ -32,7 +32,8 @@ class ConceptTexts:
 
     def editing(self, erased: Sequence[str]) -> UCE:
         """UCE as its users would set it: every text of the erased concepts is mapped to that which names none, and the
-        texts of all other objects, and those of none, are preserved; scales and ridge as released.
+        texts of all other objects, and those of none, are preserved, together with the weight of one edit; the rest as
+        released.
 
         Raises:
             ValueError: a concept with another number of texts than there are of none.
@@ -45,7 +46,7 @@ class ConceptTexts:
                 )
         edits = [pair for name in erased for pair in zip(self.texts(name), none, strict=True)]
         kept = [text for name in self.objects if name not in erased for text in self.texts(name)]
-        return UCE(edits, [*kept, *none])
+        return UCE(edits, [*kept, *none], preserve_scale=1 / len([*kept, *none]))
 
     def digest(self, method: str) -> str:
         """SHA-256 of all that pictures by `method` depend on: the negative prompts, or UCE's texts and settings."""

@@ -306,8 +306,9 @@ class Evaluation:
         return (
             f"negative prompt of {name}: {texts.negative((name,))!r}; UCE of {name}: "
             f"{len(edits.edits)} texts such as {edits.edits[0][0]!r} mapped to such as {edits.edits[0][1]!r}, "
-            f"{len(edits.preserve)} preserved (those of all other objects, and of none), scales {edits.erase_scale:g} and "
-            f"{edits.preserve_scale:g}, ridge {edits.ridge:g}, states of {edits.tokens} tokens"
+            f"{len(edits.preserve)} preserved (those of all other objects, and of none), scales "
+            f"{edits.erase_scale:g} and {edits.preserve_scale:.3g}, ridge {edits.ridge:g}, states of {edits.tokens} "
+            "tokens"
         )
 
     def _gates(self) -> str:

@@ -146,7 +146,7 @@ def _sample(
 
 
 def pairs(world: EvaluatedWorld, seed: int, count: int | None, concepts: Sequence[str]) -> list[Job]:
-    """For every one of `concepts` the pictures of the world's first `count` prompts of it and another object (None:
+    """The pictures, for every one of `concepts`, of the world's first `count` prompts of it and another object (None:
     all), from which it alone is erased."""
     if world.pairs is None or count == 0:
         return []
@@ -161,7 +161,7 @@ def pairs(world: EvaluatedWorld, seed: int, count: int | None, concepts: Sequenc
 def empties(
     world: EvaluatedWorld, seed: int, place: int, count: int | None, concepts: Sequence[str]
 ) -> list[Job]:
-    """For every one of `concepts` the pictures of `count` prompts of no object (None: all), in turn, with it
+    """The pictures, for every one of `concepts`, of `count` prompts of no object (None: all), in turn, with it
     erased."""
     prompts = () if world.empty is None or count == 0 else world.empty(seed)
     if not prompts:

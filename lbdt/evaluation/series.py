@@ -22,7 +22,7 @@ from lbdt.runs.wording import slug
 
 _NO_STYLE = -2
 _VERSION = 2
-"""Of what a series' folder holds, so that one of another layout is refused."""
+"""The layout of a series' folder, so that one of another layout is refused."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Series:
     stacked: bool = False
     """One attachment for each erased concept, in their order, instead of one for all."""
     texts: ConceptTexts | None = field(default=None, compare=False)
-    """Of the methods that work by text."""
+    """What the methods that work by text are told; None for others."""
 
     @property
     def shared(self) -> bool:

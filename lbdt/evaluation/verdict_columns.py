@@ -303,7 +303,7 @@ def _same(jobs: Sequence[Job], got: VerdictColumns, base: VerdictColumns | None)
 
 
 def _by_object(world: EvaluatedWorld, jobs: Sequence[Job], values: Tensor | None) -> float | None:
-    """Per cent, averaged by the object that the jobs' prompts carry."""
+    """The mean in per cent, averaged by the object that the jobs' prompts carry."""
     if values is None or not len(values):
         return None
     return 100 * mean_by(values, torch.tensor([world.objects.index(job.prompt.concept) for job in jobs]))

@@ -154,7 +154,7 @@ def test_uce_edits_the_model_for_each_erased_concept_of_a_batch_and_restores_it(
     assert all(map(torch.equal, pipe.unet.state_dict().values(), before))
     for name, places in (("Cats", (0, 2)), ("Dogs", (1, 3))):
         kept = [other for other in toy.CONCEPTS if other != name]
-        with UCE([(name, "")], [*kept, ""]).attach(pipe):
+        with UCE([(name, "")], [*kept, ""], preserve_scale=1 / 3).attach(pipe):
             expected = called(pipe, [jobs[n] for n in places], guidance_scale=1.0)
         assert repeats([pictures[n] for n in places], expected)
 

@@ -68,7 +68,8 @@ def size(rows: int, columns: int = len(_ALWAYS)) -> tuple[int, int]:
 
 
 def compose(rows: Sequence[Mapping[str, Any]], folder: Path) -> Image.Image:
-    """One RGB picture of `size(len(rows), len(columns_of(rows)))`; a picture that is not there leaves an empty tile that says so."""
+    """One RGB picture of `size(len(rows), len(columns_of(rows)))`; a picture that is not there leaves an empty
+    tile that says so."""
     from PIL import Image, ImageDraw
 
     columns = columns_of(rows)

@@ -114,7 +114,7 @@ def seed_pairs(seed: int) -> list[Pair]:
 
 
 def seed_empty(seed: int) -> list[Prompt]:
-    """As many prompts of no object as there are objects, in styles in turn."""
+    """Prompts of no object, as many as there are objects, in styles in turn."""
     count = len(canvas.OBJECTS)
     styles = [canvas.STYLES[(n + seed) % len(canvas.STYLES)] for n in range(count)]
     return [
@@ -124,9 +124,8 @@ def seed_empty(seed: int) -> list[Prompt]:
 
 
 def texts_of(concept: str | None) -> list[str]:
-    """The prompts of an object, or of none, without a style and in each: EmojiCanvas knows no other texts."""
-    objects = () if concept is None else (concept,)
-    return [prompt_text(objects, style) for style in (None, *canvas.STYLES)]
+    """The prompt of an object, or of none, without a style: EmojiCanvas knows no other texts than its prompts."""
+    return [prompt_text(() if concept is None else concept)]
 
 
 def _kind(name: str) -> EvaluatedKind:
