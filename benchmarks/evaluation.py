@@ -28,6 +28,14 @@ SHORT = {
     "AR": "artifacts (AR)",
     "GA": "overall (GA)",
 }
+CHOICES = {
+    "UA": "object gone (UA)",
+    "clean": "scene clean",
+    "kept": "other object of a pair kept",
+    "pair gone": "and the erased one gone",
+    "untouched": "other pictures untouched",
+    "CRA": "style kept (CRA)",
+}
 
 
 def short_lines(values: Mapping[str, Any]) -> list[str]:
@@ -40,6 +48,18 @@ def short_lines(values: Mapping[str, Any]) -> list[str]:
         ]
         figures = [f"{ours} ({theirs})" for ours, theirs in means]
         rows.append(_line([f"`{name}`: {ABOUT[name]}" if name in ABOUT else f"`{name}`", *figures]))
+    return rows
+
+
+def choices_lines(values: Mapping[str, Any]) -> list[str]:
+    """What a user could pick: a row a pipeline and method, in Markdown; means of what is seen of the result."""
+    rows = [_line(["pipeline", "method", *CHOICES.values()]), _line(["---"] * (len(CHOICES) + 2))]
+    for name, kind in cells.kinds_of(values).items():
+        for row in kind["rows"]:
+            if row["method"] != "base":
+                figures = [cells.number(cells.mean_of(row, metric), metric) for metric in CHOICES]
+                figures = [""] * len(CHOICES) if row.get("note") else figures
+                rows.append(_line([f"`{name}`", cells.method(row), *figures]))
     return rows
 
 
@@ -165,6 +185,7 @@ def main() -> None:
     write_files(RESULTS, {Path(name).name: (folder / name).read_bytes() for name in KEPT})
     parts = [
         short_lines(values),
+        choices_lines(values),
         [others_line(values)],
         main_lines(values),
         style_lines(values),

@@ -26,6 +26,11 @@ TOLERANCES: dict[tuple[torch.dtype, str], tuple[float, float]] = {
     (torch.float64, "repeated"): (1e-12, 1e-12),
     (torch.float16, "repeated"): (1e-4, 1e-3),  # here and there the next number
     (torch.bfloat16, "repeated"): (1e-3, 8e-3),
+    # UCE's closed form against a least squares solver in float64, on weights of the dtype.
+    (torch.float64, "least_squares"): (1e-8, 1e-8),
+    (torch.float32, "least_squares"): (1e-6, 1e-6),
+    (torch.float16, "least_squares"): (1e-3, 1e-3),
+    (torch.bfloat16, "least_squares"): (4e-3, 4e-3),
     # Distance from a threshold or from the k-th value, over the largest pre-activation, below which two float32
     # summation orders may decide differently.
     (torch.float32, "detect_margin"): (0.0, 1e-5),

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import attack, evaluation, pipelines
@@ -62,12 +63,19 @@ def test_the_stable_diffusion_example_runs_on_emojicanvas_s_files():
 
 
 def test_the_steering_example_steers(capsys):
-    run(examples(EVALUATION)[0], EVALUATION)
+    run(examples(EVALUATION)[1], EVALUATION)
     assert "steering: rule saeuron, strength -5.0" in capsys.readouterr().out
 
 
+def test_the_uce_example_makes_a_picture_and_leaves_the_weights():
+    values = run(examples(EVALUATION)[0], EVALUATION)
+    assert values["image"].size == (128, 128)
+    fresh = canvas.load_pipeline().unet.state_dict()
+    assert all(map(torch.equal, values["pipe"].unet.state_dict().values(), fresh.values()))
+
+
 def test_every_example_is_run_above():
-    assert {path: len(examples(path)) for path in DOCUMENTS if examples(path)} == {README: 2, EVALUATION: 1}
+    assert {path: len(examples(path)) for path in DOCUMENTS if examples(path)} == {README: 2, EVALUATION: 2}
 
 
 @every_document

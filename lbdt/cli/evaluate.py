@@ -131,7 +131,7 @@ def command(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", **SEEDS, help="Short for --seeds with one.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Few pictures: on EmojiCanvas under 10 minutes on two cores.")
+        bool, typer.Option("--quick", help="Few pictures: on EmojiCanvas under 12 minutes on two cores.")
     ] = False,
     own: Annotated[
         int | None,
@@ -171,7 +171,8 @@ def command(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Score base, steering and PER over concepts, styles and seeds; write table, plots and one HTML report.
+    """Score base, negative prompt, UCE, steering and PER over concepts, styles and seeds; write table, plots and one
+    HTML report.
 
     A run that was killed goes on by the same command. Figures are the same for any number of processes, also of
     several machines' (`torchrun --nproc_per_node N -m lbdt evaluate ...`, or on GPUs `accelerate launch`).

@@ -5,5 +5,15 @@ from lbdt.editors.editor import Editor, UnetEditor
 from lbdt.editors.eraser import ConceptEraser
 from lbdt.editors.steering import Steering
 from lbdt.editors.text_steering import TextSteering
+from lbdt.editors.uce import UCE
 
-__all__ = ["ConceptEraser", "Editor", "Report", "Steering", "SteeringReport", "TextSteering", "UnetEditor"]
+__all__ = [
+    "ConceptEraser",
+    "Editor",
+    "Report",
+    "Steering",
+    "SteeringReport",
+    "TextSteering",
+    "UCE",
+    "UnetEditor",
+]

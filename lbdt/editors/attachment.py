@@ -106,6 +106,22 @@ class Attachment:
         """What happened under this attachment. Waits for the device."""
         return self._summary(self._recorder.read())
 
+    def patches_changed(self) -> Tensor:
+        """int64 [images]: the patches of each image that were overwritten in all kept calls, in both halves of
+        guidance. An image of which there are none keeps every bit. Waits for the device.
+
+        Raises:
+            ValueError: no call, or calls of different numbers of images.
+        """
+        calls = self._recorder.read()
+        images = sorted({call.rows // call.halves for call in calls})
+        if len(images) != 1:
+            raise ValueError(
+                "patches_changed: expected calls of one number of images, got "
+                f"{', '.join(map(str, images)) or 'no call'}; attach anew for every pipeline call"
+            )
+        return sum(torch.tensor(call.changed).view(call.halves, images[0]).sum(0) for call in calls)
+
     def _warn(self) -> None:
         """Tells of patches that were not looked at in the pipeline's call that ends, and in those before."""
         patches = self._recorder.not_finite()

@@ -19,15 +19,28 @@ class Verdicts(NamedTuple):
     """What a judge says of n pictures."""
 
     objects: Tensor
-    """int64 [n], indices into the world's objects; -1: a class of the judge that is none of them."""
+    """bool [n, O]: which of the world's O objects are seen; no True: none of them."""
     styles: Tensor | None
     """int64 [n], indices into the world's styles; None: the judge knows none."""
     features: Tensor
     """float32 [n, F], of the judge's feature space."""
 
 
+class Pair(NamedTuple):
+    """A prompt of two objects."""
+
+    prompt: Prompt
+    """Its `concept` is the object that may be erased."""
+    beside: str
+    """The other object, which is to stay."""
+
+
 class Judge(Protocol):
-    """Classifies pictures and describes them by features."""
+    """Classifies pictures and describes them by features.
+
+    One that always sees exactly one object, as a classifier of single labels does, says so by `single_label = True`:
+    whether nothing is seen is then not measured.
+    """
 
     name: str
     """The classifiers' name, for the report."""
@@ -46,7 +59,7 @@ class EvaluatedKind:
     guidance: float | None
     """None: the pipeline's own."""
     per: Callable[..., ConceptEraser]
-    """Makes the eraser, by the keywords `padding` and `source`; both may be left out."""
+    """Makes the eraser, by the keywords `padding`, `source` and `min_patches`; all may be left out."""
     steering: Callable[..., Steering] | None = None
     """Makes the baseline, by the keyword `strength`; without it, of the shipped one. None: no baseline."""
     strengths: tuple[float, ...] = ()
@@ -64,7 +77,7 @@ class EvaluatedWorld:
     """The styles of its prompts; there may be none."""
     prompts: Callable[[int], Sequence[Prompt]]
     """Seed -> one prompt per object and style, and per object without a style, with labels and start seeds. No two
-    seeds share a start seed of the same text."""
+    seeds share a start seed of the same text; nor do those of `pairs` and `empty`."""
     pipeline: Callable[[torch.device], Any]
     """The diffusers pipeline on a device."""
     judge: Callable[[torch.device], Judge] | None
@@ -80,3 +93,26 @@ class EvaluatedWorld:
     """Pipeline -> the scheduler that the protocol demands; None: the pipeline's own."""
     reference: Callable[[str], Any] | None = field(default=None)
     """Kind -> fitted `FeatureJudge` of the unedited generations; None: fitted on the base run's pictures."""
+    pairs: Callable[[int], Sequence[Pair]] | None = None
+    """Seed -> prompts of two objects, some for every object as the one that is erased, of which an evaluation may take
+    the first ones only; None: the world has none."""
+    empty: Callable[[int], Sequence[Prompt]] | None = None
+    """Seed -> prompts of no object; None: the world has none."""
+    texts: Callable[[str | None], Sequence[str]] | None = None
+    """Concept -> how its users would name it to a method that works by text, one text or more; None -> as many texts
+    that name none, in the same order. None: a concept's name, and the empty text."""
+
+
+def one_seen(classes: Tensor, count: int) -> Tensor:
+    """`Verdicts.objects` of a judge that sees one object in every picture.
+
+    Args:
+        classes: int64 [n], indices into the world's objects; -1: a class that is none of them.
+        count: O, the world's objects.
+
+    Returns:
+        bool [n, O].
+    """
+    import torch
+
+    return classes.unsqueeze(1) == torch.arange(count, device=classes.device)

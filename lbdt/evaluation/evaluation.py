@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from lbdt.editors import UnetEditor
 from lbdt.evaluation.evaluated_world import EvaluatedWorld
+from lbdt.evaluation.generation import generate
 from lbdt.evaluation.jobs import Design
 from lbdt.evaluation.metrics.accuracy import average
 from lbdt.evaluation.metrics.feature_distances import SMALLEST, FeatureJudge
-from lbdt.evaluation.series import Series, SeriesFiles, generate
+from lbdt.evaluation.series import Series, SeriesFiles
 from lbdt.evaluation.series_plan import SeriesPlan
 from lbdt.evaluation.verdict_columns import Scorers, VerdictColumns, columns, figures, scored_clip, scored_vlm
 from lbdt.runs.processes import Processes
@@ -121,6 +122,7 @@ class Evaluation:
         for plan in self.plans.values():
             for editor in self._editors(plan):
                 editor.attach(self.pipe, concepts=list(self.concepts[:1]), seed=0).remove()
+            plan.texts.editing(self.concepts[:1]).attach(self.pipe).remove()
         self.make("sweep", [series for plan in self.plans.values() for series in plan.sweep()])
         strengths = {name: self.strength(name) for name in self.kinds}
         rest = []
@@ -158,7 +160,9 @@ class Evaluation:
     def files(self, series: Series) -> SeriesFiles:
         """The folder of a series."""
         about = self._about
-        if series.method != "base":
+        if series.texts is not None:
+            about = {**about, "method parts": series.texts.digest(series.method)}
+        elif series.method != "base":
             about = {**about, "method parts": self._parts(series)}
         if series.method == "steering" and "strength" not in series.settings:
             about = {**about, "strength": self._saved_strength(series.kind.name)}
@@ -168,7 +172,7 @@ class Evaluation:
         kind = series.kind.name
         if (kind, series.method) not in self._digests:
             # With its settings: a steering baseline may have no strength of its own.
-            make = series.kind.per if series.method == "per" else series.kind.steering
+            make = series.kind.steering if series.method == "steering" else series.kind.per
             self._digests[kind, series.method] = make(**series.settings).digest()
         return self._digests[kind, series.method]
 
@@ -203,7 +207,10 @@ class Evaluation:
         for seed in (*self.seeds, *self.sweep_seeds):
             if not 0 <= seed < 2**63:
                 raise ValueError(f"seeds: expected integers in [0, 2^63), got {seed}")
-            for prompt in self.world.prompts(seed):
+            prompts = list(self.world.prompts(seed))
+            prompts += [] if self.world.empty is None else self.world.empty(seed)
+            prompts += [] if self.world.pairs is None else [pair.prompt for pair in self.world.pairs(seed)]
+            for prompt in prompts:
                 require_unicode("a prompt", prompt.text)
 
     def _check_kinds(self) -> None:
@@ -286,8 +293,29 @@ class Evaluation:
             "judge": judge.name if judge else None,
             "features": judge.features_name if judge else None,
             "artifacts": self._artifact_rule(),
-            "design": self.design.describe(len(self.concepts)),
+            "design": self.design.describe(self.world, len(self.concepts)),
+            "by text": self._by_text(),
+            "gate": self._gates(),
         }
+
+    def _by_text(self) -> str:
+        """How the methods that work by text were told of a concept, by the example of the first one."""
+        texts = next(iter(self.plans.values())).texts
+        name = self.concepts[0]
+        edits = texts.editing((name,))
+        return (
+            f"negative prompt of {name}: {texts.negative((name,))!r}; UCE of {name}: "
+            f"{len(edits.edits)} texts such as {edits.edits[0][0]!r} mapped to such as {edits.edits[0][1]!r}, "
+            f"{len(edits.preserve)} preserved (those of all other objects, and of none), scales "
+            f"{edits.erase_scale:g} and {edits.preserve_scale:.3g}, ridge {edits.ridge:g}, states of {edits.tokens} "
+            "tokens"
+        )
+
+    def _gates(self) -> str:
+        without = [name for name, plan in self.plans.items() if not plan.gated]
+        if not without:
+            return "every eraser has one; the row without it treats pictures from one detected patch on"
+        return f"{', '.join(without)}: the eraser has none, so PER without the gate is PER, and has no row"
 
     def _artifact_rule(self) -> str | None:
         if self.scorers.vlm is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lbdt.activations.prompts import Prompt
 from lbdt.evaluation.evaluated_world import EvaluatedWorld
@@ -16,15 +16,39 @@ class Job:
 
     prompt: Prompt
     erased: tuple[str, ...] = ()
+    beside: str | None = None
+    """The object of a pair's prompt that is to stay; None: the prompt names one object, or none."""
+
+    @property
+    def own(self) -> bool:
+        """Whether the prompt names the erased concept and nothing else."""
+        return self.beside is None and self.prompt.concept in self.erased
+
+    @property
+    def other(self) -> bool:
+        """Whether it names one object, which is not erased."""
+        return self.beside is None and self.prompt.concept not in (None, *self.erased)
+
+    @property
+    def empty(self) -> bool:
+        """Whether it names no object."""
+        return self.prompt.concept is None
+
+
+def unedited(job: Job) -> Job:
+    """The same picture, with nothing erased."""
+    return replace(job, erased=())
 
 
 @dataclass(frozen=True)
 class Design:
-    """How many pictures; None: all. `own`: prompts of the erased concept, `others`: of other ones, per erased
-    concept and seed."""
+    """How many pictures; None: all. `own`: prompts of the erased concept, `others`: of other ones, `pairs`: of it and
+    another one, `empty`: of none, per erased concept and seed."""
 
     own: int | None = None
     others: int | None = None
+    pairs: int | None = None
+    empty: int | None = None
     sweep_own: int = 2
     sweep_others: int = 1
     strengths: int | None = None
@@ -40,12 +64,12 @@ class Design:
     """Erase them also by one attachment each, in their order."""
 
     def __post_init__(self) -> None:
-        for name in ("own", "others", "strengths"):
+        for name, least in (("own", 1), ("others", 1), ("strengths", 1), ("pairs", 0), ("empty", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected a number from 1, or None for all; got {value}")
+            if value is not None and value < least:
+                raise ValueError(f"{name}: expected a number from {least}, or None for all; got {value}")
 
-    def describe(self, concepts: int) -> str:
+    def describe(self, world: EvaluatedWorld, concepts: int) -> str:
         """One sentence for the report, of so many erased concepts."""
         own = "every style and none" if self.own is None else f"{self.own} of its styles"
         others = (
@@ -53,9 +77,15 @@ class Design:
             if self.others is None
             else f"{self.others} of other objects, in turn, weighted in CRA as if they were all"
         )
-        return (
+        text = (
             f"each of {concepts} concepts erased, per seed, from its own prompts in {own}, and from {others}"
         )
+        if world.pairs is not None and self.pairs != 0:
+            count = "all" if self.pairs is None else str(self.pairs)
+            text += f"; from {count} pairs of it and another object"
+        if world.empty is not None and self.empty != 0:
+            text += f"; from {'all' if self.empty is None else self.empty} prompts of no object"
+        return text
 
 
 def targets(
@@ -113,6 +143,35 @@ def _sample(
         chosen[prompts[style % len(prompts)]] = None
         number += 1
     return list(chosen)
+
+
+def pairs(world: EvaluatedWorld, seed: int, count: int | None, concepts: Sequence[str]) -> list[Job]:
+    """The pictures, for every one of `concepts`, of the world's first `count` prompts of it and another object (None:
+    all), from which it alone is erased."""
+    if world.pairs is None or count == 0:
+        return []
+    found: dict[str, list[Job]] = {name: [] for name in concepts}
+    for pair in world.pairs(seed):
+        name = pair.prompt.concept
+        if name in found:
+            found[name].append(Job(pair.prompt, (name,), pair.beside))
+    return [job for jobs in found.values() for job in jobs[:count]]
+
+
+def empties(
+    world: EvaluatedWorld, seed: int, place: int, count: int | None, concepts: Sequence[str]
+) -> list[Job]:
+    """The pictures, for every one of `concepts`, of `count` prompts of no object (None: all), in turn, with it
+    erased."""
+    prompts = () if world.empty is None or count == 0 else world.empty(seed)
+    if not prompts:
+        return []
+    count = len(prompts) if count is None else min(count, len(prompts))
+    return [
+        Job(prompts[((world.objects.index(name) + place) * count + n) % len(prompts)], (name,))
+        for name in concepts
+        for n in range(count)
+    ]
 
 
 def together(world: EvaluatedWorld, seed: int, erased: tuple[str, ...], per_object: int) -> list[Job]:

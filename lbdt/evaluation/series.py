@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lbdt.editors import UnetEditor
+from lbdt.evaluation.concept_texts import BY_TEXT, ConceptTexts
 from lbdt.evaluation.evaluated_world import EvaluatedKind, Judge, Verdicts
 from lbdt.evaluation.jobs import Job
 from lbdt.runs.digests import sha256
@@ -20,8 +20,9 @@ from lbdt.runs.files import json_bytes, open_tensors, read_json, tensor_bytes, w
 from lbdt.runs.settings import keep_settings
 from lbdt.runs.wording import slug
 
-WATCHED_PATCHES, WATCHED_TIMESTEPS = 4, 10
 _NO_STYLE = -2
+_VERSION = 2
+"""The layout of a series' folder, so that one of another layout is refused."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,20 @@ class Series:
     """The name of its folder, e.g. "saeuron/scored/per-padding1-nearest"."""
     kind: EvaluatedKind
     method: str
-    """ "base" | "steering" | "per"."""
+    """ "base" | "negative" | "uce" | "steering" | "ungated" | "per"."""
     settings: Mapping[str, Any] = field(hash=False)
     jobs: tuple[Job, ...]
     watched: bool = False
     """Keep a sample of the hooked block's output."""
     stacked: bool = False
     """One attachment for each erased concept, in their order, instead of one for all."""
+    texts: ConceptTexts | None = field(default=None, compare=False)
+    """What the methods that work by text are told; None for others."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether kinds of equal sampling have it in common, as there is no SAE in it."""
+        return self.method == "base" or self.method in BY_TEXT
 
     def batches(self, size: int) -> list[tuple[Job, ...]]:
         """The jobs, `size` at a time: a picture's last bits may depend on its batch, so batches never
@@ -46,11 +54,11 @@ class Series:
         return [self.jobs[first : first + size] for first in range(0, len(self.jobs), size)]
 
     def editors(self) -> list[UnetEditor]:
-        """The erasers or steerings to attach: none for the base, one, or for stacked ones one for each
-        concept."""
-        if self.method == "base":
+        """The erasers or steerings to attach: none for the base and by text, one, or for stacked ones one for
+        each concept."""
+        if self.shared:
             return []
-        make = self.kind.per if self.method == "per" else self.kind.steering
+        make = self.kind.steering if self.method == "steering" else self.kind.per
         count = max((len(job.erased) for job in self.jobs), default=0) if self.stacked else 1
         return [make(**self.settings) for _ in range(count)]
 
@@ -58,7 +66,7 @@ class Series:
 class SeriesFiles:
     """The folder of one series under an evaluation's folder.
 
-    Of batch 12 it holds the pictures `0012-*.png`, `0012.safetensors` (start seeds, masks, watched rows) and
+    Of batch 12 it holds the pictures `0012-*.png`, `0012.safetensors` (start seeds, digests, masks, watched rows) and
     `0012.json`, written in this order, so that what has a JSON is whole; then the scorers' verdicts
     `0012.DIGEST.safetensors`.
     """
@@ -69,7 +77,8 @@ class SeriesFiles:
         self.folder = root / series.name
         self.about = {
             **about,
-            "kind": series.kind.name if series.method != "base" else None,
+            "version": _VERSION,
+            "kind": None if series.shared else series.kind.name,
             "method": series.method,
             "settings": dict(series.settings),
             "steps": series.kind.steps,
@@ -77,7 +86,7 @@ class SeriesFiles:
             "batch": size,
             "watched": series.watched,
             "stacked": series.stacked,
-            "jobs": [[*job.prompt.to_dict().values(), *job.erased] for job in series.jobs],
+            "jobs": [[*job.prompt.to_dict().values(), job.beside, *job.erased] for job in series.jobs],
         }
 
     def prepare(self) -> None:
@@ -106,11 +115,11 @@ class SeriesFiles:
         write_files(self.folder, {self._path(index, ".json").name: json_bytes(record)})
 
     def names(self, index: int) -> list[str]:
-        """The pictures' file names: batch, place, concept, style and seed."""
+        """The pictures' file names: batch, place, concept, what stands beside it, style and seed."""
         names = []
         jobs = self.series.jobs[index * self.size : (index + 1) * self.size]
         for place, job in enumerate(jobs):
-            labels = [job.prompt.concept, job.prompt.style, str(job.prompt.seed)]
+            labels = [job.prompt.concept, job.beside, job.prompt.style, str(job.prompt.seed)]
             names.append(f"{index:04d}-{place:02d}-{slug(' '.join(label for label in labels if label))}.png")
         return names
 
@@ -148,11 +157,11 @@ class SeriesFiles:
 
         def verdicts() -> dict[str, Tensor]:
             objects, styles, features = judge(self.pictures(index))
-            unknown = torch.full_like(objects, _NO_STYLE)
+            unknown = torch.full((len(objects),), _NO_STYLE)
             tensors = {"objects": objects, "styles": unknown if styles is None else styles}
             return tensors | {"features": features.float()}
 
-        got = self.scored(index, f"{judge.name}, {judge.features_name}", verdicts)
+        got = self.scored(index, f"seen, {judge.name}, {judge.features_name}", verdicts)
         styles = None if bool((got["styles"] == _NO_STYLE).any()) else got["styles"]
         return Verdicts(got["objects"], styles, got["features"])
 
@@ -167,82 +176,3 @@ class SeriesFiles:
 
     def _path(self, index: int, ending: str) -> Path:
         return self.folder / f"{index:04d}{ending}"
-
-
-def generate(
-    pipe: Any, series: Series, editors: Sequence[UnetEditor], jobs: Sequence[Job], hookpoint: str | None
-) -> tuple:
-    """One batch: PIL pictures, tensors and a record.
-
-    Tensors: `seeds` int64 [P]; for PER by one attachment `timesteps` [steps], the places `own` int64 [M] of
-    pictures whose prompt names the one erased concept, and their `cells` uint8 [M, steps, H, W] (bit 0
-    detected, bit 1 replaced, conditional half); for a watched series `watched` [rows, d] of the block
-    `hookpoint`.
-    """
-    seeds = [job.prompt.seed for job in jobs]
-    call = {"num_inference_steps": series.kind.steps}
-    if series.kind.guidance is not None:
-        call["guidance_scale"] = series.kind.guidance
-    watch, masks = None, None
-    with contextlib.ExitStack() as stack:
-        attachments = [
-            stack.enter_context(
-                editor.attach(pipe, concepts=sets, seed=seeds, keep_masks=series.method == "per")
-            )
-            for editor, sets in zip(editors, _sets(series, jobs, len(editors)), strict=True)
-        ]
-        if series.watched:
-            from lbdt.evaluation.block_watch import BlockWatch
-
-            watch = stack.enter_context(
-                BlockWatch(
-                    pipe,
-                    hookpoint,
-                    seeds,
-                    patches=WATCHED_PATCHES,
-                    timesteps=min(WATCHED_TIMESTEPS, series.kind.steps),
-                )
-            )
-        with _quiet(pipe):
-            pictures = pipe(
-                [job.prompt.text for job in jobs],
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                **call,
-            ).images
-        reports = [attachment.report() for attachment in attachments]
-        if series.method == "per" and len(attachments) == 1:
-            masks = attachments[0].masks()
-    tensors: dict[str, Tensor] = {"seeds": torch.tensor(seeds)}
-    if masks:
-        cells = [mask.detected.to(torch.uint8) | (mask.replaced.to(torch.uint8) << 1) for mask in masks]
-        own = [place for place, job in enumerate(jobs) if job.erased == (job.prompt.concept,)]
-        tensors["timesteps"] = torch.tensor([mask.timestep for mask in masks])
-        tensors["own"] = torch.tensor(own, dtype=torch.int64)
-        tensors["cells"] = torch.stack(cells, dim=1).cpu()[own]
-    if watch is not None:
-        tensors["watched"] = watch.rows()
-    record = {
-        "pictures": len(pictures),
-        # The changed share of all patches; several attachments may change a patch more than once.
-        "replaced": [report.replaced for report in reports],
-    }
-    return pictures, tensors, record
-
-
-def _sets(series: Series, jobs: Sequence[Job], editors: int) -> Iterator[list[list[str]]]:
-    for number in range(editors):
-        if series.stacked:
-            yield [list(job.erased[number : number + 1]) for job in jobs]
-        else:
-            yield [list(job.erased) for job in jobs]
-
-
-@contextlib.contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    from lbdt.activations.capture import quiet
-
-    undo = quiet(pipe)
-    try:
-        yield
-    finally:
-        undo()

@@ -8,13 +8,16 @@ from functools import cached_property
 from typing import Any
 
 from lbdt.donors import SOURCES
+from lbdt.evaluation.concept_texts import ConceptTexts
 from lbdt.evaluation.evaluated_world import EvaluatedKind, EvaluatedWorld
-from lbdt.evaluation.jobs import Design, Job, erased_together, targets, together
+from lbdt.evaluation.jobs import Design, Job, empties, erased_together, pairs, targets, together, unedited
 from lbdt.evaluation.series import Series
 from lbdt.runs.wording import slug
 
 PADDINGS = (0, 1, 2, 3)
 ORDERS = ("at once", "one after another")
+UNGATED = {"min_patches": 1}
+"""Settings of the eraser with which a single detected patch is enough."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,21 @@ class SeriesPlan:
         return {name: eraser.settings[name] for name in eraser.SHOWN}
 
     @cached_property
+    def gated(self) -> bool:
+        """Whether the eraser as it comes has a gate, so that it differs from the one without."""
+        return self.kind.per().digest() != self.kind.per(**UNGATED).digest()
+
+    @property
+    def guided(self) -> bool:
+        """Whether the sampling has guidance, in which a negative prompt could take part (diffusers': above 1)."""
+        return self.kind.guidance is None or self.kind.guidance > 1
+
+    @cached_property
+    def texts(self) -> ConceptTexts:
+        """How methods that work by text are told of a concept."""
+        return ConceptTexts.of(self.world)
+
+    @cached_property
     def hookpoint(self) -> str:
         """The block whose output is watched."""
         return self.kind.per().hookpoint
@@ -52,8 +70,12 @@ class SeriesPlan:
 
     @cached_property
     def scored_jobs(self) -> dict[int, list[Job]]:
-        """The pictures of the main rows, by seed."""
-        return self._targets(self.seeds, self.design.own, self.design.others)
+        """The pictures of the main rows, by seed: of one object, of two, of none."""
+        design, found = self.design, self._targets(self.seeds, self.design.own, self.design.others)
+        for place, (seed, jobs) in enumerate(found.items()):
+            jobs += pairs(self.world, seed, design.pairs, self.concepts)
+            jobs += empties(self.world, seed, place, design.empty, self.concepts)
+        return found
 
     @cached_property
     def sweep_jobs(self) -> dict[int, list[Job]]:
@@ -79,11 +101,15 @@ class SeriesPlan:
         ]
 
     def scored(self, strength: float | None) -> list[Series]:
-        """The main rows: base, steering (strength None: as it comes; without a baseline, none), PER."""
+        """The main rows: base, negative prompt (without guidance, none), UCE, steering (strength None: as it comes;
+        without a baseline, none), PER without the gate (where there is no gate, none), PER."""
         jobs, ablation = _flat(self.scored_jobs), _flat(self.ablation_jobs)
-        rows = [self.base()]
+        rows = [self.base(), *([self._by_text("negative", jobs)] if self.guided else [])]
+        rows.append(self._by_text("uce", jobs))
         if self.kind.steering is not None:
             rows.append(self._series("scored", "steering", self.steering_settings(strength), jobs))
+        if self.gated:
+            rows.append(self._series("scored", "ungated", {**self.per_settings, **UNGATED}, jobs))
         return [*rows, self._series("scored", "per", self.per_settings, [*jobs, *ablation])]
 
     def base(self) -> Series:
@@ -143,17 +169,17 @@ class SeriesPlan:
         name = f"{folder}/{part}" + (f"-{slug(self.hookpoint)}" if watched else "")
         return Series(name, self.kind, "base", {}, tuple(dict.fromkeys(bare)), watched)
 
+    def _by_text(self, method: str, jobs: Sequence[Job]) -> Series:
+        # No SAE is in it: kinds of one sampling share the folder.
+        name = f"{method}-{self.kind.steps}-{self.kind.guidance}/scored"
+        return Series(name, self.kind, method, {}, tuple(dict.fromkeys(jobs)), texts=self.texts)
+
     def _series(
         self, part: str, method: str, settings: Mapping[str, Any], jobs: Sequence[Job], watched: bool = False
     ) -> Series:
         text = "-".join(f"{name}{value}" for name, value in settings.items())
         name = f"{slug(self.kind.name)}/{part}/{method}{'-' if text else ''}{slug_settings(text)}"
         return Series(name, self.kind, method, settings, tuple(dict.fromkeys(jobs)), watched)
-
-
-def unedited(job: Job) -> Job:
-    """The same picture, with nothing erased."""
-    return Job(job.prompt)
 
 
 def slug_settings(text: str) -> str:

@@ -3,6 +3,8 @@
     {"about": ..., "kinds": {NAME: {"sampling", "rows", "sweep", "padding", "sources", "together",
     "per concept", "AR per style", "ratio", "activations", "grid"}}, "cost": ...}
 
+A row that cannot be is there with a "note" that says why, and without figures.
+
 Metrics are per cent, Frechet distances and CLIP scores in their own unit, each `{"mean", "low", "high",
 "seeds"}` or None (not measured). "replaced" of "padding" and "sources" is the mean over the timesteps of what
 "ratio" has; elsewhere it is of all patches of the pictures' batches, both halves of guidance.
@@ -21,13 +23,16 @@ from torch import Tensor
 
 from lbdt.donors import SOURCES
 from lbdt.evaluation.evaluation import Evaluation
-from lbdt.evaluation.jobs import Job
-from lbdt.evaluation.metrics.accuracy import average, estimate, mean_by
+from lbdt.evaluation.generation import generate
+from lbdt.evaluation.jobs import Job, unedited
+from lbdt.evaluation.metrics.accuracy import average, estimate, mean_by, named_seen
 from lbdt.evaluation.metrics.activation_shift import WatchedRows, compare_settings
-from lbdt.evaluation.series import Series, generate
-from lbdt.evaluation.series_plan import PADDINGS, SeriesPlan, unedited
+from lbdt.evaluation.series import Series
+from lbdt.evaluation.series_plan import PADDINGS, SeriesPlan
 from lbdt.evaluation.verdict_columns import Figures, VerdictColumns, figures, labels
 from lbdt.runs.files import write_files
+
+NO_GUIDANCE = "no guidance: not applicable"
 
 
 def kind_values(evaluation: Evaluation, kind: str, strength: float | None) -> dict[str, Any]:
@@ -40,6 +45,8 @@ def kind_values(evaluation: Evaluation, kind: str, strength: float | None) -> di
         got = evaluation.columns(series)
         result = figures(evaluation.world, plan.scored_jobs, got, base, method != "base")
         rows.append(_row(method, series.settings, result))
+        if method == "base" and not plan.guided:
+            rows.append({"method": "negative", "settings": {}, "note": NO_GUIDANCE})
         if method != "base":
             concepts[method], styles[method] = result.concepts, result.styles
     return {
@@ -128,7 +135,7 @@ def together_row(evaluation: Evaluation, series: Series, order: str) -> dict[str
     world = evaluation.world
     objects, styles = labels(world, series.jobs)
     places = got.rows(series.jobs)
-    right = (got.objects[places] == objects).double()
+    right = named_seen(got.objects[places], objects)
     gone = torch.tensor([job.prompt.concept in erased for job in series.jobs])
     styled = styles >= 0
     cra = None
@@ -162,21 +169,27 @@ def _grid(
     evaluation: Evaluation, plan: SeriesPlan, scored: Mapping[str, Series], count: int = 6
 ) -> list[dict[str, Any]]:
     """Pictures to look at: `count` concepts spread over the list, each in another style, of the first
-    seed."""
-    own = [job for job in next(iter(plan.scored_jobs.values())) if job.prompt.concept in job.erased]
+    seed, and of two of these a pair where there is one."""
+    jobs = next(iter(plan.scored_jobs.values()))
+    own = [job for job in jobs if job.own]
     names = list(dict.fromkeys(job.erased[0] for job in own))
     count = min(count, len(names))
     chosen = [names[round(n * (len(names) - 1) / max(count - 1, 1))] for n in range(count)]
     rows = []
     for number, name in enumerate(chosen):
         mine = [job for job in own if job.erased == (name,)]
-        job = mine[number % len(mine)]
-        row = {"concept": name, "style": job.prompt.style, "seed": job.prompt.seed}
-        for method, series in scored.items():
-            row[method] = picture_path(evaluation, series, job if method != "base" else unedited(job))
-        row["mask"] = _mask(evaluation, scored, job)
-        rows.append(row)
-    return rows
+        rows.append(_grid_row(evaluation, scored, mine[number % len(mine)]))
+    pairs = [job for job in jobs if job.beside is not None and job.erased[0] in chosen[:: max(count // 2, 1)]]
+    first = {job.erased: job for job in reversed(pairs)}
+    return rows + [_grid_row(evaluation, scored, job) for job in list(first.values())[::-1][:2]]
+
+
+def _grid_row(evaluation: Evaluation, scored: Mapping[str, Series], job: Job) -> dict[str, Any]:
+    prompt = job.prompt
+    row = {"concept": prompt.concept, "beside": job.beside, "style": prompt.style, "seed": prompt.seed}
+    for method, series in scored.items():
+        row[method] = picture_path(evaluation, series, job if method != "base" else unedited(job))
+    return row | {"mask": _mask(evaluation, scored, job)}
 
 
 def picture_path(evaluation: Evaluation, series: Series, job: Job) -> str:
@@ -208,14 +221,12 @@ def measured_cost(
 ) -> dict[str, Any]:
     """Seconds a picture without and with each method, which take turns; medians over the rounds."""
     plan = evaluation.plans[kind]
-    jobs = [job for part in plan.scored_jobs.values() for job in part if job.prompt.concept in job.erased][
-        :pictures
-    ]
+    jobs = [job for part in plan.scored_jobs.values() for job in part if job.own][:pictures]
     times: dict[str, list[float]] = {}
     prepared = [(series, series.editors()) for series in plan.scored(strength)]
     for number in range(rounds + 1):
         for series, editors in prepared:
-            mine = jobs if editors else [unedited(job) for job in jobs]
+            mine = [unedited(job) for job in jobs] if series.method == "base" else jobs
             start = time.perf_counter()
             generate(evaluation.pipe, series, editors, mine, None)
             if number:  # the first round warms up

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,23 @@ import torch
 from torch import Tensor
 
 from lbdt.evaluation.evaluated_world import EvaluatedWorld, Judge
-from lbdt.evaluation.jobs import Job
-from lbdt.evaluation.metrics.accuracy import Unlearning, average, estimate, global_average, unlearning
+from lbdt.evaluation.jobs import Job, unedited
+from lbdt.evaluation.metrics.accuracy import (
+    Unlearning,
+    average,
+    estimate,
+    global_average,
+    mean_by,
+    named_seen,
+    unlearning,
+)
 from lbdt.evaluation.metrics.clip import clip_scores
 from lbdt.evaluation.metrics.feature_distances import frechet_distance
 from lbdt.evaluation.metrics.vlm import parse_answer
 from lbdt.evaluation.series import SeriesFiles
-from lbdt.evaluation.series_plan import unedited
+
+BASE_ACCURACIES = ("object seen", "both seen", "nothing seen", "style seen")
+"""What is measured of the unedited pictures alone."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,7 @@ class VerdictColumns:
 
     place: Mapping[Job, int]
     objects: Tensor | None
+    """bool [n, O]."""
     styles: Tensor | None
     features: Tensor | None
     artifacts: Tensor | None
@@ -34,6 +45,12 @@ class VerdictColumns:
     """float64 [n]: CLIP scores of picture and prompt."""
     replaced: Tensor
     """float64 [n]: share of the patches changed in the picture's batch."""
+    digests: Tensor
+    """int64 [n], of the pictures' bits."""
+    changed: Tensor | None = None
+    """int64 [n]: patches that were changed in the picture; None: not by hooks."""
+    single_label: bool = False
+    """Whether the judge sees one object in every picture, so never nothing."""
 
     def rows(self, jobs: Sequence[Job]) -> Tensor:
         """int64 [n]: where the pictures of `jobs` are."""
@@ -73,9 +90,22 @@ def columns(files: SeriesFiles, scorers: Scorers) -> VerdictColumns:
         torch.full((len(batch),), sum(files.record(index)["replaced"]), dtype=torch.float64)
         for index, batch in enumerate(batches)
     ]
+    kept = ("digests",) if files.series.shared else ("digests", "changed")
+    tensors = [files.tensors(index, kept) for index in range(len(batches))]
+    digests, *changed = (torch.cat([each[name] for each in tensors]) for name in kept)
     jobs = itertools.chain.from_iterable(batches)
-    place = {job: number for number, job in enumerate(jobs)}
-    return VerdictColumns(place, objects, styles, features, artifacts, clip, torch.cat(replaced))
+    return VerdictColumns(
+        {job: number for number, job in enumerate(jobs)},
+        objects,
+        styles,
+        features,
+        artifacts,
+        clip,
+        torch.cat(replaced),
+        digests,
+        changed[0] if changed else None,
+        bool(getattr(scorers.judge, "single_label", False)),
+    )
 
 
 def scored_vlm(files: SeriesFiles, index: int, vlm: Any) -> Tensor:
@@ -131,8 +161,9 @@ def figures(
 ) -> Figures:
     """The metrics of `jobs` (by seed) on a series' columns.
 
-    `base`: of the unedited pictures of the same prompts, for the Frechet distance. `edited` False: `got` are
-    the unedited pictures themselves, scored as if the jobs' concepts had been erased.
+    `base`: of the unedited pictures of the same prompts, for the Frechet distance and for which are the same.
+    `edited` False: `got` are the unedited pictures themselves, scored as if the jobs' concepts had been erased,
+    and by `BASE_ACCURACIES`.
     """
     by_seed = [_one(world, part, got, base, edited) for part in jobs.values()]
     whole = [job for part in jobs.values() for job in part]
@@ -140,7 +171,7 @@ def figures(
     concepts: dict[str, dict[str, float | None]] = {}
     for index, score in scores.items():
         name = world.objects[index]
-        own = [job for job in whole if job.erased == (name,) and job.prompt.concept == name]
+        own = [job for job in whole if job.erased == (name,) and job.own]
         concepts[name] = {
             "UA": score.ua,
             "IRA": score.ira,
@@ -149,7 +180,7 @@ def figures(
         }
     styles = {
         style or "none": _artifacts(
-            [job for job in whole if job.prompt.concept in job.erased and job.prompt.style == style],
+            [job for job in whole if job.own and job.prompt.style == style],
             got,
             edited,
         )
@@ -165,8 +196,8 @@ def _one(
 ) -> dict[str, float | None]:
     scores = list(_unlearning(world, jobs, got, edited).values())
     ua, ira, cra = (average([score[n] for score in scores]) for n in range(3))
-    own = [job for job in jobs if job.prompt.concept in job.erased]
-    others = [job for job in jobs if job.prompt.concept not in job.erased]
+    own = [job for job in jobs if job.own]
+    others = [job for job in jobs if job.other]
     rate, collateral = _artifacts(own, got, edited), _artifacts(others, got, edited)
     distance = None
     if base is not None and edited and got.features is not None and len(others) > 1:
@@ -180,6 +211,7 @@ def _one(
         "AR others": collateral,
         "GA": global_average(ua, ira, cra, rate) if edited else None,
         "FD": distance,
+        **_beside_the_protocol(world, jobs, got, base, edited),
         "CLIP": None
         if got.clip is None or not others
         else float(got.clip[_rows(others, got, edited)].mean()),
@@ -187,16 +219,113 @@ def _one(
     }
 
 
+def _beside_the_protocol(
+    world: EvaluatedWorld, jobs: Sequence[Job], got: VerdictColumns, base: VerdictColumns | None, edited: bool
+) -> dict[str, float | None]:
+    """The columns of METHOD.md, 8.8, of an edited series, or the accuracies of the unedited one."""
+    if not edited:
+        return dict(zip(BASE_ACCURACIES, _accuracies(world, jobs, got), strict=True))
+    own = [job for job in jobs if job.own]
+    pairs = [job for job in jobs if job.beside is not None]
+    nothing, clean = _nothing(own, got), None
+    if nothing is not None and got.artifacts is not None:
+        artifact = got.artifacts[got.rows(own)]
+        answered = ~artifact.isnan()
+        clean = (nothing * (artifact == 0))[answered]
+        own = [job for job, there in zip(own, answered.tolist(), strict=True) if there]
+    gone = _seen(world, pairs, got, _named)
+    untouched = [job for job in jobs if job.other or job.empty]
+    return {
+        "clean": _by_object(world, own, clean),
+        "kept": _by_object(world, pairs, _seen(world, pairs, got, _beside)),
+        "pair gone": _by_object(world, pairs, None if gone is None else 1 - gone),
+        "untouched": _mean(_same(untouched, got, base)),
+    }
+
+
+def _accuracies(world: EvaluatedWorld, jobs: Sequence[Job], got: VerdictColumns) -> tuple[float | None, ...]:
+    """Those of `BASE_ACCURACIES`; every unedited picture counts once, however many jobs it stands for."""
+    jobs = list(dict.fromkeys(map(unedited, jobs)))
+    single = [job for job in jobs if job.other]
+    pairs = [job for job in jobs if job.beside is not None]
+    styled = [job for job in jobs if job.prompt.style in world.styles]
+    both = [_seen(world, pairs, got, name) for name in (_named, _beside)]
+    return (
+        _by_object(world, single, _seen(world, single, got, _named)),
+        _by_object(world, pairs, None if both[0] is None else both[0] * both[1]),
+        _mean(_nothing([job for job in jobs if job.empty], got)),
+        _mean(_style_seen(world, styled, got)),
+    )
+
+
+def _named(job: Job) -> str:
+    """The object of a prompt; of a pair's the one that is erased."""
+    return job.prompt.concept
+
+
+def _beside(job: Job) -> str:
+    return job.beside
+
+
+def _seen(
+    world: EvaluatedWorld, jobs: Sequence[Job], got: VerdictColumns, name: Callable[[Job], str]
+) -> Tensor | None:
+    """float64 [n]: whether an object of each job is seen; None: not judged, or no job."""
+    if got.objects is None or not jobs:
+        return None
+    objects = torch.tensor([world.objects.index(name(job)) for job in jobs])
+    return named_seen(got.objects[got.rows(jobs)], objects)
+
+
+def _nothing(jobs: Sequence[Job], got: VerdictColumns) -> Tensor | None:
+    """float64 [n]: whether no object is seen; None: not judged, by a judge that always sees one, or no job."""
+    if got.objects is None or got.single_label or not jobs:
+        return None
+    return (~got.objects[got.rows(jobs)].any(1)).double()
+
+
+def _style_seen(world: EvaluatedWorld, jobs: Sequence[Job], got: VerdictColumns) -> Tensor | None:
+    if got.styles is None or not jobs:
+        return None
+    styles = torch.tensor([world.styles.index(job.prompt.style) for job in jobs])
+    return (got.styles[got.rows(jobs)] == styles).double()
+
+
+def _same(jobs: Sequence[Job], got: VerdictColumns, base: VerdictColumns | None) -> Tensor | None:
+    """float64 [n]: whether a picture keeps every bit. With hooks, where no patch was changed (a picture's last bits
+    may depend on its batch, which the base's is not); else by comparing with the base's picture."""
+    if not jobs or (got.changed is None and base is None):
+        return None
+    rows = got.rows(jobs)
+    if got.changed is not None:
+        return (got.changed[rows] == 0).double()
+    return (got.digests[rows] == base.digests[base.rows([unedited(job) for job in jobs])]).double()
+
+
+def _by_object(world: EvaluatedWorld, jobs: Sequence[Job], values: Tensor | None) -> float | None:
+    """The mean in per cent, averaged by the object that the jobs' prompts carry."""
+    if values is None or not len(values):
+        return None
+    return 100 * mean_by(values, torch.tensor([world.objects.index(job.prompt.concept) for job in jobs]))
+
+
+def _mean(values: Tensor | None) -> float | None:
+    return None if values is None or not len(values) else 100 * float(values.mean())
+
+
 def _unlearning(
     world: EvaluatedWorld, jobs: Sequence[Job], got: VerdictColumns, edited: bool
 ) -> dict[int, Unlearning]:
+    jobs = [job for job in jobs if job.own or job.other]
+    if not jobs:
+        return {}
     if got.objects is None:
         return {world.objects.index(name): Unlearning(None, None, None) for name in _targets(jobs)}
     rows = _rows(jobs, got, edited)
     objects, styles = labels(world, jobs)
     erased = torch.tensor([world.objects.index(job.erased[0]) for job in jobs])
     seen = None if got.styles is None else got.styles[rows]
-    return unlearning(erased, objects, styles, got.objects[rows], seen, len(world.objects))
+    return unlearning(erased, objects, styles, got.objects[rows], seen)
 
 
 def labels(world: EvaluatedWorld, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:

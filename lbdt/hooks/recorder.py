@@ -37,6 +37,8 @@ class Call(NamedTuple):
     """Patches that the SAE looked at and that hold NaN or infinity: nothing is detected in them."""
     gated: int = 0
     """Pictures in which patches were detected and all of them left as too few: conditional, or only, rows."""
+    changed: tuple[int, ...] = ()
+    """Patches overwritten, after padding, row by row."""
 
 
 class Recorder:
@@ -124,6 +126,7 @@ class Recorder:
                     picture,
                     sum(row[FIELDS] for row in rows[end : end + batch]),
                     self._gated(rows[end + batch - batch // halves : end + batch]),
+                    tuple(changed for _, changed in counts),
                 )
             )
         return calls[::-1]

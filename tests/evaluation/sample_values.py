@@ -32,9 +32,28 @@ def row(method, ua, ira, cra, ar, fd, half=3.0, pictures=780, **settings):
         "AR others": estimate(ar / 2, half),
         "GA": estimate(ga, half),
         "FD": estimate(fd, half and 0.4),
+        **{name: estimate(mean, half) for name, mean in (("clean", ua - ar / 2), ("kept", ira - 1))},
+        **{name: estimate(mean, half) for name, mean in (("pair gone", ua - 2), ("untouched", 100 - fd))},
         "CLIP": None,
         "replaced": estimate(0 if method != "per" else 21.5, half),
     }
+
+
+def base(number, **other):
+    """The unedited model's row: its accuracies beside the protocol's columns."""
+    found = row("base", 1, 99, 98, 1, 1.1, pictures=500, **other) | {"GA": None, "FD": None}
+    for metric in ("clean", "kept", "pair gone", "untouched"):
+        del found[metric]
+    seen = {"object seen": 99.1, "both seen": 90.2 - number, "nothing seen": 95.3, "style seen": 97.4}
+    return found | {name: estimate(mean, 1.0) for name, mean in seen.items()}
+
+
+def by_text(guidance):
+    """The rows of a negative prompt, which needs guidance, and of UCE."""
+    negative = row("negative", 70, 80, 90, 30, 9.0)
+    if guidance is None:
+        negative = {"method": "negative", "settings": {}, "note": "no guidance: not applicable"}
+    return [negative, row("uce", 95, 60, 70, 20, 12.0)]
 
 
 def _steered(strength, shift, **other):
@@ -45,6 +64,12 @@ def _steered(strength, shift, **other):
 
 def _per(shift, **other):
     return row("per", 93 - shift, 97, 96, 9 + shift, 4.2, **({"padding": 1, "source": "nearest"} | other))
+
+
+def _both(number):
+    """PER without the gate and with it."""
+    ungated = _per(number + 1, min_patches=1) | {"method": "ungated"}
+    return [ungated, _per(number)]
 
 
 def _histogram(low, high, centre, width, bins=40):
@@ -131,7 +156,7 @@ def kind(number, steps, guidance):
     sweep = [{**_steered(s, number, pictures=260), "chosen": s == CHOSEN} for s in STRENGTHS]
     return {
         "sampling": {"steps": steps, "guidance": guidance},
-        "rows": [row("base", 1, 99, 98, 1, 1.1), _steered(CHOSEN, number), _per(number)],
+        "rows": [base(number), *by_text(guidance), _steered(CHOSEN, number), *_both(number)],
         "sweep": [*sweep, {**_per(number, pictures=260), "chosen": False}],
         "padding": [_per(number + p, padding=p) for p in range(4)],
         "sources": [_per(number + n, source=s) for n, s in enumerate(("random", "nearest", "mean"))],
@@ -181,7 +206,7 @@ def bare():
     """One seed, one pipeline without styles and without any part but the main rows and no steering."""
     rows = [row("base", 0, 100, 0, 0, 1, half=None), row("per", 90, 95, 0, 8, 4, half=None, padding=1)]
     for each in rows:
-        each |= {"CRA": None, "AR others": None, "FD": None}
+        each |= dict.fromkeys(("CRA", "AR others", "FD", "clean", "kept", "pair gone", "untouched"))
     return {"about": {"world": "Plain", "seeds": [1]}, "kinds": {"saeuron": {"rows": rows, "sweep": None}}}
 
 

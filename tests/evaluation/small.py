@@ -11,7 +11,7 @@ import torch
 
 from lbdt.activations.prompts import Prompt
 from lbdt.editors import Steering
-from lbdt.evaluation.evaluated_world import EvaluatedKind, EvaluatedWorld, Verdicts
+from lbdt.evaluation.evaluated_world import EvaluatedKind, EvaluatedWorld, Pair, Verdicts
 from lbdt.evaluation.evaluation import Evaluation
 from lbdt.evaluation.jobs import Design
 from lbdt.evaluation.verdict_columns import Scorers
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Judge:
-    """Classes by the sum of a picture's bytes, and its mean colours by quarter as features."""
+    """Sees object i by bit i of the sum of a picture's bytes; its mean colours by quarter are the features."""
 
     def __init__(self, name: str = "sums", styles: bool = True) -> None:
         self.name, self.features_name, self.styles = name, "mean colours", styles
@@ -35,7 +35,8 @@ class Judge:
         arrays = torch.stack([torch.from_numpy(np.array(picture)).long() for picture in pictures])
         sums = arrays.sum(dim=(1, 2, 3))
         quarters = arrays.float().unflatten(1, (2, -1)).unflatten(3, (2, -1)).mean(dim=(2, 4))
-        return Verdicts(sums % len(toy.CONCEPTS), sums % 2 if self.styles else None, quarters.flatten(1))
+        seen = torch.stack([sums >> bit & 1 for bit in range(len(toy.CONCEPTS))], dim=1).bool()
+        return Verdicts(seen, sums % 2 if self.styles else None, quarters.flatten(1))
 
 
 def per(**settings: Any):
@@ -63,6 +64,29 @@ def prompts(styles, seed: int) -> list[Prompt]:
     ]
 
 
+def pairs(seed: int) -> list[Pair]:
+    """Two for every object: with each of the others, which stands first in turn."""
+    found = []
+    for i, thing in enumerate(toy.CONCEPTS):
+        for n in (1, 2):
+            beside = toy.CONCEPTS[(i + n) % len(toy.CONCEPTS)]
+            text = f"{thing} {beside}" if n == 1 else f"{beside} {thing}"
+            found.append(
+                Pair(Prompt(text.lower(), thing, STYLES[n % 2], 1000 * seed + 100 + 10 * i + n), beside)
+            )
+    return found
+
+
+def empty(seed: int) -> list[Prompt]:
+    """One a style."""
+    return [Prompt(style, None, style, 1000 * seed + 200 + n) for n, style in enumerate(STYLES)]
+
+
+def gated(**settings: Any):
+    """An eraser with a gate that no picture of 16 patches passes, unless it is told otherwise."""
+    return per(**{"min_patches": 17, **settings})
+
+
 def world(folder: Path | None = None, judge: Judge | None = None, **changes: Any) -> EvaluatedWorld:
     """Of the toy pipeline, whose tokenizer is written to `folder`; None: it cannot be run."""
     styles = changes.pop("styles", STYLES)
@@ -77,6 +101,8 @@ def world(folder: Path | None = None, judge: Judge | None = None, **changes: Any
         "seeds": (1, 2),
         "sweep_seeds": (9,),
         "batch": 5,
+        "pairs": pairs,
+        "empty": empty,
     }
     return EvaluatedWorld(**settings | changes)
 

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from lbdt.evaluation.evaluated_world import one_seen
 from lbdt.evaluation.metrics.accuracy import average, global_average, mean_by, unlearning
 from lbdt.evaluation.published import ERASURE
 
@@ -17,8 +18,9 @@ GRID = [(thing, style) for thing in range(OBJECTS) for style in (*range(STYLES),
 
 def score(rows, count=OBJECTS, judged_styles=True):
     """Of rows (erased, object, style, seen object, seen style)."""
-    erased, objects, styles, seen, seen_styles = torch.tensor(rows).T
-    return unlearning(erased, objects, styles, seen, seen_styles if judged_styles else None, count)
+    erased, objects, styles, classes, seen_styles = torch.tensor(rows).T
+    seen = one_seen(classes, count)
+    return unlearning(erased, objects, styles, seen, seen_styles if judged_styles else None)
 
 
 def grid(erased, wrong_object=lambda thing, style: False, wrong_style=lambda thing, style: False, of=GRID):
@@ -88,6 +90,19 @@ def test_planted_verdicts(rows, ua, ira, cra):
     assert got[:3] == pytest.approx((ua, ira, cra))
 
 
+@pytest.mark.parametrize(
+    ("seen", "ua", "ira"),
+    [([], 100, 0), ([0], 100, 100), ([2], 0, 0), ([0, 2], 0, 100), ([0, 1, 3], 100, 100)],
+    ids=["nothing", "the-other", "the-erased", "both", "many"],
+)
+def test_several_objects_or_none_may_be_seen_in_a_picture(seen, ua, ira):
+    """A picture of object 2, which is erased, and one of object 0."""
+    verdicts = torch.zeros(2, OBJECTS, dtype=torch.bool)
+    verdicts[:, seen] = True
+    erased, objects, styles = torch.tensor([[2, 2], [2, 0], [-1, -1]])
+    assert unlearning(erased, objects, styles, verdicts, None)[2] == (ua, ira, None)
+
+
 def test_a_verdict_that_is_no_class_of_the_world_is_wrong():
     rows = [(2, 2, 0, -1, 0), (2, 1, 0, 1, 0)]
     assert score(rows)[2][:2] == (100, 100)
@@ -150,12 +165,19 @@ def test_what_no_picture_can_say_is_none(rows, judged_styles, missing):
 
 @pytest.mark.parametrize(
     "shapes",
-    [((3,), (2,), (3,), (3,), (3,)), ((0,),) * 5, ((2, 2),) * 5, ((3,), (3,), (3,), (3,), (2,))],
-    ids=["another-length", "empty", "two-dimensions", "styles-of-another-length"],
+    [
+        ((3,), (2,), (3,), (3, 4), (3,)),
+        ((0,), (0,), (0,), (0, 4), (0,)),
+        ((2, 2), (2, 2), (2, 2), (2, 4), (2, 2)),
+        ((3,), (3,), (3,), (3, 4), (2,)),
+        ((3,), (3,), (3,), (3,), (3,)),
+        ((3,), (3,), (3,), (2, 4), (3,)),
+    ],
+    ids=["length", "empty", "two-dimensions", "length-of-styles", "classes-seen", "length-of-seen"],
 )
 def test_other_shapes_are_refused(shapes):
     with pytest.raises(ValueError, match="one length"):
-        unlearning(*(torch.zeros(shape, dtype=torch.int64) for shape in shapes), OBJECTS)
+        unlearning(*(torch.zeros(shape, dtype=torch.int64) for shape in shapes))
 
 
 @pytest.mark.parametrize("row", ERASURE, ids=lambda row: f"{row.pipeline}-{row.method}")

@@ -7,8 +7,8 @@ import pytest
 
 from lbdt import canvas
 from lbdt.activations.prompts import Prompt
-from lbdt.evaluation.jobs import Design, Job, erased_together, targets, together
-from lbdt.evaluation.worlds.canvas_world import canvas_world, seed_prompts
+from lbdt.evaluation.jobs import Design, Job, empties, erased_together, pairs, targets, together
+from lbdt.evaluation.worlds.canvas_world import canvas_world, seed_empty, seed_pairs, seed_prompts, texts_of
 from tests.evaluation import small
 
 WORLD = canvas_world()
@@ -128,10 +128,13 @@ def test_a_world_of_one_object_has_no_others():
     assert targets(world, 0, 0, None, 6, ("Cats",)) == [Job(SPARSE[0], ("Cats",))]
 
 
-@pytest.mark.parametrize("name", ["own", "others", "strengths"])
-def test_numbers_below_one_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name}: expected a number from 1, or None for all; got 0"):
-        Design(**{name: 0})
+@pytest.mark.parametrize(
+    ("name", "least"), [("own", 1), ("others", 1), ("strengths", 1), ("pairs", 0), ("empty", 0)]
+)
+def test_numbers_that_are_too_small_are_refused(name, least):
+    with pytest.raises(ValueError, match=f"{name}: expected a number from {least}, or None for all; got -1"):
+        Design(**{name: -1})
+    Design(**{name: least})
 
 
 @pytest.mark.parametrize(
@@ -142,11 +145,68 @@ def test_numbers_below_one_are_refused(name):
             "each of 7 concepts erased, per seed, from its own prompts in every style and none, and from all",
         ),
         (Design(own=2, others=6), "2 of its styles, and from 6 of other objects"),
+        (Design(pairs=2, empty=1), "; from 2 pairs of it and another object; from 1 prompts of no object"),
     ],
-    ids=["all", "sampled"],
+    ids=["all", "sampled", "pairs"],
 )
 def test_the_report_says_which_pictures(design, words):
-    assert words in design.describe(7)
+    assert words in design.describe(WORLD, 7)
+
+
+def test_the_report_names_no_pairs_where_there_are_none():
+    text = Design().describe(small.world(pairs=None, empty=None), 3)
+    assert (
+        "pairs" not in text and "no object" not in text and "pairs" not in Design(pairs=0).describe(WORLD, 3)
+    )
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, 0), (1, 1), (2, 2), (None, 6), (9, 6)])
+def test_every_concept_is_erased_from_its_own_pairs_each_once(count, expected):
+    jobs = pairs(WORLD, 500, count, WORLD.objects)
+    assert len(set(jobs)) == len(jobs) == 20 * expected
+    for job in jobs:
+        assert job.erased == (job.prompt.concept,) and job.beside not in (None, job.prompt.concept)
+        assert not job.own and not job.other and not job.empty
+        assert job.beside in job.prompt.text and job.prompt.concept in job.prompt.text
+
+
+def test_partners_sides_and_styles_of_pairs_take_turns():
+    jobs = [job for seed in WORLD.seeds for job in pairs(WORLD, seed, 2, WORLD.objects)]
+    assert len({(job.prompt.text, job.prompt.seed) for job in jobs}) == len(jobs) == 120
+    left = Counter(job.prompt.text.startswith(f"An image of {job.erased[0]}") for job in jobs)
+    assert left[True] == left[False] == 60
+    for name in WORLD.objects:
+        mine = [job for job in jobs if job.erased == (name,)]
+        assert len({job.beside for job in mine}) >= 5 and len({job.prompt.style for job in mine}) >= 3
+    assert set(Counter(job.beside for job in jobs).values()) == {6}
+    styles = Counter(
+        (job.prompt.style, job.prompt.text.startswith(f"An image of {job.erased[0]}")) for job in jobs
+    )
+    assert len(styles) == 12 and max(styles.values()) <= 2 * min(styles.values())
+
+
+def test_prompts_of_no_object_are_of_every_style_and_shared_out_among_the_concepts():
+    jobs = empties(WORLD, 500, 0, 1, WORLD.objects)
+    assert len({job.prompt for job in jobs}) == len(jobs) == 20 and all(job.empty for job in jobs)
+    assert not any(job.own or job.other for job in jobs)
+    assert {job.prompt.style for job in jobs} == set(canvas.STYLES)
+    assert jobs[0].prompt.text == f"An image in {jobs[0].prompt.style} style."
+    assert len(empties(WORLD, 500, 0, None, ("Cats", "Dogs"))) == 40
+    assert empties(WORLD, 500, 0, 0, ("Cats",)) == empties(small.world(empty=None), 1, 0, 1, ("Cats",)) == []
+    assert pairs(small.world(pairs=None), 1, 1, ("Cats",)) == []
+
+
+def test_no_two_pictures_of_one_text_start_alike():
+    starts = [
+        (prompt.text, prompt.seed)
+        for seed in (*WORLD.seeds, *WORLD.sweep_seeds)
+        for prompt in (*seed_prompts(seed), *seed_empty(seed), *(pair.prompt for pair in seed_pairs(seed)))
+    ]
+    assert len(set(starts)) == len(starts)
+
+
+def test_emojicanvas_names_a_concept_by_its_prompts():
+    assert (texts_of("Cats"), texts_of(None)) == (["An image of Cats."], ["An image."])
 
 
 def test_a_sample_of_others_covers_every_object_in_every_style_over_the_default_seeds():

@@ -11,17 +11,29 @@ import torch
 
 from lbdt.cli.evaluate import _table
 from lbdt.evaluation.jobs import Design
-from lbdt.evaluation.report.tables import csv_text
+from lbdt.evaluation.report.cells import BASE, EXTRA, METHODS, main_row
+from lbdt.evaluation.report.tables import csv_text, main_table
 from lbdt.evaluation.request import EvaluationRequest, EvaluationSubject, evaluate
-from lbdt.evaluation.values import kind_values, measured_cost
+from lbdt.evaluation.values import NO_GUIDANCE, kind_values, measured_cost
 from lbdt.evaluation.worlds.canvas_judges import unedited_features
 from lbdt.runs.processes import Processes
 from tests import toy
 from tests.evaluation import small
 from tests.repeats import MISALIGNED, repeats
 
-METRICS = ("UA", "IRA", "CRA", "AR", "AR others", "GA", "FD", "CLIP", "replaced")
-TINY = Design(own=2, others=2, sweep_own=1, sweep_others=1, ablation_own=1, ablation_others=2, counts=(1, 2))
+PROTOCOL = ("UA", "IRA", "CRA", "AR", "AR others", "GA", "FD", "CLIP", "replaced")
+METRICS = (*PROTOCOL, *EXTRA)
+TINY = Design(
+    own=2,
+    others=2,
+    pairs=1,
+    empty=1,
+    sweep_own=1,
+    sweep_others=1,
+    ablation_own=1,
+    ablation_others=2,
+    counts=(1, 2),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +73,10 @@ def check_estimate(value, seeds):
 
 
 def check_row(row, seeds, method=None):
-    assert set(METRICS) | {"method", "settings", "pictures"} <= set(row) and row["pictures"] > 0
+    metrics = (*PROTOCOL, *(BASE.values() if row["method"] == "base" else EXTRA))
+    assert set(metrics) | {"method", "settings", "pictures"} <= set(row) and row["pictures"] > 0
     assert method is None or row["method"] == method
-    for metric in METRICS:
+    for metric in metrics:
         check_estimate(row[metric], seeds)
 
 
@@ -86,10 +99,12 @@ def test_values_have_every_part(whole):
     }
     json.dumps(values, allow_nan=False)
     assert values["sampling"] == {"steps": 2, "guidance": 1.0}
-    for row, method in zip(values["rows"], ("base", "steering", "per"), strict=True):
+    base, negative, *edited = values["rows"]
+    assert negative == {"method": "negative", "settings": {}, "note": NO_GUIDANCE}
+    for row, method in zip((base, *edited), ("base", "uce", "steering", "per"), strict=True):
         check_row(row, 2, method)
-    assert values["rows"][1]["settings"] == {"strength": strengths["toy"]}
-    assert values["rows"][2]["settings"] == {"padding": 1, "source": "random"}
+    assert edited[1]["settings"] == {"strength": strengths["toy"]}
+    assert edited[2]["settings"] == {"padding": 1, "source": "random"}
     for row in values["sweep"]:
         check_row(row, 1)
     assert [row["chosen"] for row in values["sweep"]].count(True) == 1
@@ -110,7 +125,7 @@ def test_values_have_every_part(whole):
     for row in values["together"]:
         for metric in ("UA", "RA", "CRA"):
             check_estimate(row[metric], 1)
-    for method in ("steering", "per"):
+    for method in ("uce", "steering", "per"):
         assert set(values["per concept"][method]) == set(toy.CONCEPTS)
         assert {"UA", "IRA", "CRA", "AR"} == set(values["per concept"][method]["Cats"])
         assert set(values["AR per style"][method]) == {*small.STYLES, "none"}
@@ -126,18 +141,18 @@ def test_what_is_measured_of_the_toy_pipeline_is_what_its_judge_says(whole):
     series = found.plans["toy"].scored(None)[-1]
     files = found.files(series)
     by_seed = []
+    row = main_row(values, "per")
     for seed in (1, 2):
         by_concept = {name: [] for name in toy.CONCEPTS}
         for index, batch in enumerate(series.batches(files.size)):
             for job, name in zip(batch, files.names(index), strict=True):
-                wanted = job in found.plans["toy"].scored_jobs[seed] and job.erased == (job.prompt.concept,)
-                if wanted:
+                if job in found.plans["toy"].scored_jobs[seed] and job.own:
                     with Image.open(files.folder / name) as picture:
-                        seen = int(small.Judge()([picture.convert("RGB")]).objects)
-                    by_concept[job.prompt.concept].append(toy.CONCEPTS[seen] != job.prompt.concept)
+                        seen = small.Judge()([picture.convert("RGB")]).objects[0].tolist()
+                    by_concept[job.prompt.concept].append(not seen[toy.CONCEPTS.index(job.prompt.concept)])
         assert {len(missed) for missed in by_concept.values()} == {2}
         by_seed.append(sum(100 * sum(missed) / 2 for missed in by_concept.values()) / 3)
-    assert values["rows"][2]["UA"]["mean"] == pytest.approx(sum(by_seed) / 2)
+    assert row["UA"]["mean"] == pytest.approx(sum(by_seed) / 2)
 
 
 def test_shares_of_patches_by_timestep_grow_with_the_padding(whole):
@@ -152,9 +167,11 @@ def test_shares_of_patches_by_timestep_grow_with_the_padding(whole):
 
 def test_the_grid_names_pictures_that_are_there_of_different_concepts(whole):
     folder, _, _, values = whole
-    assert [row["concept"] for row in values["grid"]] == list(toy.CONCEPTS)
+    assert [row["concept"] for row in values["grid"]] == [*toy.CONCEPTS, *toy.CONCEPTS[:2]]
+    assert [row["beside"] for row in values["grid"][:3]] == [None] * 3
+    assert all(row["beside"] not in (None, row["concept"]) for row in values["grid"][3:])
     for row in values["grid"]:
-        for name in ("base", "steering", "per", "mask"):
+        for name in ("base", "uce", "steering", "per", "mask"):
             assert (folder / row[name]).is_file() and str(row["seed"]) in row[name]
 
 
@@ -183,10 +200,12 @@ def test_again_in_the_same_folder_nothing_is_made_or_judged_and_the_table_is_the
 
 def test_without_a_judge_nothing_is_classified_and_the_baseline_is_as_it_comes(pipe, tmp_path):
     found, strengths, values = evaluated(pipe, tmp_path, None, seeds=(1,))
-    assert strengths == {"toy": None} and values["rows"][1]["settings"] == {}
+    assert strengths == {"toy": None} and main_row(values, "steering")["settings"] == {}
     for row in (*values["rows"], *values["sweep"], *values["padding"]):
-        assert {name for name in METRICS if row[name] is not None} == {"replaced"}
-    assert values["rows"][2]["replaced"]["mean"] > 0
+        if "note" not in row:
+            expected = {"replaced"} if row["method"] == "base" else {"replaced", "untouched"}
+            assert {name for name in METRICS if row.get(name) is not None} == expected
+    assert main_row(values, "per")["replaced"]["mean"] > 0
     assert {row[name] for row in values["together"] for name in ("UA", "RA", "CRA")} == {None}
     assert not any(row["chosen"] for row in values["sweep"])
     about = found.about()
@@ -200,15 +219,17 @@ def test_without_a_reference_the_artifact_judge_is_fitted_on_the_base(whole):
         found.world.reference is None
         and "the unedited pictures of the same prompts" in found.about()["artifacts"]
     )
-    assert values["rows"][0]["AR"]["mean"] <= 50 and values["rows"][2]["AR"] is not None
+    assert values["rows"][0]["AR"]["mean"] <= 50 and main_row(values, "per")["AR"] is not None
     judge = found._fitted("toy")
     assert judge.mean.shape == (12,)
 
 
 def test_too_few_unedited_pictures_make_no_artifact_judge(pipe, tmp_path):
-    design = Design(own=1, others=1, sweep_own=1, ablation_own=1, ablation_others=0, counts=())
+    design = Design(
+        own=1, others=1, pairs=1, empty=1, sweep_own=1, ablation_own=1, ablation_others=0, counts=()
+    )
     _, _, values = evaluated(pipe, tmp_path, design=design, seeds=(1,), concepts=("Cats",))
-    assert {row["AR"] for row in values["rows"]} == {None} and values["together"] == []
+    assert {row.get("AR") for row in values["rows"]} == {None} and values["together"] == []
     assert {row["IRA"] for row in values["padding"]} == {None}
 
 
@@ -221,7 +242,10 @@ def test_only_the_asked_concepts_are_erased_each_once(pipe, tmp_path):
         ["Cats", "Trees"],
     ]
     assert found.about()["design"].startswith("each of 2 concepts erased")
-    assert [row["concept"] for row in values["grid"]] == ["Trees", "Cats"]
+    assert [(row["concept"], row["beside"] is None) for row in values["grid"]] == [
+        *(("Trees", True), ("Cats", True)),
+        *(("Trees", False), ("Cats", False)),
+    ]
 
 
 def test_a_baseline_that_has_no_strength_of_its_own_is_swept(pipe, tmp_path):
@@ -230,15 +254,45 @@ def test_a_baseline_that_has_no_strength_of_its_own_is_swept(pipe, tmp_path):
 
     kinds = {"toy": small.kind(steering=given, strengths=(-2.0,))}
     _, strengths, values = evaluated(pipe, tmp_path, kinds=kinds, seeds=(1,))
-    assert strengths == {"toy": -2.0} and values["rows"][1]["settings"] == {"strength": -2.0}
+    assert strengths == {"toy": -2.0} and main_row(values, "steering")["settings"] == {"strength": -2.0}
 
 
 def test_without_sweep_seeds_or_a_baseline(pipe, tmp_path):
     kinds = {"toy": small.kind(steering=None)}
     _, strengths, values = evaluated(pipe, tmp_path, kinds=kinds, seeds=(1,), sweep_seeds=())
     assert strengths == {"toy": None} and (values["sweep"], values["activations"]) == ([], [])
-    assert [row["method"] for row in values["rows"]] == ["base", "per"]
-    assert set(values["per concept"]) == {"per"}
+    assert [row["method"] for row in values["rows"]] == ["base", "negative", "uce", "per"]
+    assert set(values["per concept"]) == {"uce", "per"}
+
+
+def test_with_guidance_and_a_gate_every_method_has_a_row_of_the_same_pictures(pipe, tmp_path):
+    kinds = {"toy": small.kind(guidance=3.0, per=small.gated)}
+    found, _, values = evaluated(pipe, tmp_path, kinds=kinds, seeds=(1,), sweep_seeds=())
+    assert [row["method"] for row in values["rows"]] == list(METHODS)
+    assert len({row["pictures"] for row in values["rows"][1:]}) == 1
+    for row in values["rows"]:
+        check_row(row, 1)
+    rows = {row["method"]: row for row in values["rows"]}
+    assert rows["ungated"]["settings"] == {"padding": 1, "source": "random", "min_patches": 1}
+    assert rows["negative"]["untouched"]["mean"] == rows["uce"]["untouched"]["mean"] == 0
+    assert rows["per"]["untouched"]["mean"] == 100 > rows["ungated"]["untouched"]["mean"]
+    shown = [row[1] for row in main_table({"kinds": {"toy": values}}).rows]
+    assert shown[1:3] == ["negative prompt", "UCE"] and shown[4].startswith("PER without the gate (padding 1")
+    about = found.about()
+    assert "every eraser has one" in about["gate"] and "negative prompt of Cats: 'Cats'" in about["by text"]
+
+
+def test_kinds_of_one_sampling_share_what_has_no_sae(pipe, tmp_path):
+    kinds = {name: small.kind(name, guidance=3.0) for name in ("toy", "other")}
+    found, _, _ = evaluated(pipe, tmp_path, kinds=kinds, seeds=(1,), sweep_seeds=(), concepts=("Cats",))
+    folders = {folder.name for folder in tmp_path.iterdir()}
+    assert folders >= {"base-2-3.0", "negative-2-3.0", "uce-2-3.0", "toy", "other"}
+    assert {path.name for path in (tmp_path / "toy").iterdir()} == {
+        "scored",
+        "ablation",
+        "together-1-at-once",
+    }
+    assert "toy, other: the eraser has none" in found.about()["gate"]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +332,7 @@ def test_features_of_unedited_pictures_are_made_once(pipe, tmp_path):
 def test_the_cost_is_of_every_method(whole):
     _, found, strengths, _ = whole
     cost = measured_cost(found, "toy", strengths["toy"], rounds=1, pictures=2)
-    assert cost.pop("unit") == "seconds a picture" and set(cost) == {"base", "steering", "per"}
+    assert cost.pop("unit") == "seconds a picture" and set(cost) == {"base", "uce", "steering", "per"}
     assert all(value > 0 for value in cost.values())
 
 
@@ -325,12 +379,13 @@ def test_emojicanvas_by_two_processes_is_that_by_one(tmp_path, capfd):
             "quick",
             "command",
         } <= set(each["about"])
-        assert set(each["cost"]["sdxl"]) == {"base", "steering", "per", "unit"}
+        assert {"base", "uce", "steering", "per", "unit"} <= set(each["cost"]["sdxl"])
     rows = [each["kinds"]["sdxl"]["rows"] for each in values]
     # Beside the rows are histograms, and what lies on the edge of a bin may be counted in the next.
     assert repeats(*rows) and (MISALIGNED or values[0]["kinds"] == values[1]["kinds"])
     assert values[0]["kinds"] == json.loads((folders[0] / "values.json").read_text())["kinds"]
     rows = {row["method"]: row for row in rows[0]}
+    assert rows.pop("negative")["note"] == NO_GUIDANCE
     for method, row in rows.items():
         check_row(row, 1, method)
     assert rows["base"]["UA"]["mean"] == 0 and rows["per"]["UA"]["mean"] >= 50

@@ -154,8 +154,11 @@ def test_a_users_prompts_eraser_and_steering_and_only_json_on_stdout(folder, tmp
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
     rows = values["kinds"]["mine"]["rows"]
-    assert [row["method"] for row in rows] == ["base", "per"] and {row["UA"] for row in rows} == {None}
-    assert rows[1]["pictures"] >= 2 and rows[1]["replaced"]["mean"] > 0
+    assert [row["method"] for row in rows] == ["base", "negative", "uce", "per"]
+    assert {row["UA"] for row in rows} == {None}
+    assert rows[3]["pictures"] >= 2 and rows[3]["replaced"]["mean"] > 0
+    assert values["kinds"]["mine"]["rows"][2]["untouched"]["mean"] == 0
+    assert "negative prompt of Cats: 'Cats'; UCE of Cats: 1 texts" in values["about"]["by text"]
     assert values["about"]["seeds"] == [0] and values["about"]["quick"] is True
     assert "'" + str(folder / "my rows.jsonl") + "'" in values["about"]["command"], "as one types it"
     assert read_values(tmp_path / "other") == values

@@ -116,9 +116,20 @@ def test_published_figures_are_in_tables_of_their_own(report):
 
 
 def test_bold_are_the_better_ones_and_costs_are_relative(report):
-    assert "<strong>93.0 ± 3.0</strong>" in report and "<strong>30.5 ± 3.0</strong>" not in report
+    assert "<strong>9.0 ± 3.0</strong>" in report and "<strong>30.5 ± 3.0</strong>" not in report
     assert "0.35 (+12.9 %)" in report
     assert report.count("steering (strength -5), chosen") == 2
+
+
+def test_every_method_has_a_row_and_a_price_and_columns_are_explained(report):
+    for name in ("negative prompt", "UCE", "PER without the gate (padding 1, nearest)"):
+        assert f'<td class="name">{name}</td>' in report
+    assert report.count("negative prompt (no guidance: not applicable)") == 2, (
+        "main table, and beside the published"
+    )
+    for name in ("clean", "kept", "pair gone", "untouched"):
+        assert f"<dt>{name}</dt>" in report and f'<th scope="col">{name}</th>' in report
+    assert "nothing seen where the prompt names nothing" in report
 
 
 def test_names_are_escaped_everywhere(tmp_path):
@@ -129,7 +140,7 @@ def test_names_are_escaped_everywhere(tmp_path):
         "cost": {evil: {"base": 1.0, "unit": evil}},
     }
     kind = values["kinds"][evil]
-    kind["rows"][1]["settings"] = {evil: evil}
+    kind["rows"][3]["settings"] = {evil: evil}
     kind["together"][0]["order"] = evil
     kind["per concept"]["per"][evil] = {"UA": 1.0}
     kind["grid"][0] |= {"concept": evil, "style": evil}

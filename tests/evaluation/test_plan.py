@@ -2,8 +2,8 @@
 
 import pytest
 
-from lbdt.evaluation.jobs import Design
-from lbdt.evaluation.series_plan import SeriesPlan, unedited
+from lbdt.evaluation.jobs import Design, unedited
+from lbdt.evaluation.series_plan import SeriesPlan
 from lbdt.evaluation.worlds.canvas_world import canvas_world
 from tests.evaluation import small
 
@@ -36,11 +36,16 @@ def test_no_series_has_a_picture_twice_and_a_folder_is_of_one_series(design):
 def test_kinds_of_one_sampling_share_the_unedited_pictures():
     world = canvas_world()
     plans = {name: plan(world, kind, others=6) for name, kind in world.kinds.items()}
-    bases = {name: [p.base(), p.sweep()[0]] for name, p in plans.items()}
+    bases = {
+        name: [p.base(), p.sweep()[0], *(s for s in p.scored(None) if s.shared)] for name, p in plans.items()
+    }
     for name in ("saemnesia", "gsae"):
         for mine, first in zip(bases[name], bases["saeuron"], strict=True):
             assert (mine.name, mine.jobs) == (first.name, first.jobs)
     assert {series.name for series in bases["sdxl"]}.isdisjoint(s.name for s in bases["saeuron"])
+    methods = {name: [series.method for series in found] for name, found in bases.items()}
+    assert methods["saeuron"] == ["base", "base", "base", "negative", "uce"]
+    assert methods["sdxl"] == ["base", "base", "base", "uce"], "without guidance there is no negative prompt"
 
 
 def test_pictures_that_are_scored_are_not_those_the_strength_is_chosen_on():
@@ -65,12 +70,17 @@ def test_the_sweep_compares_every_strength_and_per_on_the_same_watched_pictures(
 
 def test_the_base_has_every_prompt_of_the_rows_once_with_nothing_erased():
     of = plan(others=2)
-    base, steering, per = of.scored(-4.0)
+    base, uce, steering, per = of.scored(-4.0)
     wanted = {
         unedited(job) for jobs in (*of.scored_jobs.values(), *of.ablation_jobs.values()) for job in jobs
     }
     assert set(base.jobs) == wanted and not any(job.erased for job in base.jobs)
-    assert set(steering.jobs) == {job for jobs in of.scored_jobs.values() for job in jobs} <= set(per.jobs)
+    assert (
+        set(uce.jobs)
+        == set(steering.jobs)
+        == {job for jobs in of.scored_jobs.values() for job in jobs}
+        <= set(per.jobs)
+    )
     assert dict(steering.settings) == {"strength": -4.0}
 
 
@@ -98,7 +108,7 @@ def test_strengths_of_a_smaller_sweep_are_spread_over_the_range(count, expected)
 
 def test_without_a_baseline_there_is_no_steering_anywhere():
     of = plan(kind=small.kind(steering=None, strengths=(-1.0,)))
-    assert {series.method for series in everything(of, None)} == {"base", "per"} and of.strengths == ()
+    assert {series.method for series in everything(of, None)} == {"base", "uce", "per"} and of.strengths == ()
 
 
 def test_without_sweep_seeds_there_is_no_sweep():
@@ -106,7 +116,33 @@ def test_without_sweep_seeds_there_is_no_sweep():
 
 
 def test_a_baseline_without_a_chosen_strength_is_taken_as_it_comes():
-    assert [dict(s.settings) for s in plan().scored(None)] == [{}, {}, {"padding": 1, "source": "random"}]
+    found = {series.method: dict(series.settings) for series in plan().scored(None)}
+    assert found == {"base": {}, "uce": {}, "steering": {}, "per": {"padding": 1, "source": "random"}}
+
+
+@pytest.mark.parametrize(
+    ("per", "methods"),
+    [
+        (small.per, []),
+        (lambda **settings: small.per(**{"min_patches": 1, **settings}), []),
+        (small.gated, ["ungated"]),
+    ],
+    ids=["no-gate", "gate-of-one-patch", "gate"],
+)
+def test_per_without_the_gate_has_a_row_where_there_is_a_gate(per, methods):
+    found = plan(kind=small.kind(per=per)).scored(None)
+    assert [series.method for series in found] == ["base", "uce", "steering", *methods, "per"]
+    for series in found[3:-1]:
+        assert dict(series.settings) == {"padding": 1, "source": "random", "min_patches": 1}
+        assert series.editors()[0].min_patches == 1 and set(series.jobs) <= set(found[-1].jobs)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "guided"), [(None, True), (0.0, False), (1.0, False), (1.01, True), (7.5, True)]
+)
+def test_a_negative_prompt_has_a_row_where_there_is_guidance(guidance, guided):
+    methods = [series.method for series in plan(kind=small.kind(guidance=guidance)).scored(None)]
+    assert ("negative" in methods) == guided
 
 
 def test_concepts_erased_together_at_once_and_one_after_another():

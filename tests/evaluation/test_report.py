@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks import evaluation
 from lbdt.evaluation import published
-from lbdt.evaluation.report import grid, tables
+from lbdt.evaluation.report import cells, grid, tables
 from lbdt.evaluation.report.write import read_values, write
 from tests.evaluation import sample_values as sample
 
@@ -29,21 +30,68 @@ def read(values):
 def test_the_terminal_shows_means_intervals_and_the_better_method(values):
     lines = tables.lines(values)
     assert lines[0].split()[:4] == ["pipeline", "method", "pictures", "UA"]
-    steering, per = lines[2], lines[3]
+    uce, steering, per = lines[3], lines[4], lines[6]
     assert steering.startswith("saeuron    steering (strength -5)") and "30.5 ± 3.0" in steering
     assert per.startswith("saeuron    PER (padding 1, nearest)")
-    assert [text in per for text in ("93.0 ± 3.0*", "9.0 ± 3.0*", "4.20 ± 0.40*")] == [True] * 3
+    assert [text in per for text in ("9.0 ± 3.0*", "88.5 ± 3.0*")] == [True] * 2
+    assert "95.0 ± 3.0*" in uce and "93.0 ± 3.0*" in uce, "the erased of pairs"
     assert "*" not in steering and "*" not in lines[1]
-    assert len({len(line) for line in lines[1:13]}) <= 2  # padded: a last cell without a mark is one shorter
+    assert any("both objects of a pair seen (kept)" in line for line in lines[25:])
 
 
-def test_the_readme_table_has_four_pipelines_with_three_rows_each(values):
+def test_the_readme_table_has_four_pipelines_with_a_row_each_method(values):
     lines = tables.markdown(values)
-    assert lines[0] == "| pipeline | method | pictures | UA | IRA | CRA | AR | AR others | GA | FD |"
-    rows = [line.split(" | ") for line in lines[2:14]]
-    assert [row[0].strip("| ") for row in rows] == [name for name in sample.KINDS for _ in range(3)]
-    assert [row[1].split(" ")[0] for row in rows] == ["base", "steering", "PER"] * 4
-    assert rows[2][3] == "**93.0 ± 3.0**" and lines[14] == "" and len(lines) == 16
+    head = "| pipeline | method | pictures | UA | IRA | CRA | AR | AR others | GA | FD | clean | kept | pair gone"
+    assert lines[0] == head + " | untouched |"
+    rows = [line.removesuffix(" |").split(" | ") for line in lines[2:26]]
+    assert [row[0].strip("| ") for row in rows] == [name for name in sample.KINDS for _ in range(6)]
+    names = ["base", "negative prompt", "UCE", "steering (strength -5)", "PER without the gate", "PER"]
+    assert [row[1].replace(" (padding 1, nearest)", "") for row in rows[:6]] == names
+    assert rows[2][3] == "**95.0 ± 3.0**" and rows[5][6] == "**9.0 ± 3.0**"
+    assert lines[26] == "" and len(lines) == 28 and "The base's row: its accuracies" in lines[27]
+
+
+def test_the_base_s_row_has_its_accuracies(values):
+    table = tables.main_table(values, tables.columns_of(values))
+    shown = dict(zip(table.head, table.rows[0], strict=True))
+    assert [shown[name] for name in ("IRA", "CRA", "clean", "kept")] == [
+        *("99.1 ± 1.0", "97.4 ± 1.0", "95.3 ± 1.0", "90.2 ± 1.0"),
+    ]
+    assert [shown[name] for name in ("GA", "pair gone", "untouched")] == ["-", "-", "-"]
+    assert not any(line == 0 for line, _ in table.marked)
+    found = {row["metric"] for row in read(values) if (row["part"], row["method"]) == ("main", "base")}
+    assert {"object seen", "both seen", "nothing seen", "style seen", "IRA"} <= found
+
+
+def test_a_row_that_cannot_be_says_why_and_has_no_figures(values):
+    table = tables.main_table(values, tables.columns_of(values))
+    (row,) = [row for row in table.rows if row[0] == "sdxl" and row[1].startswith("negative")]
+    assert row[1] == "negative prompt (no guidance: not applicable)" and set(row[2:]) == {""}
+    assert not [
+        r for r in read(values) if (r["kind"], r["part"], r["method"]) == ("sdxl", "main", "negative")
+    ]
+
+
+def test_the_readme_s_table_of_choices_has_every_method_but_the_base(values):
+    lines = evaluation.choices_lines(values)
+    assert lines[0].startswith("| pipeline | method | object gone (UA) | scene clean |")
+    assert len(lines) == 2 + 5 * len(sample.KINDS)
+    assert lines[3] == "| `saeuron` | UCE | 95.0 | 85.0 | 59.0 | 93.0 | 88.0 | 70.0 |"
+    assert lines[-5] == f"| `sdxl` | negative prompt (no guidance: not applicable) |{'  |' * 6}"
+    assert {line.count("|") for line in lines} == {9}
+
+
+def test_figures_from_before_there_were_these_columns_are_shown_without_them(values):
+    older = copy.deepcopy(values)
+    for kind in older["kinds"].values():
+        kind["rows"] = [
+            {k: v for k, v in row.items() if k in ("method", "settings", "pictures", *tables.COLUMNS)}
+            for row in kind["rows"]
+            if row["method"] in ("base", "steering", "per")
+        ]
+    assert tables.columns_of(older) == tables.COLUMNS
+    assert "accuracies" not in "".join(tables.markdown(older) + tables.lines(older))
+    assert tables.main_table(older).rows[0][4] == "99.0 ± 3.0"
 
 
 @pytest.mark.parametrize(
@@ -64,17 +112,35 @@ def test_what_is_marked(steering, per, metric, marked):
     assert [rows[line]["method"] for line, _ in sorted(found.marked)] == marked
 
 
+@pytest.mark.parametrize(
+    ("means", "metric", "best"),
+    [
+        ((50, 70, 60), "UA", 1),
+        ((50, 70, 60), "AR", 0),
+        ((50, 70, 70.04), "UA", None),
+        ((70, 70, 50), "AR", 2),
+        ((None, 70, None), "UA", None),
+        ((None, 70, 60), "untouched", 1),
+        ((50, 70, 60), "replaced", None),
+        ((), "UA", None),
+    ],
+    ids=["high", "low", "tie-as-printed", "tie-of-others", "alone", "one-missing", "neither", "none"],
+)
+def test_the_best_of_several_means(means, metric, best):
+    assert cells.best(means, metric) == best
+
+
 def test_what_was_not_measured_is_a_dash_with_one_seed_there_is_no_interval():
     lines = tables.lines(sample.bare())
     assert lines[2].split() == "saeuron PER (padding 1) 780 90.0 95.0 - 8.0 - 69.2 -".split()
-    assert "not measured" in lines[3] and "were not compared" in lines[4]
+    assert "not measured" in lines[3] and "were not compared" in lines[4], "no note on the base's accuracies"
     assert tables.lines({"about": {}, "kinds": {}}) == ["no pipeline was evaluated"]
 
 
 def test_the_verdict_counts_wins_losses_and_ties(values):
     changed = copy.deepcopy(values)
-    changed["kinds"]["gsae"]["rows"][1]["AR"] = sample.estimate(1.0)
-    changed["kinds"]["sdxl"]["rows"][1]["AR"] = changed["kinds"]["sdxl"]["rows"][2]["AR"]
+    changed["kinds"]["gsae"]["rows"][3]["AR"] = sample.estimate(1.0)
+    changed["kinds"]["sdxl"]["rows"][3]["AR"] = changed["kinds"]["sdxl"]["rows"][5]["AR"]
     first, second = tables.verdict(changed)
     assert first.startswith(
         "artifact rate: PER is better than steering in 2 of 4 pipelines (saeuron 9.0 against 30.5,"
@@ -154,6 +220,30 @@ def test_the_grid_has_a_row_a_concept_and_keeps_the_columns_apart(tmp_path):
     below = middle + 128 + grid.GAP + 30
     assert [whole.getpixel((x, below)) for x in across[:3]] == expected[:3]
     assert whole.getpixel((across[3], below)) == (228, 229, 231)
+
+
+def test_the_grid_has_a_column_for_every_method_with_a_picture_and_names_what_stands_beside(tmp_path):
+    for part in ("base", "uce"):
+        Image.new("RGB", (8, 8), {"base": "red", "uce": "blue"}[part]).save(tmp_path / f"{part}.png")
+    rows = [
+        {
+            "concept": "Cats",
+            "beside": "Sea_Lions",
+            "style": "S",
+            "seed": 1,
+            "base": "base.png",
+            "uce": "uce.png",
+        }
+    ]
+    assert list(grid.columns_of(rows)) == ["base", "mask", "uce", "steering", "per"]
+    whole = grid.compose(rows, tmp_path)
+    assert whole.size == grid.size(1, 5)
+    middle = grid.GAP + grid.CAPTION + 64
+    colours = [whole.getpixel((grid.LABEL + 64 + n * (128 + grid.GAP), middle)) for n in (0, 2)]
+    assert colours == [(255, 0, 0), (0, 0, 255)]
+    alone = grid.compose([rows[0] | {"beside": None}], tmp_path)
+    label = (0, grid.CAPTION, grid.LABEL, grid.CAPTION + 128)
+    assert whole.crop(label).tobytes() != alone.crop(label).tobytes()
 
 
 def test_a_damaged_picture_is_refused_before_anything_is_written(tmp_path, values):

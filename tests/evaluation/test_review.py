@@ -165,7 +165,7 @@ def test_pictures_of_another_saved_strength_are_not_continued(pipe, tmp_path):
         }
         world = small.world(kinds=kinds, pipeline=lambda device: pipe)
         found = small.evaluation(tmp_path, world, design=LOPSIDED, seeds=(1,))
-        return found.files(found.plans["toy"].scored(None)[1])
+        return found.files(found.plans["toy"].scored(None)[2])
 
     saved(-1.0).prepare()
     saved(-1.0).prepare()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ import torch
 from PIL import Image
 
 from lbdt.activations.prompts import Prompt
-from lbdt.evaluation.jobs import Design, Job
+from lbdt.editors import UCE
+from lbdt.evaluation.concept_texts import ConceptTexts
+from lbdt.evaluation.generation import generate
+from lbdt.evaluation.jobs import Design, Job, unedited
 from lbdt.evaluation.series import Series, SeriesFiles, slug
 from tests import toy
 from tests.evaluation import small
@@ -32,8 +36,10 @@ def of(pipe, folder, judge=None, **changes):
 
 
 def series(method="per", jobs=JOBS, **changes):
-    settings = {"per": {"padding": 1, "source": "random"}, "steering": {"strength": -4.0}, "base": {}}[method]
+    settings = {"per": {"padding": 1, "source": "random"}, "steering": {"strength": -4.0}}.get(method, {})
     jobs = tuple(Job(job.prompt) for job in jobs) if method == "base" else jobs
+    if method in ("negative", "uce"):
+        changes["texts"] = ConceptTexts.of(small.world())
     return Series(f"toy/{method}", changes.pop("kind", small.kind()), method, settings, jobs, **changes)
 
 
@@ -45,7 +51,7 @@ def stamps(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("method", ["base", "steering", "per"])
+@pytest.mark.parametrize("method", ["base", "negative", "uce", "steering", "per"])
 def test_what_is_there_is_not_made_again_and_what_a_kill_left_without_its_json_is(pipe, tmp_path, method):
     given = series(method)
     of(pipe, tmp_path).make("pictures", [given])
@@ -89,6 +95,103 @@ def test_a_folder_of_another_setting_is_refused_and_stays(pipe, tmp_path, change
     with pytest.raises(ValueError, match=rf"toy/per: holds pictures made otherwise \({named} differ\)"):
         of(pipe, tmp_path).make("pictures", [series(**change)])
     assert written(tmp_path / "toy" / "per") == before
+
+
+def test_a_folder_that_was_laid_out_otherwise_is_refused_in_words(pipe, tmp_path):
+    """As one from before verdicts could name several objects."""
+    of(pipe, tmp_path).make("pictures", [series()])
+    path = tmp_path / "toy" / "per" / "series.json"
+    about = json.loads(path.read_text())
+    del about["version"]
+    path.write_text(json.dumps(about))
+    with pytest.raises(
+        ValueError, match=r"holds pictures made otherwise \(version differ\).*or another --out"
+    ):
+        of(pipe, tmp_path).make("pictures", [series()])
+
+
+def test_verdicts_of_single_labels_from_an_earlier_layout_are_not_read(pipe, tmp_path):
+    run = of(pipe, tmp_path)
+    run.make("pictures", [series()])
+    judge = run.scorers.judge
+    name = hashlib.sha256(f"{judge.name}, {judge.features_name}".encode()).hexdigest()[:8]
+    assert not (tmp_path / "toy" / "per" / f"0000.{name}.safetensors").exists()
+    seen = run.files(series()).judge(0, judge).objects
+    assert seen.dtype == torch.bool and seen.shape == (2, 3)
+
+
+def test_other_texts_are_another_series(pipe, tmp_path):
+    of(pipe, tmp_path).make("pictures", [series("uce")])
+    other = ConceptTexts(toy.CONCEPTS, lambda name: [f"a {name}" if name else "a"])
+    with pytest.raises(ValueError, match=r"toy/uce: .* \(method parts differ\)"):
+        of(pipe, tmp_path).make("pictures", [replace(series("uce"), texts=other)])
+
+
+def called(pipe, jobs, **call):
+    return pipe(
+        [job.prompt.text for job in jobs],
+        num_inference_steps=2,
+        generator=[torch.Generator().manual_seed(job.prompt.seed) for job in jobs],
+        **call,
+    ).images
+
+
+def test_a_negative_prompt_is_the_erased_concept_of_every_picture(pipe):
+    jobs = (*JOBS[:2], Job(JOBS[2].prompt, ("Dogs",)), Job(JOBS[3].prompt, ("Cats", "Trees")))
+    given = series("negative", jobs, kind=small.kind(guidance=4.0))
+    pictures, tensors, record = generate(pipe, given, given.editors(), jobs, None)
+    texts = ["Cats", "Cats", "Dogs", "Cats, Trees"]
+    assert repeats(pictures, called(pipe, jobs, guidance_scale=4.0, negative_prompt=texts))
+    assert not repeats(pictures[0], called(pipe, jobs, guidance_scale=4.0)[0])
+    assert "changed" not in tensors and record["replaced"] == []
+
+
+def test_uce_edits_the_model_for_each_erased_concept_of_a_batch_and_restores_it(pipe):
+    jobs = (JOBS[0], Job(JOBS[1].prompt, ("Dogs",)), JOBS[2], Job(JOBS[3].prompt, ("Dogs",)))
+    before = [weight.clone() for weight in pipe.unet.state_dict().values()]
+    given = series("uce", jobs)
+    pictures, _, _ = generate(pipe, given, given.editors(), jobs, None)
+    assert all(map(torch.equal, pipe.unet.state_dict().values(), before))
+    for name, places in (("Cats", (0, 2)), ("Dogs", (1, 3))):
+        kept = [other for other in toy.CONCEPTS if other != name]
+        with UCE([(name, "")], [*kept, ""], preserve_scale=1 / 3).attach(pipe):
+            expected = called(pipe, [jobs[n] for n in places], guidance_scale=1.0)
+        assert repeats([pictures[n] for n in places], expected)
+
+
+def test_texts_that_do_not_pair_up_are_refused():
+    texts = ConceptTexts(("Cats", "Dogs"), lambda name: ["a", "b"] if name == "Cats" else ["c"])
+    with pytest.raises(ValueError, match="texts: expected 1 of Cats, as there are of no concept, got 2"):
+        texts.editing(("Cats",))
+    edits = texts.editing(("Dogs",))
+    assert (edits.edits, edits.preserve) == ((("c", "c"),), ("a", "b", "c"))
+    assert texts.negative(("Cats", "Dogs")) == "a, c"
+
+
+@pytest.mark.parametrize("method", ["per", "steering"])
+def test_pictures_in_which_no_patch_was_changed_are_those_of_the_base(pipe, method):
+    """Some are not treated at all, and in one nothing is detected."""
+    jobs = (JOBS[0], unedited(JOBS[1]), JOBS[2], unedited(JOBS[3]))
+    given = series(method, jobs)
+    bare = series("base", jobs)
+    found, plain = (generate(pipe, each, each.editors(), jobs, None)[1] for each in (given, bare))
+    assert "changed" not in plain and found["changed"].shape == (4,)
+    assert (found["changed"] > 0).tolist() == [True, False, True, False]
+    same = (found["digests"] == plain["digests"]).tolist()
+    assert same == [False, True, False, True]
+
+
+def test_patches_changed_are_added_up_over_attachments_steps_and_halves(pipe):
+    jobs = tuple(Job(job.prompt, ("Cats", "Dogs")) for job in JOBS[:2])
+    kind = small.kind(guidance=3.0)
+    both, stacked = (series("per", jobs, kind=kind, stacked=flag) for flag in (False, True))
+    counts = []
+    for given in (both, stacked):
+        _, tensors, record = generate(pipe, given, given.editors(), jobs, None)
+        counts.append(tensors["changed"])
+        # 2 images, 2 halves, 2 steps, 16 patches.
+        assert int(tensors["changed"].sum()) == round(sum(record["replaced"]) * 128)
+    assert counts[0].dtype == counts[1].dtype == torch.int64
 
 
 def test_another_pipeline_batch_or_number_of_threads_is_refused(pipe, tmp_path):

@@ -110,7 +110,9 @@ def test_the_style_task_swaps_the_roles(folder):
     verdicts = judge([Image.new("RGB", (16, 16), colour) for colour in COLOURS])
     assert verdicts.styles.tolist() == [OBJECTS.index(name) for name in THINGS]
     # The photo class is none of the styles that may be erased.
-    assert verdicts.objects.tolist() == [STYLES.index(n) if n != PHOTO else -1 for n in LOOKS]
+    found = [row.nonzero().flatten().tolist() for row in verdicts.objects]
+    assert found == [[STYLES.index(n)] if n != PHOTO else [] for n in LOOKS]
+    assert verdicts.objects.shape == (len(LOOKS), len(STYLES))
 
 
 def test_the_published_sampling_is_the_default(folder):
@@ -153,7 +155,7 @@ def test_the_whole_path_runs_on_random_weights(folder, tmp_path):
         again = judge([Image.open(tmp_path / f"{name}{number}.png") for number in range(len(rows))])
         assert torch.equal(again.objects, verdicts.objects) and torch.equal(again.styles, verdicts.styles)
         assert repeats(again.features, verdicts.features)
-        assert verdicts.features.shape == (6, tiny.WIDTH) and verdicts.objects.dtype == torch.int64
+        assert verdicts.features.shape == (6, tiny.WIDTH) and verdicts.objects.dtype == torch.bool
 
 
 @pytest.mark.parametrize(("task", "concept"), [("object", "Cats"), ("style", "Monet")])
@@ -223,5 +225,5 @@ def test_what_is_not_the_protocol_s_is_refused_when_it_is_loaded(folder):
         swapped.judge(CPU)
     with pytest.raises(ValueError, match="expected a file style50.safetensors or style50.pth"):
         find_classifier(folder / "base", "style50")
-    with pytest.raises(TypeError, match="strength: expected padding, source or neither"):
+    with pytest.raises(TypeError, match="strength: expected some of padding, source, min_patches"):
         world(folder).kinds["saeuron"].per(strength=1)

@@ -188,15 +188,18 @@ def test_the_judge_answers_with_both_classifiers_and_swaps_them_for_styles(tmp_p
     themes = load_vit(write(tmp_path / "themes.pth", values, "bare"))
     first = things(given)[0].argmax(-1)
     second, token = themes(given)[0].argmax(-1), themes(given)[1]
-    verdicts = ViTJudge(things, themes)(given)
-    assert torch.equal(verdicts.objects, first) and torch.equal(verdicts.styles, second)
+    judge = ViTJudge(things, themes)
+    verdicts = judge(given)
+    assert verdicts.objects.dtype == torch.bool and judge.single_label
+    assert torch.equal(verdicts.objects, torch.eye(4).bool()[first]) and torch.equal(verdicts.styles, second)
     assert repeats(verdicts.features, token)
     seen = second.unique().tolist()
     assert len(seen) > 1
     judge = ViTJudge(things, themes, swapped={theme: 10 + theme for theme in seen[1:]})
     verdicts = judge(given)
     assert torch.equal(verdicts.styles, first)
-    assert verdicts.objects.tolist() == [10 + t if t in seen[1:] else -1 for t in second.tolist()]
+    found = [row.nonzero().flatten().tolist() for row in verdicts.objects]
+    assert found == [[10 + t] if t in seen[1:] else [] for t in second.tolist()]
     assert "things.pth" in judge.features_name and "themes.pth" in judge.name
     assert judge.name != ViTJudge(things, themes).name, "the same numbers mean other classes"
     other = load_vit(write(tmp_path / "themes.pth", state(6, seed=3), "bare"))

@@ -217,3 +217,21 @@ def test_lists_must_have_an_entry_per_image():
     for settings in ({"concepts": [["Cats"]] * 2}, {"concepts": ["Cats"], "seed": [1, 2]}):
         with dials().attach(pipe, **settings), pytest.raises(ValueError, match="2 entries for 3 images"):
             pipe.unet(at(1.0, 3), feature_map(3))
+
+
+def test_patches_changed_are_counted_for_each_image_over_calls_and_halves():
+    x = feature_map(4)
+    x[0, 0, 0, 0] = 1.0  # unconditional half of image 0
+    x[2, 0, 1, 1:3] = 1.0  # its conditional half
+    pipe = toy.EchoPipe(WIDTH, guided=True)
+    with dials(padding=0).attach(pipe, ["Cats"]) as attached:
+        with pytest.raises(
+            ValueError, match="patches_changed: expected calls of one number of images, got no call"
+        ):
+            attached.patches_changed()
+        for timestep in (666.0, 333.0):
+            pipe.unet(at(timestep, 4), x)
+        assert attached.patches_changed().tolist() == [6, 0]
+        pipe.unet(at(1.0, 2), x[:2])
+        with pytest.raises(ValueError, match="got 1, 2; attach anew"):
+            attached.patches_changed()

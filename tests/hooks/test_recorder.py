@@ -69,3 +69,10 @@ def test_calls_of_several_sizes():
     ]
     record.to(CPU)
     assert len(record.read()) == 2
+
+
+def test_a_call_tells_of_every_row_how_much_was_changed():
+    record = Recorder(CPU)
+    for number, batch in ((981, 4), (961, 2)):
+        add(record, number, batch)
+    assert [call.changed for call in record.read()] == [(1, 2, 3, 0), (1, 0)]

@@ -26,34 +26,34 @@ def unlearning(
     styles: Tensor,
     seen_objects: Tensor,
     seen_styles: Tensor | None,
-    count: int,
 ) -> dict[int, Unlearning]:
     """UA, IRA and CRA of every erased concept (METHOD.md, 8.3; SAeUron's protocol), by concept.
 
-    - UA: 100 minus the accuracy of the object classifier on pictures whose prompt names the erased concept.
-    - IRA: its accuracy on those of every other object, averaged over the objects.
+    - UA: the share of the pictures whose prompt names the erased concept in which it is not seen.
+    - IRA: the share of those of every other object in which that object is seen, averaged over the objects.
     - CRA: the accuracy of the style classifier on all styled pictures, the erased concept's included,
       averaged over the styles. Of the others a sample may have been generated: they then stand for all
-      `count - 1` others of a style, so that the erased concept weighs 1 / count as in the whole grid. On
-      the whole grid that is the plain mean.
+      O - 1 others of a style, so that the erased concept weighs 1 / O as in the whole grid. On the whole
+      grid that is the plain mean.
 
     Every share is divided by the pictures that are here, not by those that were planned.
 
     Args:
         erased, objects: int64 [n], the concept that was erased, and that of the prompt.
         styles: int64 [n], of the prompt; -1: none.
-        seen_objects, seen_styles: int64 [n], the classifiers' verdicts; styles None: no style classifier.
-        count: objects of the world.
+        seen_objects: bool [n, O], which of the world's O objects are seen.
+        seen_styles: int64 [n], the style classifier's verdicts; None: there is none.
 
     Raises:
         ValueError: tensors of different lengths, or no picture.
     """
-    tensors = [erased, objects, styles, seen_objects, *([] if seen_styles is None else [seen_styles])]
-    if len({t.shape for t in tensors}) != 1 or erased.dim() != 1 or not len(erased):
-        raise ValueError(
-            f"expected tensors of one length [n], n > 0; got {', '.join(str(list(t.shape)) for t in tensors)}"
-        )
-    right = (objects == seen_objects).double()
+    tensors = [erased, objects, styles, *([] if seen_styles is None else [seen_styles])]
+    wrong = seen_objects.dim() != 2 or seen_objects.shape[:1] != erased.shape
+    if wrong or len({t.shape for t in tensors}) != 1 or not len(erased):
+        shapes = ", ".join(str(list(t.shape)) for t in (*tensors, seen_objects))
+        raise ValueError(f"expected tensors of one length [n], n > 0, and objects seen [n, O]; got {shapes}")
+    count = seen_objects.shape[1]
+    right = named_seen(seen_objects, objects)
     right_style = None if seen_styles is None else (styles == seen_styles).double()
     scores = {}
     for concept in erased.unique().tolist():
@@ -72,6 +72,11 @@ def unlearning(
             _percent(ua), _percent(mean_by(right[other], objects[other])), _percent(cra)
         )
     return scores
+
+
+def named_seen(seen: Tensor, objects: Tensor) -> Tensor:
+    """float64 [n]: 1 where the object `objects` (int64 [n]) is among those `seen` (bool [n, O]), else 0."""
+    return seen.gather(1, objects.unsqueeze(1)).squeeze(1).double()
 
 
 def average(scores: list[float | None]) -> float | None:

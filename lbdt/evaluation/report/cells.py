@@ -9,12 +9,24 @@ from typing import Any, NamedTuple
 
 from lbdt.runs.wording import legible
 
-PERCENT = ("UA", "IRA", "CRA", "RA", "AR", "AR others", "GA", "replaced")
+EXTRA = ("clean", "kept", "pair gone", "untouched")
+"""Columns beside those of the protocol (METHOD.md, 8.8)."""
+BASE = {"IRA": "object seen", "CRA": "style seen", "clean": "nothing seen", "kept": "both seen"}
+"""Column -> what the unedited model's row has in it."""
+PERCENT = ("UA", "IRA", "CRA", "RA", "AR", "AR others", "GA", "replaced", *EXTRA, *BASE.values())
 LOWER_IS_BETTER = ("AR", "AR others", "FD")
-HIGHER_IS_BETTER = ("UA", "IRA", "CRA", "RA", "GA", "CLIP")
-METHODS = {"base": "base", "steering": "steering", "per": "PER"}
+HIGHER_IS_BETTER = ("UA", "IRA", "CRA", "RA", "GA", "CLIP", *EXTRA)
+METHODS = {
+    "base": "base",
+    "negative": "negative prompt",
+    "uce": "UCE",
+    "steering": "steering",
+    "ungated": "PER without the gate",
+    "per": "PER",
+}
+"""Method -> its name, in the order of the rows."""
 NONE = "-"
-_ORDER = ("UA", "IRA", "CRA", "RA", "AR", "AR others", "GA", "FD", "CLIP", "replaced")
+_ORDER = ("UA", "IRA", "CRA", "RA", "AR", "AR others", "GA", "FD", *EXTRA, *BASE.values(), "CLIP", "replaced")
 
 
 class Table(NamedTuple):
@@ -56,7 +68,14 @@ def count(value: int | None) -> str:
 
 
 def cell(row: Mapping[str, Any], metric: str) -> str:
-    """`91.7 ± 3.4`, `91.7` without an interval, `-` where the metric was not measured."""
+    """`91.7 ± 3.4`, `91.7` without an interval, `-` where the metric was not measured, nothing in a row that cannot be.
+
+    Of the base's row that which `BASE` says, where it was measured.
+    """
+    if row.get("note"):
+        return ""
+    if row["method"] == "base" and row.get(BASE.get(metric, "")) is not None:
+        metric = BASE[metric]
     estimate = row.get(metric)
     if estimate is None:
         return NONE
@@ -77,8 +96,10 @@ def plain(value: Any) -> str:
 
 
 def settings(row: Mapping[str, Any]) -> str:
-    """`strength -5`, `padding 1, nearest` (what is a word says itself what it is), or nothing."""
-    given = (row.get("settings") or {}).items()
+    """`strength -5`, `padding 1, nearest` (what is a word says itself what it is), a row's note, or nothing."""
+    if row.get("note"):
+        return row["note"]
+    given = [item for item in (row.get("settings") or {}).items() if item[0] != "min_patches"]
     return ", ".join(value if isinstance(value, str) else f"{name} {plain(value)}" for name, value in given)
 
 
@@ -98,15 +119,16 @@ def main_row(kind: Mapping[str, Any], method_name: str) -> Mapping[str, Any] | N
     return next((row for row in kind.get("rows") or [] if row["method"] == method_name), None)
 
 
-def better(first: float | None, second: float | None, metric: str) -> int | None:
-    """0 or 1: which of two means is the better one as printed; None on a tie, or where either is missing."""
-    if first is None or second is None or metric not in LOWER_IS_BETTER + HIGHER_IS_BETTER:
+def best(means: Sequence[float | None], metric: str) -> int | None:
+    """The place of the best mean as printed; None on a tie for it, or where fewer than two were measured."""
+    there = [(n, mean) for n, mean in enumerate(means) if mean is not None]
+    if len(there) < 2 or metric not in LOWER_IS_BETTER + HIGHER_IS_BETTER:
         return None
     if metric in PERCENT:
-        first, second = round(first, 1), round(second, 1)
-    if first == second:
-        return None
-    return int((second < first) == (metric in LOWER_IS_BETTER))
+        there = [(n, round(mean, 1)) for n, mean in there]
+    top = (min if metric in LOWER_IS_BETTER else max)(mean for _, mean in there)
+    places = [n for n, mean in there if mean == top]
+    return places[0] if len(places) == 1 else None
 
 
 def text_lines(table: Table) -> list[str]:

@@ -1,4 +1,4 @@
-"""The report's pictures: a row a concept, columns without | mask (where the SAE saw the concept) | steering | PER.
+"""The report's pictures: a row a concept, columns without | mask (where the SAE saw the concept) | the methods | PER.
 
 Pillow only."""
 
@@ -16,7 +16,16 @@ from lbdt.runs.wording import short, slug
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
-COLUMNS = {"base": "without", "mask": "mask", "steering": "steering", "per": "PER"}
+COLUMNS = {
+    "base": "without",
+    "mask": "mask",
+    "negative": "negative prompt",
+    "uce": "UCE",
+    "steering": "steering",
+    "ungated": "without gate",
+    "per": "PER",
+}
+_ALWAYS = ("base", "mask", "steering", "per")
 GAP = 8
 CAPTION = 20
 LABEL = 118
@@ -43,24 +52,35 @@ def file_name(kind: str) -> str:
     return f"grid-{slug(kind)}.png"
 
 
-def size(rows: int) -> tuple[int, int]:
-    """The size of the picture of so many rows."""
-    across = LABEL + len(COLUMNS) * (_TILE + GAP) + GAP
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The columns of a grid: base, mask, steering and PER, and the methods that a row has a picture of."""
+    return {
+        part: caption
+        for part, caption in COLUMNS.items()
+        if part in _ALWAYS or any(row.get(part) for row in rows)
+    }
+
+
+def size(rows: int, columns: int = len(_ALWAYS)) -> tuple[int, int]:
+    """The size of the picture of so many rows and columns."""
+    across = LABEL + columns * (_TILE + GAP) + GAP
     return across, CAPTION + rows * (_TILE + GAP) + 2 * GAP
 
 
 def compose(rows: Sequence[Mapping[str, Any]], folder: Path) -> Image.Image:
-    """One RGB picture of `size(len(rows))`; a picture that is not there leaves an empty tile that says so."""
+    """One RGB picture of `size(len(rows), len(columns_of(rows)))`; a picture that is not there leaves an empty
+    tile that says so."""
     from PIL import Image, ImageDraw
 
-    whole = Image.new("RGB", size(len(rows)), _GROUND)
+    columns = columns_of(rows)
+    whole = Image.new("RGB", size(len(rows), len(columns)), _GROUND)
     pen = ImageDraw.Draw(whole)
-    for column, caption in enumerate(COLUMNS.values()):
+    for column, caption in enumerate(columns.values()):
         pen.text((LABEL + column * (_TILE + GAP), GAP - 2), caption, fill=_INK, font=_font(14))
     for line, row in enumerate(rows):
         top = GAP + CAPTION + line * (_TILE + GAP)
         _label(pen, top, row)
-        for column, part in enumerate(COLUMNS):
+        for column, part in enumerate(columns):
             left = LABEL + column * (_TILE + GAP)
             _tile(whole, pen, (left, top), folder / row[part] if row.get(part) else None)
     return whole
@@ -69,6 +89,8 @@ def compose(rows: Sequence[Mapping[str, Any]], folder: Path) -> Image.Image:
 def _label(pen: ImageDraw.ImageDraw, top: int, row: Mapping[str, Any]) -> None:
     style = "no style" if row.get("style") is None else str(row["style"]).replace("_", " ")
     texts = [(str(row["concept"]).replace("_", " "), _INK, 14), (style, _FAINT, 12)]
+    if row.get("beside") is not None:
+        texts.insert(1, (f"and {row['beside']}".replace("_", " "), _INK, 12))
     if row.get("seed") is not None:
         texts.append((f"seed {row['seed']}", _FAINT, 12))
     for number, (text, colour, height) in enumerate(texts):

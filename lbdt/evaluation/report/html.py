@@ -52,6 +52,13 @@ _GLOSSARY = (
     ("GA", "global average: mean of UA, IRA, CRA and 100 - AR, without CRA where there is none. Higher is better."),
     ("FD", "Frechet distance of the judge's features, of pictures whose prompt does not name the erased concept to the "
      "unedited ones of the same prompts. Lower is better."),
+    ("clean", "share of pictures whose prompt names the erased concept alone in which no object at all is seen and no "
+     "artifact. Higher is better."),
+    ("kept", "share of pictures of the erased concept and another object in which the other one is still seen. Higher "
+     "is better."),
+    ("pair gone", "share of these in which the erased concept is no longer seen. Higher is better."),
+    ("untouched", "share of pictures whose prompt does not name the erased concept that keep every bit. Higher is "
+     "better."),
     ("CLIP", "CLIP score with the prompt, where a model was given, of pictures whose prompt does not name the erased "
      "concept. Higher is better."),
 )  # fmt: skip
@@ -61,6 +68,8 @@ _ABOUT = (
     ("features", "features of FD"),
     ("artifacts", "artifact rule"),
     ("design", "design"),
+    ("by text", "methods that work by text"),
+    ("gate", "gate"),
     ("seeds", "seeds that are scored"),
     ("sweep seeds", "seeds that the strength is chosen on"),
     ("quick", "quick"),
@@ -109,7 +118,7 @@ def _summary(values: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 def _erases(values: Mapping[str, Any], kinds: Mapping[str, Any], files: Mapping[str, Path]) -> str:
     main = tables.main_table(values, tables.columns_of(values))
     text = _table(main) if main.rows else UNMEASURED
-    text += f'<p class="note">Bold: {escape(tables.MARKS)}.</p>'
+    text += f'<p class="note">Bold: {escape(tables.MARKS)}. {escape(tables.BASE_NOTE)}.</p>'
     text += "<dl>" + "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in _GLOSSARY) + "</dl>"
     text += _figures(values, files, ("sweep", "tradeoff"))
     if any(kind.get("sweep") for kind in kinds.values()):
@@ -119,7 +128,8 @@ def _erases(values: Mapping[str, Any], kinds: Mapping[str, Any], files: Mapping[
     shown = [name for name in kinds if f"grid {name}" in files]
     for name in shown:
         caption = (
-            f"{name}: without an eraser, the patches in which the SAE saw the concept, steered, and with PER."
+            f"{name}: without an eraser, the patches in which the SAE saw the concept, and by each method; of a pair "
+            "the first-named object is erased."
         )
         body = _figure(f"grid {name}", files[f"grid {name}"], caption)
         text += _folded(name, body, opened=name == shown[0])
@@ -128,7 +138,8 @@ def _erases(values: Mapping[str, Any], kinds: Mapping[str, Any], files: Mapping[
 
 def _breaks(values: Mapping[str, Any], kinds: Mapping[str, Any], files: Mapping[str, Path]) -> str:
     note = (
-        "IRA, CRA, AR, AR others and FD of the main table say what else changed. Below: artifacts by concept."
+        "IRA, CRA, AR others, FD, kept and untouched of the main table say what else changed. Below: artifacts by "
+        "concept."
     )
     return f"<p>{note}</p>" + _figures(values, files, ("concepts-ar",))
 
@@ -138,7 +149,7 @@ def _costs(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
         [
             name,
             times.get("unit", "seconds a picture"),
-            *(_time(times, m) for m in ("base", "steering", "per")),
+            *(_time(times, method) for method in cells.METHODS),
         ]
         for name, times in (values.get("cost") or {}).items()
         if times
@@ -152,7 +163,7 @@ def _costs(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
         [name, cells.method(row), cells.cell(row, "replaced")]
         for name, kind in kinds.items()
         for row in kind.get("rows") or []
-        if row["method"] == "per"
+        if row["method"] in ("ungated", "per")
     ]
     text += "<h3>Patches replaced</h3>"
     return text + (

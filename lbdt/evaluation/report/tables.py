@@ -18,32 +18,41 @@ from lbdt.evaluation.report.cells import Table
 
 COLUMNS = ("UA", "IRA", "CRA", "AR", "AR others", "GA", "FD")
 CSV_COLUMNS = ("kind", "part", "method", "settings", "pictures", "metric", "mean", "low", "high", "seeds")
-MARKS = "the better mean of steering and PER; ±: half of the 95 % interval over seeds"
+MARKS = "the best mean of the methods; ±: half of the 95 % interval over seeds"
+BASE_NOTE = (
+    "The base's row: its accuracies, object seen (under IRA), style seen (CRA), nothing seen where the prompt names "
+    "nothing (clean), both objects of a pair seen (kept)"
+)
 LEGEND = f"{MARKS}; -: not measured"
 TIE, UNKNOWN = "no difference", "not measured"
 
 
 def main_table(values: Mapping[str, Any], columns: tuple[str, ...] = COLUMNS) -> Table:
-    """Every pipeline's rows (base, steering, PER); the better mean of steering and PER is marked for each metric."""
+    """Every pipeline's rows (base and methods); the best mean of the methods is marked for each metric."""
     rows, marked = [], set()
     for name, kind in cells.kinds_of(values).items():
-        pair: dict[str, int] = {}
+        edited: list[tuple[int, Mapping[str, Any]]] = []
         for row in kind.get("rows") or []:
-            pair[row["method"]] = len(rows)
+            if row["method"] != "base":
+                edited.append((len(rows), row))
             figures = [cells.cell(row, metric) for metric in columns]
-            rows.append([name, cells.method(row), cells.count(row.get("pictures")), *figures])
-        if {"steering", "per"} <= pair.keys():
-            for column, metric in enumerate(columns, start=3):
-                best = _better(kind, metric)
-                if best is not None:
-                    marked.add((pair[best], column))
+            count = "" if row.get("note") else cells.count(row.get("pictures"))
+            rows.append([name, cells.method(row), count, *figures])
+        for column, metric in enumerate(columns, start=3):
+            best = cells.best([cells.mean_of(row, metric) for _, row in edited], metric)
+            if best is not None:
+                marked.add((edited[best][0], column))
     return Table(["pipeline", "method", "pictures", *columns], rows, marked, 2)
 
 
 def columns_of(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """`COLUMNS`, and CLIP where it was measured."""
+    """`COLUMNS`, and those of the others that were measured."""
     rows = [row for kind in cells.kinds_of(values).values() for row in kind.get("rows") or []]
-    return (*COLUMNS, *(["CLIP"] if any(row.get("CLIP") for row in rows) else []))
+    others = (*cells.EXTRA, "CLIP")
+    return (
+        *COLUMNS,
+        *(name for name in others if any(row.get(name) or row.get(cells.BASE.get(name, "")) for row in rows)),
+    )
 
 
 def lines(values: Mapping[str, Any]) -> list[str]:
@@ -51,12 +60,19 @@ def lines(values: Mapping[str, Any]) -> list[str]:
     table = main_table(values, columns_of(values))
     if not table.rows:
         return ["no pipeline was evaluated"]
-    return [*cells.text_lines(table), f"*: {LEGEND}", *verdict(values)]
+    return [*cells.text_lines(table), f"*: {LEGEND}", *_base_note(values), *verdict(values)]
 
 
 def markdown(values: Mapping[str, Any]) -> list[str]:
     """The main table for a README, and its legend."""
-    return [*cells.markdown_lines(main_table(values, columns_of(values))), "", f"Bold: {LEGEND}."]
+    note = "".join(f" {line}." for line in _base_note(values))
+    return [*cells.markdown_lines(main_table(values, columns_of(values))), "", f"Bold: {LEGEND}.{note}"]
+
+
+def _base_note(values: Mapping[str, Any]) -> list[str]:
+    """`BASE_NOTE`, where a base was measured by its accuracies."""
+    bases = [cells.main_row(kind, "base") or {} for kind in cells.kinds_of(values).values()]
+    return [BASE_NOTE] if any(row.get(name) for row in bases for name in cells.BASE.values()) else []
 
 
 def verdict(values: Mapping[str, Any]) -> list[str]:
@@ -190,5 +206,5 @@ def _two(value: float | None) -> str:
 
 def _better(kind: Mapping[str, Any], metric: str) -> str | None:
     pair = ("steering", "per")
-    best = cells.better(*(cells.mean_of(cells.main_row(kind, name), metric) for name in pair), metric)
+    best = cells.best([cells.mean_of(cells.main_row(kind, name), metric) for name in pair], metric)
     return None if best is None else pair[best]

@@ -63,9 +63,10 @@ class _Per:
     def __call__(self, **settings: Any) -> ConceptEraser:
         from lbdt.editors import ConceptEraser
 
-        unknown = sorted(set(settings) - set(ConceptEraser.SHOWN))
+        known = (*ConceptEraser.SHOWN, "min_patches")
+        unknown = sorted(set(settings) - set(known))
         if unknown:
-            raise TypeError(f"{', '.join(unknown)}: expected {', '.join(ConceptEraser.SHOWN)} or neither")
+            raise TypeError(f"{', '.join(unknown)}: expected some of {', '.join(known)}")
         return ConceptEraser.from_pretrained(self.folder, **settings)
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lbdt import canvas
 from lbdt.activations.prompts import Prompt
 from lbdt.canvas.defaults import NAME, canvas_prompts
-from lbdt.evaluation.evaluated_world import EvaluatedKind, EvaluatedWorld, Verdicts
+from lbdt.canvas.scenes import prompt as prompt_text
+from lbdt.evaluation.evaluated_world import EvaluatedKind, EvaluatedWorld, Pair, Verdicts
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 SEEDS = (500, 501, 502)
 SWEEP_SEEDS = (700_000,)
+_PAIRS, _EMPTY = 1 << 40, 1 << 41
+"""Where the start seeds of pairs and of empty scenes begin."""
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "saeuron": (-1.0, -3.0, -5.0, -10.0, -20.0),
     "saemnesia": (-1.0, -2.0, -3.0, -5.0, -10.0),
@@ -81,12 +84,45 @@ def canvas_world(
         sweep_seeds=SWEEP_SEEDS,
         batch=batch,
         reference=_reference if kinds is None and pipeline is None else None,
+        pairs=seed_pairs,
+        empty=seed_empty,
+        texts=texts_of,
     )
 
 
 def seed_prompts(seed: int) -> list[Prompt]:
     """Every object in every style, and in none; no two prompts of any seeds share a start seed."""
     return canvas_prompts([seed])
+
+
+def seed_pairs(seed: int) -> list[Pair]:
+    """Six pairs for every object as the one that is erased: one a style, which of the two stands left in turn, with
+    partners that rotate with object and seed."""
+    count, styles = len(canvas.OBJECTS), len(canvas.STYLES)
+    pairs = []
+    for i, name in enumerate(canvas.OBJECTS):
+        for n in range(styles):
+            beside = canvas.OBJECTS[(i + 1 + (7 * n + 5 * seed) % (count - 1)) % count]
+            style = canvas.STYLES[(i + n + seed) % styles]
+            names = (name, beside) if (n + seed) % 2 else (beside, name)
+            start = _PAIRS + (seed * count + i) * styles + n
+            pairs.append(Pair(Prompt(prompt_text(names, style), name, style, start), beside))
+    return pairs
+
+
+def seed_empty(seed: int) -> list[Prompt]:
+    """Prompts of no object, as many as there are objects, in styles in turn."""
+    count = len(canvas.OBJECTS)
+    styles = [canvas.STYLES[(n + seed) % len(canvas.STYLES)] for n in range(count)]
+    return [
+        Prompt(prompt_text((), style), None, style, _EMPTY + seed * count + n)
+        for n, style in enumerate(styles)
+    ]
+
+
+def texts_of(concept: str | None) -> list[str]:
+    """The prompt of an object, or of none, without a style: EmojiCanvas knows no other texts than its prompts."""
+    return [prompt_text(() if concept is None else concept)]
 
 
 def _kind(name: str) -> EvaluatedKind:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lbdt.activations.prompts import Prompt, read_prompts
-from lbdt.evaluation.evaluated_world import EvaluatedWorld, Verdicts
+from lbdt.evaluation.evaluated_world import EvaluatedWorld, Verdicts, one_seen
 from lbdt.evaluation.worlds import PathOrRepo, saved_kinds
 from lbdt.runs.digests import sha256
 
@@ -28,6 +28,8 @@ class ClipJudge:
 
     With a single style every picture would be of it, so then there is no verdict on styles.
     """
+
+    single_label = True
 
     def __init__(self, clip: Clip, objects: Sequence[str], styles: Sequence[str]) -> None:
         """Underscores of names become spaces. ValueError: a single object, of which every picture would be."""
@@ -53,7 +55,8 @@ class ClipJudge:
         """The verdicts on RGB pictures of any size."""
         features = self.clip.pictures(pictures)
         styles = (features @ self._styles.T).argmax(-1) if len(self._styles) else None
-        return Verdicts((features @ self._objects.T).argmax(-1), styles, features)
+        objects = (features @ self._objects.T).argmax(-1)
+        return Verdicts(one_seen(objects, len(self._objects)), styles, features)
 
 
 def prompt_world(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lbdt.evaluation.evaluated_world import Verdicts
+from lbdt.evaluation.evaluated_world import Verdicts, one_seen
 from lbdt.formats.pth import read_pth
 from lbdt.runs.digests import sha256
 from lbdt.runs.files import check_tensors, open_tensors, read_tensors, require_floats
@@ -77,10 +77,12 @@ class ViTJudge:
     `lbdt.evaluation.metrics.feature_distances.FeatureJudge`): the style classifier's, or the object classifier's where
     styles are erased."""
 
+    single_label = True
+
     def __init__(
         self, objects: ViTClassifier, styles: ViTClassifier, swapped: Mapping[int, int] | None = None
     ) -> None:
-        """`swapped`: the themes are what is erased: their class -> the world's index; others become -1."""
+        """`swapped`: the themes are what is erased: their class -> the world's index; in others nothing is seen."""
         self.objects, self.styles, self.swapped = objects, styles, swapped
         self.name = f"UnlearnCanvas ViT: objects {objects.name}, styles {styles.name}"
         self.name += "" if swapped is None else "; styles are what is erased"
@@ -94,9 +96,9 @@ class ViTJudge:
         (things, of_objects), (themes, of_styles) = self.objects(pictures), self.styles(pictures)
         things, themes = things.argmax(-1), themes.argmax(-1)
         if self.swapped is None:
-            return Verdicts(things, themes, of_styles)
+            return Verdicts(one_seen(things, self.objects.classes), themes, of_styles)
         table = torch.tensor([self.swapped.get(i, -1) for i in range(self.styles.classes)])
-        return Verdicts(table[themes], things, of_objects)
+        return Verdicts(one_seen(table[themes], 1 + max(self.swapped.values())), things, of_objects)
 
 
 def preprocess(pictures: Sequence[Image.Image], side: int = 224) -> Tensor:
