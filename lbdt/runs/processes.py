@@ -86,6 +86,9 @@ def joined(device: Callable[[], torch.device], auto: bool) -> Iterator[tuple[Pro
     if launched().size == 1:
         yield Processes(), device()
         return
+    # Default arguments there keep the group of the moment of its import, which the first optimizer brings about: the
+    # group would outlive its end, and its threads, still running, might abort the process at the interpreter's.
+    import torch.distributed.nn.functional  # noqa: F401
     from accelerate import PartialState
 
     state = PartialState(cpu=device().type == "cpu", timeout=_PATIENCE)
