@@ -65,7 +65,7 @@ class _Per:
 
         unknown = sorted(set(settings) - set(ConceptEraser.SHOWN))
         if unknown:
-            raise TypeError(f"{', '.join(unknown)}: expected {', '.join(ConceptEraser.SHOWN)} or neither")
+            raise TypeError(f"{', '.join(unknown)}: expected {', '.join(ConceptEraser.SHOWN)} or none")
         return ConceptEraser.from_pretrained(self.folder, **settings)
 
 
