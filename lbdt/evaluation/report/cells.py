@@ -77,9 +77,12 @@ def plain(value: Any) -> str:
 
 
 def settings(row: Mapping[str, Any]) -> str:
-    """`strength -5`, `padding 1, nearest` (what is a word says itself what it is), or nothing."""
+    """`strength -5`, `padding 1, nearest` (most words say themselves what they are), or nothing."""
     given = (row.get("settings") or {}).items()
-    return ", ".join(value if isinstance(value, str) else f"{name} {plain(value)}" for name, value in given)
+    return ", ".join(
+        value if isinstance(value, str) and name != "avoid" else f"{name} {plain(value)}"
+        for name, value in given
+    )
 
 
 def method(row: Mapping[str, Any]) -> str:
