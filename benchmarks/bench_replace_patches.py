@@ -1,4 +1,4 @@
-"""replace_patches_ by backend, layout and source under pytest-benchmark: `pytest benchmarks`."""
+"""replace_patches_ by backend, layout, source and patches to avoid under pytest-benchmark: `pytest benchmarks`."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from lbdt.donors import SOURCES
 _ROWS = [
     (f"{layout}, {source}", version)
     for layout in ("NCHW", "channels_last")
-    for source in SOURCES
+    for source in (*SOURCES, "nearest, avoid")
     for version in ("ours", "reference", *(["published"] * (source == "random")))
 ]
 

@@ -46,11 +46,12 @@ def replace_patches(device: torch.device, g: torch.Generator) -> int:
     mask = torch.rand(BATCH, patches, generator=g) < 0.2
     mask[1] = False
     mask[2] = True  # no free patch: the bank's turn
+    avoid = torch.rand(BATCH, patches, generator=g) < 0.3
     for dtype, source, padding, banked in itertools.product(DTYPES, SOURCES, (0, 2), (False, True)):
         values = torch.randn(BATCH, WIDTH, HEIGHT, GRID_WIDTH, generator=g).to(dtype)
         u = torch.rand(BATCH, patches, generator=g)
         bank = torch.randn(BATCH, 2, WIDTH, generator=g).to(dtype) if banked else None
-        rest = (mask, u, HEIGHT, GRID_WIDTH, padding, source, bank)
+        rest = (mask, u, HEIGHT, GRID_WIDTH, padding, source, bank, avoid if padding else None)
         for x in layouts(values).values():
             expected, where = ops.replace_patches(x, *rest, backend="reference")
             there = put(device, *rest)

@@ -136,6 +136,7 @@ inline void check_replace_patches(
     const torch::stable::Tensor& mask,
     const torch::stable::Tensor& u,
     const std::optional<torch::stable::Tensor>& bank,
+    const std::optional<torch::stable::Tensor>& avoid,
     int64_t padding,
     bool keys,  // whether donors are ordered by distance
     const torch::stable::Tensor& out,
@@ -159,6 +160,7 @@ inline void check_replace_patches(
   const Span where = check("mask", mask, x, ScalarType::Bool, {batch, count});
   const Span numbers = check("u", u, x, ScalarType::Float, {batch, count});
   const Span taken = check("replaced", replaced, x, ScalarType::Bool, {batch, count});
+  const Span shunned = avoid ? check("avoid", *avoid, x, ScalarType::Bool, {batch, count}) : Span();
   Span spare;
   if (bank) {
     const int64_t rows = bank->dim() == 3 ? bank->size(1) : 0;
@@ -167,9 +169,9 @@ inline void check_replace_patches(
   }
   if (!in_place) {
     const Span result = check("out", out, x, x.scalar_type(), {batch, channels, height, width}, false);
-    check_apart("out", result, {map, where, numbers, spare, taken});
+    check_apart("out", result, {map, where, numbers, spare, shunned, taken});
   }
-  check_apart("replaced", taken, {map, where, numbers, spare});
+  check_apart("replaced", taken, {map, where, numbers, spare, shunned});
 }
 
 // The arguments of patch_uniform_cpp but for the dtype of `timesteps`.

@@ -1,5 +1,6 @@
 // Index arithmetic of replace_patches, shared by csrc/cpu and csrc/cuda: a test of one covers the lines of both.
-// A mask is kept as one bit a patch, 32 to a word; bits past the last patch are set, so they are never free.
+// A mask is kept as one bit a patch, 32 to a word; bits past the last patch are set, so they are never free. Functions
+// that look for donors take the bits of all that are none: of the mask, or of it and the patches to avoid.
 //
 // Eq.: METHOD.md, 4.1, 4.2 and 4.4; arXiv 2606.31699.
 
@@ -15,7 +16,7 @@
 
 namespace lbdt {
 
-enum DonorSource : int { kRandom = 0, kNearest = 1, kMean = 2 };  // as in lbdt/donors.py
+enum DonorSource : int { kRandom = 0, kNearest = 1, kMean = 2, kRow = 3 };  // as in lbdt/donors.py
 constexpr int kMeanOf = 5;
 constexpr int64_t kNever = INT64_MAX;  // the key of a donor that does not exist
 
@@ -106,7 +107,7 @@ LBDT_INLINE int nth_bit(uint32_t word, int n) {
 }
 
 // The r-th free patch in patch order; before[w] free patches lie in the words before w.
-LBDT_INLINE int select_free(const uint32_t* masked, const int* before, int words, int r) {
+LBDT_INLINE int select_free(const uint32_t* closed, const int* before, int words, int r) {
   int low = 0, high = words - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -116,16 +117,16 @@ LBDT_INLINE int select_free(const uint32_t* masked, const int* before, int words
       high = middle - 1;
     }
   }
-  return low * 32 + nth_bit(~masked[low], r - before[low]);
+  return low * 32 + nth_bit(~closed[low], r - before[low]);
 }
 
 // Offers the free patches among first..last to `best`, the K smallest keys in order. A key is distance^2 * patches +
 // index, so it orders by distance and then by index.
 template <int K>
 LBDT_INLINE void offer_free(
-    const uint32_t* masked, Grid grid, int patch, int first, int last, int64_t (&best)[K]) {
+    const uint32_t* closed, Grid grid, int patch, int first, int last, int64_t (&best)[K]) {
   for (int at = first >> 5; at <= last >> 5; ++at) {
-    for (uint32_t free = clip_word(~masked[at], at, first, last); free != 0; free &= free - 1) {
+    for (uint32_t free = clip_word(~closed[at], at, first, last); free != 0; free &= free - 1) {
       const int donor = at * 32 + lowest_bit(free);
       const int64_t dy = patch / grid.width - donor / grid.width, dx = patch % grid.width - donor % grid.width;
       int64_t key = (dy * dy + dx * dx) * grid.patches() + donor;
@@ -143,14 +144,14 @@ LBDT_INLINE void offer_free(
 
 // Keys of the K free patches nearest to the masked `patch`, kNever where there are fewer; the donor is key % patches.
 template <int K>
-LBDT_INLINE void nearest_free(const uint32_t* masked, Grid grid, int free, int patch, int64_t (&best)[K]) {
+LBDT_INLINE void nearest_free(const uint32_t* closed, Grid grid, int free, int patch, int64_t (&best)[K]) {
   for (int i = 0; i < K; ++i) best[i] = kNever;
   const int64_t patches = grid.patches();
   const int y = patch / grid.width, x = patch % grid.width;
   int ring = 1, reach = larger(larger(y, grid.height - 1 - y), larger(x, grid.width - 1 - x));
   // With few free patches a walk over all words meets them sooner than growing rings do.
   if (grid.words() + free <= patches / 8) {
-    offer_free(masked, grid, patch, 0, grid.patches() - 1, best);
+    offer_free(closed, grid, patch, 0, grid.patches() - 1, best);
     ring = reach + 1;
   }
   // From ring r on everything is at distance r or more; at equal distance a lower index may still come.
@@ -160,13 +161,23 @@ LBDT_INLINE void nearest_free(const uint32_t* masked, Grid grid, int free, int p
       const int start = row * grid.width;
       if (row == y - ring || row == y + ring) {
         offer_free(
-            masked, grid, patch, start + larger(0, left), start + smaller(grid.width - 1, right), best);
+            closed, grid, patch, start + larger(0, left), start + smaller(grid.width - 1, right), best);
       } else {
-        if (left >= 0) offer_free(masked, grid, patch, start + left, start + left, best);
-        if (right < grid.width) offer_free(masked, grid, patch, start + right, start + right, best);
+        if (left >= 0) offer_free(closed, grid, patch, start + left, start + left, best);
+        if (right < grid.width) offer_free(closed, grid, patch, start + right, start + right, best);
       }
     }
   }
+}
+
+// The free patch nearest to the masked `patch` in its row of the grid, of two the left one; -1 where it has none.
+LBDT_INLINE int nearest_in_row(const uint32_t* closed, Grid grid, int patch) {
+  const int x = patch % grid.width, reach = larger(x, grid.width - 1 - x);
+  for (int step = 1; step <= reach; ++step) {
+    if (step <= x && !get_bit(closed, patch - step)) return patch - step;
+    if (step < grid.width - x && !get_bit(closed, patch + step)) return patch + step;
+  }
+  return -1;
 }
 
 }  // namespace lbdt

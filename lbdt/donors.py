@@ -9,8 +9,17 @@ class DonorSource(enum.StrEnum):
     random = "random"
     nearest = "nearest"
     mean = "mean"
+    row = "row"
 
 
+class AvoidedPatches(enum.StrEnum):
+    """Concepts whose detected patches are no donors: those that are erased, or every one of the dictionary."""
+
+    erased = "erased"
+    known = "known"
+
+
+AVOIDED = tuple(avoided.value for avoided in AvoidedPatches)
 SOURCES = tuple(source.value for source in DonorSource)
 MEAN_OF = 5
 """The nearest donors whose mean `DonorSource.mean` takes."""

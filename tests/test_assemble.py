@@ -35,6 +35,8 @@ def test_the_folder_holds_what_was_asked_for(parts, tmp_path):
         2,
         "--source",
         "mean",
+        "--avoid",
+        "known",
         "--target",
         "update",
         "--top-k",
@@ -46,7 +48,7 @@ def test_the_folder_holds_what_was_asked_for(parts, tmp_path):
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["concepts"] == {"Cats": [0], "Dogs": [1], "Trees": [2]}
     eraser = ConceptEraser.from_pretrained(tmp_path / "eraser")
-    assert (eraser.padding, eraser.source, eraser.target) == (2, "mean", "update")
+    assert (eraser.padding, eraser.source, eraser.target, eraser.avoid) == (2, "mean", "update", "known")
     assert eraser.selection == {"top_k": 1, "thresholds": "published"}
     assert eraser.sae.W_dec is None
 
@@ -113,8 +115,12 @@ def test_the_same_folder_serves_both_methods(parts, tmp_path):
 
 @pytest.mark.parametrize(
     "more",
-    [("--method", "steering", "--padding", 1), ("--strength", -1)],
-    ids=["padding of steering", "strength of PER"],
+    [
+        ("--method", "steering", "--padding", 1),
+        ("--method", "steering", "--avoid", "known"),
+        ("--strength", -1),
+    ],
+    ids=["padding of steering", "avoid of steering", "strength of PER"],
 )
 def test_options_of_the_other_method_are_bad_usage(parts, tmp_path, more):
     assert erase(parts, tmp_path / "e", tmp_path / "x.png", *more).exit_code == 2

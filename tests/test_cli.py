@@ -45,12 +45,25 @@ def test_erase_writes_the_picture_and_the_table(folders, tmp_path):
 
 
 def test_json_is_all_there_is_on_stdout(folders, tmp_path):
-    more = ("--json", "--padding", "2", "--source", "nearest", "--guidance", "2.5", "--seed", "9")
+    more = (
+        "--json",
+        "--padding",
+        "2",
+        "--source",
+        "row",
+        "--avoid",
+        "known",
+        "--guidance",
+        "2.5",
+        "--seed",
+        "9",
+    )
     done = erase(folders, tmp_path, *more, "--concept", "Dogs")
     assert done.exit_code == 0, done.output
     values = json.loads(done.stdout)
     assert values["concepts"] == ["Cats", "Dogs"] and values["verdict"] is None
-    assert (values["padding"], values["source"], values["guidance"], values["seed"]) == (2, "nearest", 2.5, 9)
+    assert (values["padding"], values["source"], values["avoid"]) == (2, "row", "known")
+    assert (values["guidance"], values["seed"]) == (2.5, 9)
     assert [step["rows"] for step in values["report"]["steps"]] == [2, 2, 2]
     assert 0 < values["report"]["detected"] <= 1
     assert values["seconds"]["with"] > 0 and isinstance(values["overhead_percent"], float)

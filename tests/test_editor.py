@@ -14,6 +14,7 @@ KINDS = ("eraser", "steering")
 CHANGES = {
     "padding": ({"padding": 3}, {}),
     "source": ({"source": "mean"}, {}),
+    "avoid": ({"avoid": "known"}, {}),
     "strength": ({}, {"strength": -4.0}),
     "hookpoint": ({"hookpoint": toy.DETECT_AT}, {"hookpoint": toy.DETECT_AT}),
     "target": ({"target": "update"}, {}),

@@ -41,7 +41,7 @@ REFUSED = {
     ),
     "padding set later": (lambda p: changed("padding", -1).attach(p, ["Cats"]), "padding"),
     "fractional padding": (lambda p: toy.eraser(padding=0.5), "padding"),
-    "source": (lambda p: toy.eraser(source="noise"), "random, nearest, mean; got 'noise'"),
+    "source": (lambda p: toy.eraser(source="noise"), "random, nearest, mean, row; got 'noise'"),
     "target": (lambda p: toy.eraser(target="input"), "output, update; got 'input'"),
     "selection": (lambda p: toy.eraser(selection={"topk": 1}), "unknown key topk.*top_k"),
     "rows": (lambda p: toy.eraser().attach(p, ["Cats"], rows="uncond"), "all, cond; got 'uncond'"),

@@ -36,10 +36,12 @@ constexpr int64_t kGrain = 1 << 14;  // elements moved per task
 // One image's dilated mask, and where its replaced patches begin in the lists of `Plan`.
 struct Image {
   std::vector<uint32_t> masked;
+  std::vector<uint32_t> avoided;  // the mask and the patches to avoid; empty where the mask alone counts
   std::vector<int> before;
   int free = 0;
   int donors = 0;  // a patch: 1, or up to kMeanOf; 0: the patch takes one row of the bank
   int64_t first = 0, last = 0;
+  const uint32_t* closed() const { return (avoided.empty() ? masked : avoided).data(); }  // no donors
 };
 
 struct Target {
@@ -83,7 +85,8 @@ std::vector<uint32_t> pack(Grid grid, Bit bit) {
   return words;
 }
 
-Image dilate(const uint8_t* mask, Grid grid, int padding) {
+// `avoid` may be null.
+Image dilate(const uint8_t* mask, const uint8_t* avoid, Grid grid, int padding) {
   Image image;
   image.masked = pack(grid, [&](int p) { return mask[p] != 0; });
   if (padding > 0) {
@@ -91,9 +94,14 @@ Image dilate(const uint8_t* mask, Grid grid, int padding) {
     const auto rows = pack(grid, [&](int p) { return lbdt::near_in_row(marked.data(), grid, p, padding); });
     image.masked = pack(grid, [&](int p) { return lbdt::near_in_column(rows.data(), grid, p, padding); });
   }
-  for (const uint32_t word : image.masked) {
+  if (avoid != nullptr) {
+    image.avoided = pack(grid, [&](int p) { return lbdt::get_bit(image.masked.data(), p) || avoid[p] != 0; });
+    const auto full = [](uint32_t word) { return word == ~0u; };
+    if (std::all_of(image.avoided.begin(), image.avoided.end(), full)) image.avoided.clear();
+  }
+  for (int at = 0; at < grid.words(); ++at) {
     image.before.push_back(image.free);
-    image.free += lbdt::count_bits(~word);
+    image.free += lbdt::count_bits(~image.closed()[at]);
   }
   return image;
 }
@@ -101,20 +109,30 @@ Image dilate(const uint8_t* mask, Grid grid, int padding) {
 template <int K>
 void find_nearest(const Call& call, const Image& image, int patch, int64_t target, Plan& plan) {
   int64_t best[K];
-  lbdt::nearest_free(image.masked.data(), call.grid, image.free, patch, best);
+  lbdt::nearest_free(image.closed(), call.grid, image.free, patch, best);
   for (int i = 0; i < K; ++i)
     if (best[i] != lbdt::kNever)
       plan.from[i][target] = call.in.at(static_cast<int>(best[i] % call.grid.patches()), call.grid);
 }
 
-Plan make_plan(const Call& call, const uint8_t* mask, const float* u, int padding, int source, bool* replaced) {
+Plan make_plan(
+    const Call& call,
+    const uint8_t* mask,
+    const float* u,
+    const uint8_t* avoid,
+    int padding,
+    int source,
+    bool* replaced) {
   const Grid grid = call.grid;
   const int64_t batch = call.x.size(0), patches = grid.patches();
   Plan plan;
   plan.images.resize(batch);
   // Small grids are not worth waking another thread.
   parallel_for(0, batch, kGrain / patches + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) plan.images[b] = dilate(mask + b * patches, grid, padding);
+    for (int64_t b = begin; b < end; ++b) {
+      const uint8_t* own = avoid == nullptr ? nullptr : avoid + b * patches;
+      plan.images[b] = dilate(mask + b * patches, own, grid, padding);
+    }
   });
   const int most = source == lbdt::kMean ? lbdt::kMeanOf : 1;
   for (int64_t b = 0; b < batch; ++b) {
@@ -143,11 +161,16 @@ Plan make_plan(const Call& call, const uint8_t* mask, const float* u, int paddin
       } else if (source == lbdt::kRandom) {
         const int rank = lbdt::pick(number, image.free);
         plan.from[0][i] =
-            call.in.at(lbdt::select_free(image.masked.data(), image.before.data(), grid.words(), rank), grid);
-      } else if (source == lbdt::kNearest) {
-        find_nearest<1>(call, image, p, i, plan);
-      } else {
+            call.in.at(lbdt::select_free(image.closed(), image.before.data(), grid.words(), rank), grid);
+      } else if (source == lbdt::kMean) {
         find_nearest<lbdt::kMeanOf>(call, image, p, i, plan);
+      } else {
+        const int beside = source == lbdt::kRow ? lbdt::nearest_in_row(image.closed(), grid, p) : -1;
+        if (beside < 0) {
+          find_nearest<1>(call, image, p, i, plan);
+        } else {
+          plan.from[0][i] = call.in.at(beside, grid);
+        }
       }
     }
   });
@@ -272,13 +295,14 @@ void replace(
     const Tensor mask,           // [B, N] bool, contiguous
     const Tensor u,              // [B, N] float32, contiguous
     std::optional<Tensor> bank,  // [B, M, d] dtype of x, contiguous
+    std::optional<Tensor> avoid,  // [B, N] bool, contiguous
     int64_t padding,
     int64_t source,
     Tensor out,       // like x; in place x itself
     Tensor replaced,  // [B, N] bool, contiguous
     bool in_place) {
-  STD_TORCH_CHECK(source >= lbdt::kRandom && source <= lbdt::kMean, "source: expected 0, 1 or 2, got ", source);
-  lbdt::check_replace_patches(x, mask, u, bank, padding, source != lbdt::kRandom, out, replaced, in_place);
+  STD_TORCH_CHECK(source >= lbdt::kRandom && source <= lbdt::kRow, "source: expected 0 to 3, got ", source);
+  lbdt::check_replace_patches(x, mask, u, bank, avoid, padding, source != lbdt::kRandom, out, replaced, in_place);
   if (x.numel() == 0) return;
   const int64_t height = x.size(2), width = x.size(3);
   const Grid grid{static_cast<int>(height), static_cast<int>(width)};
@@ -287,6 +311,7 @@ void replace(
       call,
       static_cast<const uint8_t*>(mask.const_data_ptr()),
       static_cast<const float*>(u.const_data_ptr()),
+      avoid ? static_cast<const uint8_t*>(avoid->const_data_ptr()) : nullptr,
       static_cast<int>(std::min(padding, std::max(height, width))),
       static_cast<int>(source),
       static_cast<bool*>(replaced.mutable_data_ptr()));
@@ -305,18 +330,19 @@ void replace(
 }
 
 void replace_patches_cpp(
-    const Tensor x, const Tensor mask, const Tensor u, std::optional<Tensor> bank, int64_t padding, int64_t source,
-    Tensor out, Tensor replaced) {
-  replace(x, mask, u, bank, padding, source, out, replaced, false);
+    const Tensor x, const Tensor mask, const Tensor u, std::optional<Tensor> bank, std::optional<Tensor> avoid,
+    int64_t padding, int64_t source, Tensor out, Tensor replaced) {
+  replace(x, mask, u, bank, avoid, padding, source, out, replaced, false);
 }
 
 void replace_patches_cpp_(
-    Tensor x, const Tensor mask, const Tensor u, std::optional<Tensor> bank, int64_t padding, int64_t source,
-    Tensor replaced) {
+    Tensor x, const Tensor mask, const Tensor u, std::optional<Tensor> bank, std::optional<Tensor> avoid,
+    int64_t padding, int64_t source, Tensor replaced) {
   const lbdt::Span written(x);
   if (bank) bank = lbdt::apart(*bank, written);
+  if (avoid) avoid = lbdt::apart(*avoid, written);
   replace(
-      x, lbdt::apart(mask, written), lbdt::apart(u, written), bank, padding, source, x, replaced, true);
+      x, lbdt::apart(mask, written), lbdt::apart(u, written), bank, avoid, padding, source, x, replaced, true);
 }
 
 }  // namespace

@@ -4,14 +4,16 @@
 // Eq.: METHOD.md, 4.1, 4.2 and 4.4; arXiv 2606.31699.
 // In place it reads and writes 2 * replaced * d * sizeof(element) bytes (6 * replaced * d for the mean of 5); the
 // functional op reads x and writes out once, 2 * B * N * d * sizeof(element); a block reads its image's N mask bytes
-// besides.
+// besides, and N of the patches to avoid where some are given.
 //
-// Every block builds its image's dilated mask in shared memory (8 bytes per 32 patches) rather than wait for another
-// launch to do it; what it then takes of the image is a range of channels (planes) or of patches (rows, channels last).
+// Every block builds its image's dilated mask in shared memory (8 bytes per 32 patches, 12 with patches to avoid)
+// rather than wait for another launch to do it; what it then takes of the image is a range of channels (planes) or of
+// patches (rows, channels last).
 // Donors lie outside of the mask, so no block reads what another one writes, in place too.
 
 #include "checks.h"
 #include "cuda_launch.h"
+#include "cuda_mask.h"
 #include "cuda_values.h"
 #include "replace_patches.h"
 
@@ -21,8 +23,7 @@
 namespace {
 
 using lbdt::Grid;
-using lbdt::near_in_column;
-using lbdt::near_in_row;
+using lbdt::Mask;
 using lbdt::Strides;
 using lbdt::to_sum;
 using lbdt::Vector;
@@ -30,7 +31,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 constexpr int kTile = kThreads;  // patches whose donors a block holds at once, one a thread
 constexpr int kBlocksPerUnit = 4;  // blocks to aim at per multiprocessor
 constexpr int kPlainShared = 48 << 10;  // beyond it a kernel must ask for its shared memory
@@ -41,6 +41,7 @@ struct Call {
   const bool* mask;  // [B, N]
   const float* u;    // [B, N]
   const void* bank;  // [B, M, d] or null
+  const bool* avoid;  // [B, N] or null
   bool* replaced;    // [B, N]
   Strides in, to;
   Grid grid;
@@ -50,64 +51,10 @@ struct Call {
   int chunks = 1, splits = 1, step = 1;  // step: channels or patches of a chunk
 };
 
-struct Mask {
-  const uint32_t* masked;
-  const int* before;
-  int free;
-};
-
-// The image's dilated mask in `shared` [2 * words], and the number of its free patches. All threads of the block.
-__device__ Mask build_mask(const Call& call, int64_t image, uint32_t* shared) {
-  const Grid grid = call.grid;
-  const int patches = grid.patches(), words = grid.words();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t* masked = shared;
-  uint32_t* rows = shared + words;
-  const bool* mask = call.mask + image * patches;
-  // A warp's 32 patches are one word.
-  for (int p = threadIdx.x; p < words * 32; p += kThreads) {
-    const uint32_t word = __ballot_sync(~0u, p >= patches || mask[p]);
-    if (lane == 0) masked[p / 32] = word;
-  }
-  __syncthreads();
-  if (call.padding > 0) {
-    for (int p = threadIdx.x; p < words * 32; p += kThreads) {
-      const uint32_t word = __ballot_sync(~0u, p >= patches || near_in_row(masked, grid, p, call.padding));
-      if (lane == 0) rows[p / 32] = word;
-    }
-    __syncthreads();
-    for (int p = threadIdx.x; p < words * 32; p += kThreads) {
-      const uint32_t word = __ballot_sync(~0u, p >= patches || near_in_column(rows, grid, p, call.padding));
-      if (lane == 0) masked[p / 32] = word;
-    }
-    __syncthreads();
-  }
-
-  // Exclusive prefix sum of the free patches, a run of words to each thread.
-  __shared__ int totals[kWarps];
-  int* before = reinterpret_cast<int*>(rows);
-  const int run = (words + kThreads - 1) / kThreads;
-  const int first = min(words, static_cast<int>(threadIdx.x) * run), last = min(words, first + run);
-  int own = 0;
-  for (int i = first; i < last; ++i) own += lbdt::count_bits(~masked[i]);
-  int sum = own;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(~0u, sum, distance);
-    if (lane >= distance) sum += other;
-  }
-  if (lane == 31) totals[warp] = sum;
-  __syncthreads();
-  int free = 0, place = sum - own;
-  for (int i = 0; i < kWarps; ++i) {
-    if (i < warp) place += totals[i];
-    free += totals[i];
-  }
-  for (int i = first; i < last; ++i) {
-    before[i] = place;
-    place += lbdt::count_bits(~masked[i]);
-  }
-  __syncthreads();
-  return {masked, before, free};
+__device__ Mask mask_of(const Call& call, int64_t image, uint32_t* shared) {
+  const int64_t first = image * call.grid.patches();
+  const bool* avoid = call.avoid == nullptr ? nullptr : call.avoid + first;
+  return lbdt::build_mask<kThreads>(call.mask + first, avoid, call.grid, call.padding, shared);
 }
 
 // Where the masked `patch` takes its values: offsets in its image of x, or in its image's bank when there is no free
@@ -120,10 +67,17 @@ __device__ void find_donors(const Call& call, const Mask& mask, int64_t image, i
     donors[0] = static_cast<int64_t>(lbdt::pick(u, call.bank_rows)) * call.channels;
   } else if (K == 1 && call.source == lbdt::kRandom) {
     const int rank = lbdt::pick(u, mask.free);
-    donors[0] = call.in.at(lbdt::select_free(mask.masked, mask.before, grid.words(), rank), grid);
+    donors[0] = call.in.at(lbdt::select_free(mask.closed, mask.before, grid.words(), rank), grid);
   } else {
+    if (K == 1 && call.source == lbdt::kRow) {
+      const int beside = lbdt::nearest_in_row(mask.closed, grid, patch);
+      if (beside >= 0) {
+        donors[0] = call.in.at(beside, grid);
+        return;
+      }
+    }
     int64_t best[K];
-    lbdt::nearest_free(mask.masked, grid, mask.free, patch, best);
+    lbdt::nearest_free(mask.closed, grid, mask.free, patch, best);
 #pragma unroll
     for (int k = 0; k < K; ++k)
       if (best[k] != lbdt::kNever) donors[k * kTile] = call.in.at(static_cast<int>(best[k] % grid.patches()), grid);
@@ -151,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, K == 1 ? 4 : 2) replace_planes_kerne
   const int chunk = blockIdx.x % call.chunks, split = blockIdx.x / call.chunks % call.splits;
   const int64_t image = blockIdx.x / call.chunks / call.splits;
   const int patches = call.grid.patches();
-  const Mask mask = build_mask(call, image, shared);
+  const Mask mask = mask_of(call, image, shared);
   const bool served = mask.free > 0 || call.bank != nullptr;
   const int count = min(K, max(1, mask.free));
 
@@ -221,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) replace_rows_kernel(const __grid_con
   const int patches = call.grid.patches();
   const int first = chunk * call.step, rows = min(call.step, patches - first);
   if (threadIdx.x == 0) taken_rows = 0;
-  const Mask mask = build_mask(call, image, shared);
+  const Mask mask = mask_of(call, image, shared);
   const bool served = mask.free > 0 || call.bank != nullptr;
   const int count = min(K, max(1, mask.free));
 
@@ -286,7 +240,7 @@ void launch(Call call, int64_t batch, bool rows, int units, cudaStream_t stream)
   const int64_t blocks = batch * call.chunks * call.splits;
   STD_TORCH_CHECK(blocks <= INT32_MAX, "x: expected fewer images, got ", batch);
   auto kernel = rows ? &replace_rows_kernel<T, V, K> : &replace_planes_kernel<T, V, K>;
-  const int shared = call.grid.words() * 2 * static_cast<int>(sizeof(uint32_t));
+  const int shared = call.grid.words() * (call.avoid ? 3 : 2) * static_cast<int>(sizeof(uint32_t));
   const int own = K * kTile * 8 + kTile * 24;  // at least the kernel's static part
   if (shared + own > kPlainShared)
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
@@ -328,13 +282,14 @@ void replace(
     const Tensor mask,           // [B, N] bool, contiguous
     const Tensor u,              // [B, N] float32, contiguous
     std::optional<Tensor> bank,  // [B, M, d] dtype of x, contiguous
+    std::optional<Tensor> avoid,  // [B, N] bool, contiguous
     int64_t padding,
     int64_t source,
     Tensor out,       // like x; in place x itself
     Tensor replaced,  // [B, N] bool, contiguous
     bool in_place) {
-  STD_TORCH_CHECK(source >= lbdt::kRandom && source <= lbdt::kMean, "source: expected 0, 1 or 2, got ", source);
-  lbdt::check_replace_patches(x, mask, u, bank, padding, source != lbdt::kRandom, out, replaced, in_place);
+  STD_TORCH_CHECK(source >= lbdt::kRandom && source <= lbdt::kRow, "source: expected 0 to 3, got ", source);
+  lbdt::check_replace_patches(x, mask, u, bank, avoid, padding, source != lbdt::kRandom, out, replaced, in_place);
   STD_TORCH_CHECK(x.size(1) <= INT32_MAX - kThreads, "x: expected fewer than 2^31 channels");
   if (x.numel() == 0) return;
   const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
@@ -345,6 +300,7 @@ void replace(
       .mask = static_cast<const bool*>(mask.const_data_ptr()),
       .u = static_cast<const float*>(u.const_data_ptr()),
       .bank = bank ? bank->const_data_ptr() : nullptr,
+      .avoid = avoid ? static_cast<const bool*>(avoid->const_data_ptr()) : nullptr,
       .replaced = static_cast<bool*>(replaced.mutable_data_ptr()),
       .in = strides(x),
       .to = strides(out),
@@ -377,18 +333,19 @@ void replace(
 }
 
 void replace_patches_cuda(
-    const Tensor x, const Tensor mask, const Tensor u, std::optional<Tensor> bank, int64_t padding, int64_t source,
-    Tensor out, Tensor replaced) {
-  replace(x, mask, u, bank, padding, source, out, replaced, false);
+    const Tensor x, const Tensor mask, const Tensor u, std::optional<Tensor> bank, std::optional<Tensor> avoid,
+    int64_t padding, int64_t source, Tensor out, Tensor replaced) {
+  replace(x, mask, u, bank, avoid, padding, source, out, replaced, false);
 }
 
 void replace_patches_cuda_(
-    Tensor x, const Tensor mask, const Tensor u, std::optional<Tensor> bank, int64_t padding, int64_t source,
-    Tensor replaced) {
+    Tensor x, const Tensor mask, const Tensor u, std::optional<Tensor> bank, std::optional<Tensor> avoid,
+    int64_t padding, int64_t source, Tensor replaced) {
   const lbdt::Span written(x);
   if (bank) bank = lbdt::apart(*bank, written);
+  if (avoid) avoid = lbdt::apart(*avoid, written);
   replace(
-      x, lbdt::apart(mask, written), lbdt::apart(u, written), bank, padding, source, x, replaced, true);
+      x, lbdt::apart(mask, written), lbdt::apart(u, written), bank, avoid, padding, source, x, replaced, true);
 }
 
 }  // namespace

@@ -32,6 +32,8 @@ _OTHERS = (
     "channels_last, nearest",
     "NCHW, mean",
     "channels_last, mean",
+    "NCHW, row",
+    "NCHW, nearest, avoid",
 )
 
 
@@ -129,8 +131,12 @@ def _detect(spec: Spec, shape: Shape, place: Place) -> TimedCase:
 
 
 def _replace(spec: Spec, shape: Shape, place: Place) -> TimedCase:
-    layout, source, *functional = spec.variant.split(", ")
+    layout, source, *more = spec.variant.split(", ")
+    functional = "functional" in more
     arguments = shapes.replacement(shape, spec.share, _LAYOUTS[layout], place) | {"source": source}
+    if "avoid" in more:
+        g = torch.Generator().manual_seed(place.seed)
+        arguments["avoid"] = (torch.rand(arguments["mask"].shape, generator=g) < 0.5).to(place.device)
     x = arguments["x"]
 
     def in_place(function: Callable, **more: Any) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -171,7 +177,7 @@ def _replace(spec: Spec, shape: Shape, place: Place) -> TimedCase:
         return int(replaced.sum())
 
     op = spec.op.rstrip("_") if functional else spec.op
-    size = replacement_floor(shape, replaced, place.dtype.itemsize, source, bool(functional))
+    size = replacement_floor(shape, replaced, place.dtype.itemsize, source, functional)
     return TimedCase(spec, versions, check, *size, ops.explain(op, **arguments).backend)
 
 

@@ -21,7 +21,7 @@ from lbdt.cli.options import (
     print_result,
     reported,
 )
-from lbdt.donors import DonorSource
+from lbdt.donors import AvoidedPatches, DonorSource
 
 if TYPE_CHECKING:
     from lbdt.editors import ConceptEraser
@@ -73,6 +73,10 @@ def command(
             help="Detected patches below which a picture is left; 1: off. Default: calibrated.",
         ),
     ] = None,
+    avoid: Annotated[
+        AvoidedPatches,
+        typer.Option(help="Whose patches are no donors: the erased concepts', or all known ones'."),
+    ] = AvoidedPatches.erased,
     target: Annotated[
         ReplacedPart, typer.Option(help="Replace the block's output, or what it adds to its input.")
     ] = ReplacedPart.output,
@@ -127,6 +131,7 @@ def command(
             "target": target.value,
             "detect_at": detect_at,
             "min_patches": min_patches,
+            "avoid": avoid.value,
             "selection": {key: value for key, value in selection.items() if value is not None},
         },
         rule=None if steering is None else steering.value,
@@ -190,7 +195,7 @@ def write_eraser(
     lines = [
         f"{'eraser':12}{out}, {size / 1e6:.1f} MB",
         f"{'hookpoint':12}{eraser.hookpoint}, {eraser.target} replaced, padding {eraser.padding}, "
-        f"source {eraser.source}",
+        f"source {eraser.source}, avoid {eraser.avoid}",
         f"{'concepts':12}{len(latents)}, {sum(map(len, latents.values()))} latents in all",
     ]
     if steering is not None:

@@ -36,6 +36,7 @@ def command(
         "hookpoint": loaded.hookpoint,
         "padding": loaded.padding,
         "source": loaded.source,
+        "avoid": loaded.avoid,
         "concepts": rows,
     }
     print_result(values, _table(values), as_json)

@@ -27,7 +27,7 @@ from lbdt.cli.options import (
     print_result,
     reported,
 )
-from lbdt.donors import DonorSource
+from lbdt.donors import AvoidedPatches, DonorSource
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +77,9 @@ def command(
             help="Detected patches below which the picture is left; 1: off. Default: the eraser's.",
         ),
     ] = None,
+    avoid: Annotated[
+        AvoidedPatches | None, typer.Option(help="Whose patches are no donors. Default: the eraser's.")
+    ] = None,
     steps: Annotated[
         int | None, counted(most=MOST_STEPS, help="Denoising steps. Default: 20, for kind sdxl 4.")
     ] = None,
@@ -97,9 +100,9 @@ def command(
         raise typer.BadParameter(
             "an eraser belongs to a pipeline: give --eraser with --model", param_hint="--eraser"
         )
-    if method is RemovalMethod.steering and not (padding is source is min_patches is None):
+    if method is RemovalMethod.steering and not (padding is source is min_patches is avoid is None):
         raise typer.BadParameter(
-            "--padding, --source and --min-patches are of --method per", param_hint="--method"
+            "--padding, --source, --min-patches and --avoid are of --method per", param_hint="--method"
         )
     if method is RemovalMethod.per and strength is not None:
         raise typer.BadParameter("is of --method steering: PER has no strength", param_hint="--strength")
@@ -118,6 +121,8 @@ def command(
         loaded.source = source.value
     if min_patches is not None:
         loaded.min_patches = min_patches
+    if avoid is not None:
+        loaded.avoid = avoid.value
     # An unknown concept is told from the dictionary alone, before gigabytes of pipeline are read.
     chosen = {name: loaded.select(name) for name in concept}
     pipe = pipeline_of(model, where)
@@ -206,9 +211,10 @@ def _table(values: dict[str, Any], loaded: UnetEditor, report: Report) -> list[s
     rows = max((step.rows for step in report.steps), default=0)
     seconds = values["seconds"]
     steps = report.steps
+    settings = (f"{name} {value}" for name, value in loaded.shown.items())
     edited = "patches steered" if values["method"] == "steering" else "patches replaced"
     lines = [
-        f"{'erased':22}{', '.join(values['concepts'])}, {', '.join(f'{name} {values[name]}' for name in loaded.SHOWN)}",
+        f"{'erased':22}{', '.join([*values['concepts'], *settings])}",
         f"{'hookpoint':22}{values['hookpoint']}",
         f"{'patches detected':22}{report.detected:.1%} of {len(steps)} steps' patches{_range(steps, 'detected')}",
         f"{edited:22}{report.replaced:.1%}{_range(steps, 'replaced')}",

@@ -63,6 +63,8 @@ class Editor(ABC):
     """The names of what is set by attribute, and saved."""
     SHOWN: ClassVar[tuple[str, ...]]
     """Those of `SETTINGS` that a table of results names."""
+    _ADDED: ClassVar[dict[str, Any]] = {}
+    """Settings that older files lack, and what these meant."""
     _EXAMPLE: ClassVar[str] = EXAMPLE
     """A hookpoint, for the errors about one."""
 
@@ -79,6 +81,12 @@ class Editor(ABC):
     def settings(self) -> dict[str, Any]:
         """Everything but the SAE and the dictionary, by name: a new dict."""
         return {name: getattr(self, name) for name in self.SETTINGS}
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The settings of `SHOWN`, by name: without those that older files lack, where they mean what these meant."""
+        given = {name: getattr(self, name) for name in self.SHOWN}
+        return {n: v for n, v in given.items() if n not in self._ADDED or v != self._ADDED[n]}
 
     @abstractmethod
     def attach(self, pipe: Any, concepts: Sequence[str] | Sequence[Sequence[str]]) -> Attachment:
@@ -102,7 +110,7 @@ class Editor(ABC):
         return ""
 
     def _in_words(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.SHOWN)
+        return ", ".join(f"{name}={value!r}" for name, value in self.shown.items())
 
     def _ran(self) -> str | None:
         """What a steering's report says of the rule."""
@@ -142,8 +150,6 @@ class UnetEditor(Editor):
 
     FILE: ClassVar[str]
     """The JSON file of the settings."""
-    _ADDED: ClassVar[dict[str, Any]] = {}
-    """Settings that older files lack, and what these meant."""
     _OTHERWISE: ClassVar[tuple[str, ...]] = ()
     """Files that are read instead of `FILE` where there is none."""
 
@@ -360,11 +366,17 @@ class UnetEditor(Editor):
         return (
             self.sae.encoder.weight.detach().index_select(0, order),
             self.sae.folded_bias()[order],
-            order.argsort().cpu()[columns.latents],
-            self.sae.to_pre_activation(columns.thresholds, columns.latents),
+            *self._detected(columns, order),
             self.dictionary.timesteps.float(),
             columns.enabled,
             torch.tensor(seeds, dtype=torch.int64),
+        )
+
+    def _detected(self, columns: LatentColumns, order: Tensor) -> tuple[Tensor, Tensor]:
+        """The columns' latents as places in `order`, and their thresholds on pre-activations."""
+        return (
+            order.argsort().cpu()[columns.latents],
+            self.sae.to_pre_activation(columns.thresholds, columns.latents),
         )
 
     @abstractmethod

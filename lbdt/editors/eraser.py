@@ -10,11 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from lbdt.dictionary import ConceptDictionary
-from lbdt.donors import SOURCES
+from lbdt.donors import AVOIDED, SOURCES, AvoidedPatches
 from lbdt.editors.attachment import LatentColumns, check_hookpoint, choice
 from lbdt.editors.editor import UnetEditor
 from lbdt.hooks import lookup
-from lbdt.hooks.detection_plan import MOST_PADDING, TARGETS, CallState, DetectionOptions, ErasePlan, Gate
+from lbdt.hooks.detection_plan import (
+    MOST_PADDING,
+    TARGETS,
+    CallState,
+    DetectionOptions,
+    ErasePlan,
+    Gate,
+    KnownLatents,
+)
 from lbdt.hooks.recorder import Recorder
 from lbdt.ops.detect_patches import MOST_PATCHES
 from lbdt.runs.reading import brief
@@ -35,9 +43,9 @@ class ConceptEraser(UnetEditor):
 
     KIND = "eraser"
     FILE = "eraser.json"
-    SETTINGS = ("hookpoint", "padding", "source", "selection", "target", "detect_at", "min_patches")
-    _ADDED = {"min_patches": None}
-    SHOWN = ("padding", "source")
+    SETTINGS = ("hookpoint", "padding", "source", "selection", "target", "detect_at", "min_patches", "avoid")
+    _ADDED = {"min_patches": None, "avoid": AvoidedPatches.erased.value}
+    SHOWN = ("padding", "source", "avoid")
 
     def __init__(
         self,
@@ -51,6 +59,7 @@ class ConceptEraser(UnetEditor):
         target: str = "output",
         detect_at: str | None = None,
         min_patches: int | None = None,
+        avoid: str = "erased",
     ) -> None:
         """
         Args:
@@ -59,19 +68,24 @@ class ConceptEraser(UnetEditor):
             dictionary: made with that SAE.
             hookpoint: the block whose output is overwritten, e.g. "unet.up_blocks.1.attentions.1".
             padding: the mask grows by this Chebyshev distance (patches), >= 0.
-            source: donors: "random" undetected patch | "nearest" one | "mean" of the 5 nearest.
+            source: donors: "random" undetected patch | "nearest" one | "mean" of the 5 nearest | "row": the nearest
+                of the same row of the grid, or where that has none, of all.
             selection: keywords of `ConceptDictionary.select`; None: its defaults.
             target: what is replaced: the block's "output" or its "update".
             detect_at: the block that the SAE looks at, if another one, on the same grid and earlier in the UNet.
             min_patches: the gate (METHOD.md, 2.5): an image with fewer detected patches of a concept in a UNet call is
                 not treated for it there, and without any concept left keeps its bits. None: as the dictionary was
                 calibrated, for concepts whose latents and thresholds are those it was calibrated with; else 1: off.
+            avoid: whose detected patches are no donors: those of the "erased" concepts | "known": of every concept of
+                the dictionary, so that nothing is painted over with pieces of what stands beside it. That is a second
+                detection in every UNet call, by the latents of all concepts: it costs more the more concepts there are
+                and the more of the map they cover, in the images in which something is replaced.
 
         Raises:
             ValueError, TypeError: the argument, what was expected, what was given.
         """
         self.padding, self.source, self.target, self.detect_at = padding, source, target, detect_at
-        self.min_patches = min_patches
+        self.min_patches, self.avoid = min_patches, avoid
         super().__init__(sae, dictionary, hookpoint, selection)
 
     def save_pretrained(
@@ -111,6 +125,7 @@ class ConceptEraser(UnetEditor):
                 raise ValueError(f"min_patches: expected 1 <= min_patches <= {MOST_PATCHES}, got {least}")
         choice("source", self.source, SOURCES)
         choice("target", self.target, TARGETS)
+        choice("avoid", self.avoid, AVOIDED)
 
     def _blocks(self, unet: nn.Module) -> list[nn.Module]:
         blocks = super()._blocks(unet)
@@ -131,11 +146,19 @@ class ConceptEraser(UnetEditor):
             source=self.source,
             target=self.target,
             gate=self._gate(columns.selections),
+            known=self._known_latents(columns.selections) if self.avoid == AvoidedPatches.known else None,
         )
 
     def _digested(self) -> list[Any]:
         gate = self._gate({name: self.select(name) for name in self.concepts})
-        return [] if gate is None else ["gate", gate.least, str(gate.least_of)]
+        parts = [] if gate is None else ["gate", gate.least, str(gate.least_of)]
+        return parts if self.avoid == AvoidedPatches.erased else [*parts, f"avoid={self.avoid}"]
+
+    def _known_latents(self, selections: Mapping[str, Selection]) -> KnownLatents:
+        """The latents of every concept of the dictionary, by `selections` where it is among them."""
+        chosen = {n: selections[n] if n in selections else self.select(n) for n in self.concepts}
+        columns = LatentColumns.of([], chosen, len(self.dictionary.timesteps))
+        return KnownLatents.of(*self._detected(columns, self.dictionary.firing_order()))
 
     def _gate(self, selections: Mapping[str, Selection]) -> Gate | None:
         """The gate of the selections' columns; None where it is off."""

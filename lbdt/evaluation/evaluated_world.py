@@ -59,7 +59,7 @@ class EvaluatedKind:
     guidance: float | None
     """None: the pipeline's own."""
     per: Callable[..., ConceptEraser]
-    """Makes the eraser, by the keywords `padding`, `source` and `min_patches`; all may be left out."""
+    """Makes the eraser, by the keywords `padding`, `source`, `avoid` and `min_patches`; all may be left out."""
     steering: Callable[..., Steering] | None = None
     """Makes the baseline, by the keyword `strength`; without it, of the shipped one. None: no baseline."""
     strengths: tuple[float, ...] = ()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from lbdt.donors import SOURCES
+from lbdt.donors import AVOIDED, SOURCES
 from lbdt.evaluation.concept_texts import ConceptTexts
 from lbdt.evaluation.evaluated_world import EvaluatedKind, EvaluatedWorld
 from lbdt.evaluation.jobs import Design, Job, empties, erased_together, pairs, targets, together, unedited
@@ -35,8 +35,7 @@ class SeriesPlan:
     @cached_property
     def per_settings(self) -> dict[str, Any]:
         """Settings of the eraser as it comes: those of the main row."""
-        eraser = self.kind.per()
-        return {name: eraser.settings[name] for name in eraser.SHOWN}
+        return self.kind.per().shown
 
     @cached_property
     def gated(self) -> bool:
@@ -117,10 +116,13 @@ class SeriesPlan:
         return self._base("scored", [*_flat(self.scored_jobs), *_flat(self.ablation_jobs)])
 
     def ablation(self) -> list[Series]:
-        """PER with every padding, then with every source; the main row's settings are in `scored` already."""
+        """PER with every padding, then with every source, then with the other patches avoided; the main row's settings
+        are in `scored` already."""
         jobs = _flat(self.ablation_jobs)
         settings = [{**self.per_settings, "padding": padding} for padding in PADDINGS]
         settings += [{**self.per_settings, "source": source} for source in SOURCES]
+        avoided = self.kind.per().avoid
+        settings += [{**self.per_settings, "avoid": other} for other in AVOIDED if other != avoided]
         return [
             self._series("ablation", "per", each, jobs)
             if each != self.per_settings

@@ -1,12 +1,12 @@
 """The figures of a finished evaluation, as one JSON-like value that the report is written from.
 
-    {"about": ..., "kinds": {NAME: {"sampling", "rows", "sweep", "padding", "sources", "together",
+    {"about": ..., "kinds": {NAME: {"sampling", "rows", "sweep", "padding", "sources", "avoid", "together",
     "per concept", "AR per style", "ratio", "activations", "grid"}}, "cost": ...}
 
 A row that cannot be is there with a "note" that says why, and without figures.
 
 Metrics are per cent, Frechet distances and CLIP scores in their own unit, each `{"mean", "low", "high",
-"seeds"}` or None (not measured). "replaced" of "padding" and "sources" is the mean over the timesteps of what
+"seeds"}` or None (not measured). "replaced" of "padding", "sources" and "avoid" is the mean over the timesteps of what
 "ratio" has; elsewhere it is of all patches of the pictures' batches, both halves of guidance.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbdt.donors import SOURCES
+from lbdt.donors import AVOIDED, SOURCES
 from lbdt.evaluation.evaluation import Evaluation
 from lbdt.evaluation.generation import generate
 from lbdt.evaluation.jobs import Job, unedited
@@ -91,9 +91,9 @@ def _ablation(evaluation: Evaluation, plan: SeriesPlan, base: VerdictColumns) ->
         rows.append(_row("per", each.settings, result) | {"replaced": estimate([share])})
         if number < len(PADDINGS):
             ratio[str(each.settings["padding"])] = steps
-    count = len(PADDINGS)
-    assert len(rows) == count + len(SOURCES)
-    return {"padding": rows[:count], "sources": rows[count:], "ratio": ratio}
+    count, end = len(PADDINGS), len(PADDINGS) + len(SOURCES)
+    assert len(rows) == end + len(AVOIDED) - 1
+    return {"padding": rows[:count], "sources": rows[count:end], "avoid": rows[end:], "ratio": ratio}
 
 
 def replaced_by_step(evaluation: Evaluation, series: Series, jobs: set[Job]) -> list[dict[str, float]]:

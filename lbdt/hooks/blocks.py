@@ -52,7 +52,7 @@ class TimestepHook(_Hook):
             timesteps = args[0] if args else next(iter(kwargs.values()))
             self.plan.check_call(self.state, timesteps.shape[0])
             self.state.timesteps = timesteps
-            self.state.rows = self.state.mask = self.state.sums = self.state.gated = None
+            self.state.rows = self.state.mask = self.state.avoid = self.state.sums = self.state.gated = None
         return args, kwargs
 
 
@@ -119,7 +119,7 @@ class _TargetHook(_InputHook):
         rows = self.plan.rows(self.state)
         state = self.state
         self.recorder.add(rows.timesteps, mask, changed, state.sums, height, width, rows.halves, state.gated)
-        state.timesteps = state.rows = state.mask = state.sums = state.gated = state.grid = None
+        state.timesteps = state.rows = state.mask = state.avoid = state.sums = state.gated = state.grid = None
 
 
 class EraseHook(_TargetHook):

@@ -63,6 +63,24 @@ class Gate(NamedTuple):
     """The patches of the maps that `least` counts on; 0: of whatever map."""
 
 
+class KnownLatents(NamedTuple):
+    """What detects every concept that a dictionary knows: on its patches there is no donor (METHOD.md, 4.2)."""
+
+    latents: Tensor
+    """[V] int64, each once."""
+    thresholds: Tensor
+    """[T, V] float32, on pre-activations: the lowest of its concepts'."""
+
+    @classmethod
+    def of(cls, latents: Tensor, thresholds: Tensor) -> KnownLatents:
+        """Made from columns [V'] and [T, V'], in which a latent may come twice."""
+        own, place = latents.unique(return_inverse=True)
+        lowest = thresholds.new_full((thresholds.shape[0], own.shape[0]), torch.inf)
+        # A patch passes one of several thresholds iff it passes the lowest.
+        lowest.scatter_reduce_(1, place.expand_as(thresholds), thresholds, "amin")
+        return cls(own, lowest)
+
+
 class CallState:
     """What a UNet call hands from its timestep embedding to the hooked blocks; nothing outlives the call."""
 
@@ -71,6 +89,7 @@ class CallState:
         self.timesteps: Tensor | None = None  # [B]
         self.rows: CallRows | None = None
         self.mask: Tensor | None = None  # [B, N], of detect_at
+        self.avoid: Tensor | None = None  # [B, N], patches that are no donors
         self.sums: Tensor | None = None  # [B, N], of what is looked at
         self.gated: Tensor | None = None  # [B], patches that the gate took
         self.grid: tuple[int, int] | None = None
@@ -229,14 +248,36 @@ class ErasePlan(DetectionPlan):
         source: str,
         target: str,
         gate: Gate | None = None,
+        known: KnownLatents | None = None,
     ) -> None:
         super().__init__(options, *tensors, gate=gate)
+        self.known = known
         self.bank, self.padding, self.source, self.target = bank, padding, source, target
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves the tensors; `dtype` is that of the activations, which the encoder rows and the bank take."""
         super().to(device, dtype)
         self.bank = None if self.bank is None else self.bank.to(device, dtype)
+        self.known = None if self.known is None else KnownLatents(*(t.to(device) for t in self.known))
+
+    def detect(self, x: Tensor, minus: Tensor | None, state: CallState) -> Tensor:
+        """As `DetectionPlan.detect`; where patches of known concepts are no donors, keeps which they are too."""
+        mask = super().detect(x, minus, state)
+        if self.known is not None:
+            # Without a patch to replace a row needs no donor: with no latent enabled it has no candidate to rank.
+            enabled = mask.any(1, keepdim=True).expand(-1, self.known.latents.shape[0])
+            state.avoid = ops.detect_patches(
+                x,
+                self.weight,
+                self.bias,
+                self.known.latents,
+                self.known.thresholds,
+                self.rows(state).bins,
+                enabled,
+                self.options.k,
+                minus,
+            )
+        return mask
 
     def replace(
         self, x: Tensor, mask: Tensor, height: int, width: int, state: CallState
@@ -245,7 +286,7 @@ class ErasePlan(DetectionPlan):
         rows = self.rows(state)
         u = ops.patch_uniform(rows.seeds, state.timesteps, rows.half, mask.shape[1])
         bank = None if self.bank is None else self.bank.index_select(0, rows.bins)
-        return ops.replace_patches(x, mask, u, height, width, self.padding, self.source, bank)
+        return ops.replace_patches(x, mask, u, height, width, self.padding, self.source, bank, state.avoid)
 
 
 def check_lengths(plan: DetectionPlan, images: int, prompts: int | None) -> None:

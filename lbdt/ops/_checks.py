@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _STRIDED = torch.strided
-_OPTIONAL = ("minus", "bank", "sums", "owners", "least", "deciding", "gated")
+_OPTIONAL = ("minus", "bank", "avoid", "sums", "owners", "least", "deciding", "gated")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

@@ -19,17 +19,19 @@ def replace_patches(
     padding: int = 0,
     source: str = "random",
     bank: Tensor | None = None,  # [B, M, d]
+    avoid: Tensor | None = None,  # [B, N]
 ) -> tuple[Tensor, Tensor]:  # like x, [B, N]
     """`x` with the dilated mask overwritten by patches from outside it; and which were overwritten.
 
     Eq. (METHOD.md, 4.1, 4.2 and 4.4): the mask grows by Chebyshev distance `padding`;
     then `src = free[floor(u * n_free)]` with `free` the image's patches outside, in order ("random"); or the
-    patch of `free` at the smallest Euclidean grid distance ("nearest"); or the mean of the 5 nearest in
-    float32 ("mean"); ties go to the lowest index. A u outside of [0, 1), NaN included, picks an end. An image without
+    patch of `free` at the smallest Euclidean grid distance ("nearest"), of the same row of the grid where that has one
+    ("row"); or the mean of the 5 nearest in float32 ("mean"); ties go to the lowest index. A u outside of [0, 1), NaN
+    included, picks an end. Patches of `avoid` leave `free` in the images where others are left in it. An image without
     free patches takes `bank[floor(u * M)]`, or stays as it is when `bank` is None. arXiv 2606.31699.
     """
     out = x.clone()
-    replaced = replace_patches_(out, mask, u, height, width, padding, source, bank)
+    replaced = replace_patches_(out, mask, u, height, width, padding, source, bank, avoid)
     return out, replaced
 
 
@@ -42,22 +44,28 @@ def replace_patches_(
     padding: int = 0,
     source: str = "random",
     bank: Tensor | None = None,  # [B, M, d]
+    avoid: Tensor | None = None,  # [B, N]
 ) -> Tensor:  # [B, N]
     """`replace_patches` (same Eq.) in place on `x`; returns which patches were overwritten."""
     batch, channels = x.shape[:2]
     if x.numel() == 0:
         return torch.zeros_like(mask)
     masked = dilate(mask, height, width, padding)
-    free_count = (~masked).sum(dim=1, keepdim=True)  # [B, 1]
+    closed = masked  # no donors
+    if avoid is not None:
+        both = masked | avoid
+        closed = torch.where(both.all(dim=1, keepdim=True), masked, both)
+    free_count = (~closed).sum(dim=1, keepdim=True)  # [B, 1]
     has_free = free_count > 0
     rows = x.flatten(2)
 
     if source == DonorSource.random:
         # A stable sort puts the free patches first, in patch order.
-        free = masked.to(torch.uint8).argsort(dim=1, stable=True)
+        free = closed.to(torch.uint8).argsort(dim=1, stable=True)
         donors = _gather(rows, free.gather(1, _pick(u, free_count.clamp(min=1))))
     else:
-        donors = _near(rows, masked, height, width, 1 if source == DonorSource.nearest else MEAN_OF)
+        number = MEAN_OF if source == DonorSource.mean else 1
+        donors = _near(rows, closed, height, width, number, source == DonorSource.row)
     if bank is None:
         replaced = masked & has_free
     else:
@@ -90,8 +98,11 @@ def _gather(rows: Tensor, index: Tensor) -> Tensor:
     return rows.gather(2, index.unsqueeze(1).expand(-1, rows.shape[1], -1))
 
 
-def _near(rows: Tensor, masked: Tensor, height: int, width: int, number: int) -> Tensor:
-    """Mean of the up to `number` nearest free patches of every patch, summed nearest first; [B, d, N]."""
+def _near(rows: Tensor, closed: Tensor, height: int, width: int, number: int, beside: bool) -> Tensor:
+    """Mean of the up to `number` nearest patches outside of `closed` of every patch, summed nearest first; [B, d, N].
+
+    `beside`: those of the same row of the grid come before all others.
+    """
     batch, channels, patches = rows.shape
     place = torch.arange(patches, device=rows.device)
     y, x = place // width, place % width
@@ -103,9 +114,12 @@ def _near(rows: Tensor, masked: Tensor, height: int, width: int, number: int) ->
     for start in range(0, patches, size):
         part = slice(start, start + size)
         distance = (y[part, None] - y) ** 2 + (x[part, None] - x) ** 2  # [P, N]
+        if beside:
+            # Within a row squared distances stay below the width's square.
+            distance = distance + (y[part, None] != y) * width**2
         # The index in the low digits makes every key unique and breaks ties to the lowest.
         key = (distance * patches + place).expand(batch, -1, -1)
-        key, index = key.masked_fill(masked.unsqueeze(1), never).topk(
+        key, index = key.masked_fill(closed.unsqueeze(1), never).topk(
             number, dim=2, largest=False, sorted=True
         )
         valid = (key != never).to(dtype).unsqueeze(1)  # [B, 1, P, number]

@@ -9,14 +9,14 @@ from lbdt.testing import DTYPES
 from tests import backends, toy
 from tests.repeats import MISALIGNED, repeats
 
-SOURCES = ("random", "nearest", "mean")
+SOURCES = ("random", "nearest", "mean", "row")
 every_backend = backends.every_backend("cpp")
 
 
-def arguments(source="random", bank=False, rate=0.3, shape=(2, 3, 3, 4)):
+def arguments(source="random", bank=False, rate=0.3, shape=(2, 3, 3, 4), avoid=None):
     g = torch.Generator().manual_seed(0)
     patches = shape[2] * shape[3]
-    return {
+    given = {
         "x": torch.randn(shape, generator=g, dtype=torch.float64),
         "mask": torch.rand(shape[0], patches, generator=g) < rate,
         "u": torch.rand(shape[0], patches, generator=g),
@@ -26,6 +26,7 @@ def arguments(source="random", bank=False, rate=0.3, shape=(2, 3, 3, 4)):
         "source": source,
         "bank": torch.randn(shape[0], 2, shape[1], generator=g, dtype=torch.float64) if bank else None,
     }
+    return given if avoid is None else given | {"avoid": torch.rand(shape[0], patches, generator=g) < avoid}
 
 
 ROWS = [
@@ -35,6 +36,8 @@ ROWS = [
     pytest.param({"rate": 2.0, "bank": True}, id="full-mask-bank"),
     pytest.param({"rate": 0.9, "bank": True}, id="few-donors"),
     pytest.param({"shape": (0, 3, 3, 4)}, id="no-image"),
+    pytest.param({"avoid": 0.4}, id="avoid-some"),
+    pytest.param({"avoid": 2.0, "rate": 0.6, "bank": True}, id="avoid-all"),
 ]
 
 

@@ -89,6 +89,7 @@ def test_values_have_every_part(whole):
             "sweep",
             "padding",
             "sources",
+            "avoid",
             "together",
             "per concept",
             "AR per style",
@@ -109,10 +110,11 @@ def test_values_have_every_part(whole):
         check_row(row, 1)
     assert [row["chosen"] for row in values["sweep"]].count(True) == 1
     assert [row["method"] for row in values["sweep"]] == ["steering", "steering", "per"]
-    for row in (*values["padding"], *values["sources"]):
+    for row in (*values["padding"], *values["sources"], *values["avoid"]):
         check_row(row, 1, "per")
     assert [row["settings"]["padding"] for row in values["padding"]] == [0, 1, 2, 3]
-    assert [row["settings"]["source"] for row in values["sources"]] == ["random", "nearest", "mean"]
+    assert [row["settings"]["source"] for row in values["sources"]] == ["random", "nearest", "mean", "row"]
+    assert [row["settings"]["avoid"] for row in values["avoid"]] == ["known"]
     found = [(row["method"], row["order"], row["erased"]) for row in values["together"]]
     assert found == [
         ("steering", "at once", ["Dogs"]),

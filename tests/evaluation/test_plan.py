@@ -86,14 +86,15 @@ def test_the_base_has_every_prompt_of_the_rows_once_with_nothing_erased():
 
 def test_paddings_and_sources_use_the_main_row_where_it_is_the_same():
     of = plan(own=1, others=1)
-    paddings, sources = of.ablation()[:4], of.ablation()[4:]
+    paddings, sources, avoided = of.ablation()[:4], of.ablation()[4:8], of.ablation()[8:]
+    assert [dict(s.settings) for s in avoided] == [{"padding": 1, "source": "random", "avoid": "known"}]
     assert [s.settings["padding"] for s in paddings] == [0, 1, 2, 3]
     assert {s.settings["source"] for s in paddings} == {"random"}
-    assert [s.settings["source"] for s in sources] == ["random", "nearest", "mean"]
+    assert [s.settings["source"] for s in sources] == ["random", "nearest", "mean", "row"]
     assert {s.settings["padding"] for s in sources} == {1}
     assert paddings[1] == sources[0] == of.scored(None)[-1]
     wanted = {job for jobs in of.ablation_jobs.values() for job in jobs}
-    assert all(wanted <= set(s.jobs) for s in (*paddings, *sources))
+    assert all(wanted <= set(s.jobs) for s in (*paddings, *sources, *avoided))
     assert {job.prompt.seed // 1000 for job in wanted} == {of.seeds[0]}, "of the first seed"
 
 

@@ -225,5 +225,5 @@ def test_what_is_not_the_protocol_s_is_refused_when_it_is_loaded(folder):
         swapped.judge(CPU)
     with pytest.raises(ValueError, match="expected a file style50.safetensors or style50.pth"):
         find_classifier(folder / "base", "style50")
-    with pytest.raises(TypeError, match="strength: expected some of padding, source, min_patches"):
+    with pytest.raises(TypeError, match="strength: expected some of padding, source, avoid, min_patches"):
         world(folder).kinds["saeuron"].per(strength=1)

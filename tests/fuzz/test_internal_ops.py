@@ -39,8 +39,9 @@ def internal_case(random):
         "mask": mask,
         "u": u,
         "bank": bank,
+        "avoid": random.choice((None, bools(random, (batch, count)))),
         "padding": random.randint(0, 3),
-        "source": random.randint(0, 2),
+        "source": random.randint(0, 3),
     }
     return random.choice(
         (

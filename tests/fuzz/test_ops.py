@@ -35,6 +35,7 @@ def replace_case(random):
         "padding": random.choice((0, 0, 1, 2, 9, 2**40)),
         "source": random.choice(SOURCES),
         "bank": bank and floats(random, (batch, random.randint(1, 3), channels), bank),
+        "avoid": random.choice((None, bools(random, (batch, height * width)))),
     }
     return {n: laid_out(random, v) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
 

@@ -15,6 +15,7 @@ SETTINGS = [
     pytest.param({}, {}, id="plain"),
     pytest.param({"k": 4, "threshold": 0.05}, {}, id="rank-test"),
     pytest.param({"source": "mean", "bank": True}, {"keep_masks": True}, id="mean-bank-masks"),
+    pytest.param({"source": "row", "avoid": "known", "k": 4, "threshold": 0.05}, {}, id="row-avoid-known"),
     pytest.param(
         {"source": "nearest", "update": True}, {"rows": "cond", "steps": (1, 3)}, id="update-window"
     ),
@@ -76,7 +77,7 @@ def test_no_host_sync(settings, attach):
 
 
 @on_gpu
-@pytest.mark.parametrize(("settings", "attach"), SETTINGS[:3])
+@pytest.mark.parametrize(("settings", "attach"), SETTINGS[:4])
 def test_a_cuda_graph_replays_the_hook(settings, attach):
     pipe, eraser = pipe_on(DEVICE, settings)
     with eraser.attach(pipe, ["Cats"], **attach) as attached, torch.no_grad():

@@ -20,6 +20,8 @@
 
 #undef __launch_bounds__
 #define __launch_bounds__(...)
+#undef __shared__
+#define __shared__ static
 #undef __global__
 #define __global__
 #undef __grid_constant__
@@ -126,6 +128,15 @@ struct NoGuard {
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::wait(emulation::block_group); }
+
+inline int __syncthreads_or(int value) {
+  emulation::lanes[emulation::current] = value;
+  emulation::wait(emulation::block_group);
+  int any = 0;
+  for (int t = 0; t < emulation::threads; ++t) any |= emulation::lanes[t] != 0;
+  emulation::wait(emulation::block_group);
+  return any;
+}
 
 inline unsigned __ballot_sync(unsigned, bool bit) {
   const int thread = emulation::current, first = thread / 32 * 32;

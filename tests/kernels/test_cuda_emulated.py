@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 EDITS = [  # pattern, replacement, how often in replace_patches.cu and patch_uniform.cu
     (r"extern __shared__ uint32_t shared\[\];", "uint32_t* shared = emulation::dynamic_shared();", (2, 0)),
-    (r"__shared__ ", "static ", (4, 0)),
+    (r"__shared__ ", "static ", (3, 0)),
     (r"([\w<>]+)<<<(.+), (\w+), (\w+), (.+)>>>\(", r"emulation::launch(\2, \3, \4, \1, ", (1, 1)),
     (r"torch::stable::accelerator::DeviceGuard", "emulation::NoGuard", (1, 1)),
     (r'#include "cuda_launch.h"', '#include "emulate_cuda.h"', (1, 1)),
@@ -63,7 +63,9 @@ def library(tmp_path_factory):
     definitions._destroy()
 
 
-def inputs(B=2, d=16, H=8, W=8, rate=0.2, dtype=torch.float32, padding=1, source="random", bank=0, seed=0):
+def inputs(
+    B=2, d=16, H=8, W=8, rate=0.2, dtype=torch.float32, padding=1, source="random", bank=0, seed=0, avoid=None
+):
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(B, H * W, generator=g) < rate
     if bank:
@@ -79,6 +81,7 @@ def inputs(B=2, d=16, H=8, W=8, rate=0.2, dtype=torch.float32, padding=1, source
         "padding": padding,
         "source": source,
         "bank": torch.randn(B, bank, d, generator=g).to(dtype) if bank else None,
+        "avoid": None if avoid is None else torch.rand(B, H * W, generator=g) < avoid,
     }
 
 
@@ -120,6 +123,13 @@ ROWS = [
     pytest.param({"d": 24, "H": 16, "W": 16, "rate": 0.1}, 2, id="one-tile-many-chunks"),
     pytest.param({"B": 1, "d": 5, "H": 20, "W": 28, "rate": 0.1}, 2, id="tiles-split-between-blocks"),
     pytest.param({"B": 1, "d": 4, "H": 23, "W": 31, "rate": 0.9, "padding": 0}, 1, id="odd-tiles-few-donors"),
+    pytest.param({"avoid": 0.3}, 1, id="avoid-some"),
+    pytest.param({"avoid": 2.0}, 1, id="avoid-all"),
+    pytest.param({"avoid": 0.0, "bank": 3}, 1, id="avoid-none-bank-of-one-image"),
+    pytest.param(
+        {"avoid": 0.8, "rate": 0.6, "B": 5, "H": 3, "W": 5, "padding": 0}, 2, id="avoid-all-in-some"
+    ),
+    pytest.param({"avoid": 0.9, "B": 1, "d": 4, "H": 23, "W": 31, "padding": 0}, 2, id="avoid-odd-tiles"),
 ]
 
 
@@ -150,7 +160,7 @@ def test_replace_patches_every_dtype_and_layout(dtype, source, library):
 @pytest.mark.parametrize("source", replace.SOURCES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_replace_patches_misaligned(dtype, source, library):
-    arguments = inputs(dtype=dtype, source=source, bank=2)
+    arguments = inputs(dtype=dtype, source=source, bank=2, avoid=0.3)
     for x in misaligned(arguments["x"]).values():
         check(library, {**arguments, "x": x}, units=2)
 
@@ -183,7 +193,15 @@ def test_replace_patches_bank_in_x(library):
 
 def test_bad_arguments_are_refused(library):
     given, replaced = replace._cpp_arguments(*inputs(bank=3).values()), torch.zeros(2, 64, dtype=torch.bool)
-    bad = {0: given[0].int(), 1: given[1][:, :9], 2: given[2].double(), 3: given[3].half(), 4: -1, 5: 3}
+    bad = {
+        0: given[0].int(),
+        1: given[1][:, :9],
+        2: given[2].double(),
+        3: given[3].half(),
+        4: given[1][:1],
+        5: -1,
+        6: 4,
+    }
     for place, value in bad.items():
         with pytest.raises(RuntimeError, match="expected"):
             changed = (*given[:place], value, *given[place + 1 :])
@@ -196,6 +214,7 @@ def test_bad_arguments_are_refused(library):
 
 def test_replace_patches_a_mask_of_more_words_than_threads(library):
     check(library, inputs(B=1, d=2, H=92, W=94, rate=0.005, padding=3), units=2)
+    check(library, inputs(B=1, d=2, H=92, W=94, rate=0.005, source="row", avoid=0.5), units=2)
 
 
 DTYPES_OF_TIME = [*DTYPES, torch.int32, torch.int64]

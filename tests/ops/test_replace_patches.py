@@ -11,7 +11,7 @@ from tests import backends
 from tests.backends import DEVICE, HAS_CPP, on_device
 from tests.layouts import bits, misaligned
 
-SOURCES = ("random", "nearest", "mean")
+SOURCES = ("random", "nearest", "mean", "row")
 every_backend = backends.every_backend("cpp")
 
 
@@ -22,14 +22,16 @@ def dilated(mask, H, W, padding):
     return torch.tensor(near, dtype=torch.bool)
 
 
-def literal(x, mask, u, height, width, padding=0, source="random", bank=None):
+def literal(x, mask, u, height, width, padding=0, source="random", bank=None, avoid=None):
     """METHOD.md, 4.1, 4.2 and 4.4, patch by patch, in float64 on the CPU."""
-    x, mask, u, bank = (None if t is None else t.cpu() for t in (x, mask, u, bank))
+    x, mask, u, bank, avoid = (None if t is None else t.cpu() for t in (x, mask, u, bank, avoid))
     flat = x.flatten(2).double()
     out, replaced = flat.clone(), torch.zeros_like(mask)
     for b in range(x.shape[0]):
         grown = dilated(mask[b], height, width, padding)
         free = (~grown).nonzero().flatten().tolist()
+        if avoid is not None:
+            free = [q for q in free if not avoid[b, q]] or free
         for p in grown.nonzero().flatten().tolist():
             if not free and bank is None:
                 continue
@@ -40,8 +42,9 @@ def literal(x, mask, u, height, width, padding=0, source="random", bank=None):
                 out[b, :, p] = flat[b, :, free[int(u[b, p] * len(free))]]
             else:
                 y, z = divmod(p, width)
-                order = sorted(free, key=lambda q: ((q // width - y) ** 2 + (q % width - z) ** 2, q))
-                out[b, :, p] = flat[b][:, order[: 1 if source == "nearest" else 5]].mean(1)
+                near = [q for q in free if q // width == y] if source == "row" else []
+                order = sorted(near or free, key=lambda q: ((q // width - y) ** 2 + (q % width - z) ** 2, q))
+                out[b, :, p] = flat[b][:, order[: 5 if source == "mean" else 1]].mean(1)
     return out.to(x.dtype).view_as(x).to(DEVICE), replaced.to(DEVICE)
 
 
@@ -51,20 +54,24 @@ def referenced(arguments):
     return tuple(t.to(DEVICE) for t in ops.replace_patches(**given, backend="reference"))
 
 
-def inputs(seed=0, B=2, d=6, H=5, W=7, rate=0.3, dtype=torch.float32, bank=0, padding=0, source="random"):
+def inputs(
+    seed=0, B=2, d=6, H=5, W=7, rate=0.3, dtype=torch.float32, bank=0, padding=0, source="random", avoid=None
+):
+    """`avoid`: the share of patches that are no donors; None: the argument is left out."""
     g = torch.Generator().manual_seed(seed)
-    return on_device(
-        {
-            "x": torch.randn(B, d, H, W, generator=g).to(dtype),
-            "mask": torch.rand(B, H * W, generator=g) < rate,
-            "u": torch.rand(B, H * W, generator=g),
-            "height": H,
-            "width": W,
-            "padding": padding,
-            "source": source,
-            "bank": torch.randn(B, bank, d, generator=g).to(dtype) if bank else None,
-        }
-    )
+    given = {
+        "x": torch.randn(B, d, H, W, generator=g).to(dtype),
+        "mask": torch.rand(B, H * W, generator=g) < rate,
+        "u": torch.rand(B, H * W, generator=g),
+        "height": H,
+        "width": W,
+        "padding": padding,
+        "source": source,
+        "bank": torch.randn(B, bank, d, generator=g).to(dtype) if bank else None,
+    }
+    if avoid is not None:
+        given["avoid"] = torch.rand(B, H * W, generator=g) < avoid
+    return on_device(given)
 
 
 def check(arguments, backend):
@@ -127,37 +134,16 @@ def test_the_rows_stress_what_they_say():
 def test_every_dtype(dtype, source, backend):
     check(inputs(seed=1, dtype=dtype, padding=1, rate=0.1, source=source), backend)
     check(inputs(seed=2, dtype=dtype, rate=2.0, bank=4, source=source), backend)
+    check(inputs(seed=3, dtype=dtype, rate=0.3, avoid=0.4, source=source), backend)
 
 
 @every_backend
 @pytest.mark.parametrize("source", SOURCES)
-def test_one_donor_serves_every_other_patch(source, backend):
-    arguments = inputs(B=1, source=source)
-    arguments["mask"] = torch.ones_like(arguments["mask"])
-    arguments["mask"][0, 11] = False
-    out, replaced = check(arguments, backend)
-    assert replaced.sum() == 34
-    donor = arguments["x"].flatten(2)[:, :, 11:12].expand(-1, -1, 35)
-    assert torch.equal(out.flatten(2), donor)
-
-
-@every_backend
-def test_u_of_zero_takes_the_first_donor_and_the_largest_u_the_last(backend):
-    arguments = inputs(B=2, rate=0.5, seed=3)
-    arguments["u"][0] = 0.0
-    arguments["u"][1] = 1 - 2.0**-24
-    out, replaced = check(arguments, backend)
-    for image, position in ((0, 0), (1, -1)):
-        free = (~arguments["mask"][image]).nonzero().flatten()
-        donor = arguments["x"].flatten(2)[image, :, free[position], None]
-        assert (out.flatten(2)[image][:, replaced[image]] == donor).all() and replaced[image].any()
-
-
-@every_backend
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("bank", [0, 3], ids=["no-bank", "bank"])
-def test_every_layout_in_place_and_functional(source, bank, backend):
-    arguments = inputs(seed=4, H=5, W=6, rate=0.15, padding=1, source=source, bank=bank)
+@pytest.mark.parametrize(
+    ("bank", "avoid"), [(0, None), (3, None), (0, 0.3)], ids=["no-bank", "bank", "avoid"]
+)
+def test_every_layout_in_place_and_functional(source, bank, avoid, backend):
+    arguments = inputs(seed=4, H=5, W=6, rate=0.15, padding=1, source=source, bank=bank, avoid=avoid)
     arguments["mask"][1] = True
     expected, where = referenced(arguments)
     assert where.any() and not where.all()
@@ -194,13 +180,13 @@ def test_misaligned_layouts(bank, source, backend):
 
 @every_backend
 def test_strided_mask_numbers_and_bank(backend):
-    arguments = inputs(seed=5, rate=0.4, bank=3)
+    arguments = inputs(seed=5, rate=0.4, bank=3, avoid=0.5)
     arguments["mask"][0] = True
     expected = ops.replace_patches(**arguments, backend=backend)
-    for name in ("mask", "u"):
+    for name in ("mask", "u", "avoid"):
         arguments[name] = torch.stack([arguments[name]] * 2, dim=2)[:, :, 0]
     arguments["bank"] = arguments["bank"].transpose(1, 2).contiguous().transpose(1, 2)
-    assert not any(arguments[name].is_contiguous() for name in ("mask", "u", "bank"))
+    assert not any(arguments[name].is_contiguous() for name in ("mask", "u", "bank", "avoid"))
     for got, wanted in zip(ops.replace_patches(**arguments, backend=backend), expected, strict=True):
         assert torch.equal(got, wanted)
 
@@ -217,14 +203,15 @@ def test_a_bank_of_another_dtype_is_rounded_to_that_of_x(backend):
 @every_backend
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_image_does_not_depend_on_the_batch_around_it(source, backend):
-    arguments = inputs(seed=6, B=4, rate=0.2, padding=1, source=source, bank=2)
+    arguments = inputs(seed=6, B=4, rate=0.2, padding=1, source=source, bank=2, avoid=0.4)
     arguments["mask"][2] = True
+    arguments["avoid"][3] = True
     seeds = torch.tensor([11, 12, 13, 14], device=DEVICE)
     zero = torch.zeros_like(seeds)
     arguments["u"] = ops.patch_uniform(seeds, zero + 981, zero, 35)
     out, replaced = ops.replace_patches(**arguments, backend=backend)
     for order in ([0], [2], [3, 1], [2, 0, 3]):
-        part = {**arguments, **{name: arguments[name][order] for name in ("x", "mask", "bank")}}
+        part = {**arguments, **{name: arguments[name][order] for name in ("x", "mask", "bank", "avoid")}}
         part["u"] = ops.patch_uniform(seeds[order], zero[order] + 981, zero[order], 35)
         got, where = ops.replace_patches(**part, backend=backend)
         assert torch.equal(bits(got), bits(out[order])) and torch.equal(where, replaced[order])
@@ -278,9 +265,10 @@ def test_property_donors_lie_outside_the_mask_and_the_rest_is_untouched(
     dtype=st.sampled_from(DTYPES),
     source=st.sampled_from(SOURCES),
     bank=st.integers(0, 3),
+    avoid=st.none() | st.floats(0, 1),
 )
-def test_property_cpp_equals_the_reference_bit_for_bit(seed, H, W, rate, padding, dtype, source, bank):
-    arguments = inputs(seed, 2, 5, H, W, rate, dtype, bank, padding, source)
+def test_property_cpp_equals_the_reference_bit_for_bit(seed, H, W, rate, padding, dtype, source, bank, avoid):
+    arguments = inputs(seed, 2, 5, H, W, rate, dtype, bank, padding, source, avoid)
     (out, replaced), (expected, where) = (
         ops.replace_patches(**arguments, backend="cpp"),
         referenced(arguments),
@@ -312,6 +300,16 @@ BAD = [
     pytest.param({"bank": torch.zeros(2, 3, 5)}, ValueError, "bank: ", id="bank-width"),
     pytest.param({"bank": torch.zeros(1, 3, 6)}, ValueError, "bank: ", id="bank-batch"),
     pytest.param({"bank": torch.zeros(2, 3, 6).int()}, TypeError, "bank: ", id="bank-dtype"),
+    pytest.param(
+        {"avoid": torch.zeros(1, 35).bool()}, ValueError, r"avoid: expected \[B, N\]", id="avoid-shape"
+    ),
+    pytest.param({"avoid": torch.zeros(2, 35)}, TypeError, "avoid: expected dtype bool", id="avoid-dtype"),
+    pytest.param(
+        {"avoid": torch.zeros(2, 35, device="meta").bool()},
+        ValueError,
+        "avoid: expected on",
+        id="avoid-device",
+    ),
 ]
 
 
@@ -346,7 +344,13 @@ def test_a_gradient_is_refused_in_place_not_dropped(name):
 @every_backend
 @pytest.mark.parametrize(
     "change",
-    [{}, {"dtype": torch.bfloat16, "source": "mean"}, {"B": 0}, {"bank": 2, "rate": 2.0, "padding": 1}],
+    [
+        {},
+        {"dtype": torch.bfloat16, "source": "mean"},
+        {"B": 0},
+        {"bank": 2, "rate": 2.0, "padding": 1},
+        {"source": "row", "avoid": 0.4},
+    ],
     ids=str,
 )
 def test_opcheck(change, backend):

@@ -96,11 +96,14 @@ def plain(value: Any) -> str:
 
 
 def settings(row: Mapping[str, Any]) -> str:
-    """`strength -5`, `padding 1, nearest` (what is a word says itself what it is), a row's note, or nothing."""
+    """`strength -5`, `padding 1, nearest` (most words say themselves what they are), a row's note, or nothing."""
     if row.get("note"):
         return row["note"]
     given = [item for item in (row.get("settings") or {}).items() if item[0] != "min_patches"]
-    return ", ".join(value if isinstance(value, str) else f"{name} {plain(value)}" for name, value in given)
+    return ", ".join(
+        value if isinstance(value, str) and name != "avoid" else f"{name} {plain(value)}"
+        for name, value in given
+    )
 
 
 def method(row: Mapping[str, Any]) -> str:

@@ -199,7 +199,12 @@ def _inside(values: Mapping[str, Any], kinds: Mapping[str, Any], files: Mapping[
         '<p class="note">Outside: values beyond the base model\'s 0.1 to 99.9 percentiles of their dimension '
         "(base: about 0.2). Distance: Wasserstein, to the base.</p>"
     )
-    for part, title in (("padding", "Padding of PER"), ("sources", "Sources of PER")):
+    parts = {
+        "padding": "Padding of PER",
+        "sources": "Sources of PER",
+        "avoid": "Patches that PER avoids as donors",
+    }
+    for part, title in parts.items():
         text += f"<h3>{title}</h3>" + _parts(kinds, part)
     return text
 

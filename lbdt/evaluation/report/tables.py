@@ -116,7 +116,7 @@ def csv_text(values: Mapping[str, Any]) -> str:
 
 
 def _csv_rows(kind: Mapping[str, Any]) -> Iterator[list[str]]:
-    for part, row in cells.parts_of(kind, "rows", "sweep", "padding", "sources", "together"):
+    for part, row in cells.parts_of(kind, "rows", "sweep", "padding", "sources", "avoid", "together"):
         given = dict(row.get("settings") or {})
         for extra in ("chosen", "order", "erased"):
             if extra in row:
