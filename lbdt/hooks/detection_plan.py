@@ -261,7 +261,7 @@ class ErasePlan(DetectionPlan):
         self.known = None if self.known is None else KnownLatents(*(t.to(device) for t in self.known))
 
     def detect(self, x: Tensor, minus: Tensor | None, state: CallState) -> Tensor:
-        """As `DetectionPlan.detect`; where patches of known concepts are no donors, keeps which they are too."""
+        """What `DetectionPlan.detect` does; where patches of known concepts are no donors, it keeps which they are."""
         mask = super().detect(x, minus, state)
         if self.known is not None:
             # Without a patch to replace a row needs no donor: with no latent enabled it has no candidate to rank.
