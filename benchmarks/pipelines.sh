@@ -15,11 +15,15 @@ lbdt() { echo "+ lbdt $*" >&2; "$python" -m lbdt "$@"; }
 
 # collect NAME CANVAS_SEEDS [OPTION...]
 collect() {
-  lbdt collect --site "$block:update" --site "$block" --out "$work/$1" --canvas-seeds "$2" --threads 2 --prompts-per-shard 92 "${@:3}"
+  lbdt collect --site "$block:update" --site "$block" --out "$work/$1" --canvas-seeds "$2" --threads 2 \
+    --prompts-per-shard 92 "${@:3}"
 }
 
 # train KIND ACTIVATIONS HELDOUT OPTION...
-train() { lbdt train --recipe "$1" --activations "$work/$2" --heldout "$work/$3" --out "$work/$1/sae" "${@:4}"; }
+train() {
+  lbdt train --recipe "$1" --site "$block:update" --activations "$work/$2" --heldout "$work/$3" \
+    --out "$work/$1/sae" "${@:4}"
+}
 
 # finish KIND ACTIVATIONS HELDOUT SELECTION RULE STRENGTH: dictionary, eraser, pictures; SELECTION: options in one word
 finish() {
@@ -27,13 +31,15 @@ finish() {
   read -ra select <<<"$4"
   local scored="${4/--assigned/}"
   lbdt score --json --sae "$folder/sae" --site "$block:update" --bank-site "$block" --activations "$work/$2" \
-    --heldout "$work/$3" --out "$folder/dictionary" $scored >"$folder/score.json.partial"
+    --heldout "$work/$3" --out "$folder/dictionary" --picture-false-positive 0.0005 $scored \
+    >"$folder/score.json.partial"
   mv "$folder/score.json.partial" "$folder/score.json"
   lbdt assemble --sae "$folder/sae" --dictionary "$folder/dictionary" --hookpoint "$block" --target output \
-    --source nearest "${select[@]}" --steering "$5" --strength "$6" --dtype float16 --out "$folder/eraser"
+    --source row --avoid known --padding 0 "${select[@]}" --steering "$5" --strength "$6" --dtype float16 \
+    --out "$folder/eraser"
   for method in per steering; do
-    lbdt erase "An image of Dogs and Cats in Sketch style." --concept Cats --seed 7 --kind "$1" --eraser "$folder/eraser" \
-      --method "$method" --out "$folder/$method.png"
+    lbdt erase "An image of Dogs and Cats in Sketch style." --concept Cats --seed 7 --kind "$1" \
+      --eraser "$folder/eraser" --method "$method" --out "$folder/$method.png"
   done
 }
 

@@ -18,7 +18,7 @@ from lbdt.activations.stored import Stored
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.latents_pickle import read_latents
 from lbdt.editors import ConceptEraser, Steering
-from lbdt.evaluation.metrics.feature_distances import FeatureJudge
+from lbdt.evaluation.metrics.feature_distances import DirectionJudge, FeatureJudge
 from lbdt.evaluation.pictures import read_picture
 from lbdt.evaluation.worlds.vit import load_vit
 from lbdt.formats.class_params import load_class_params
@@ -89,6 +89,7 @@ READERS = {
     "classifier.pth": load_vit,
     "classifier.safetensors": load_vit,
     "judge.safetensors": FeatureJudge.load,
+    "direction.safetensors": DirectionJudge.load,
     "class_params.json": load_class_params,
     "class_params.pth": load_class_params,
     "cfg.json": lambda path: SparseAutoencoder.from_pretrained(path.parent),

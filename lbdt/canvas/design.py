@@ -66,7 +66,7 @@ def main() -> None:
             return nets["object"](x) > 0, nets["style"](x).argmax(-1)
 
     def accuracy(asked: Sequence[PictureRequest]) -> tuple[float, float, float]:
-        """Per cent of pictures in which what is asked for is seen, all that and nothing else, and the style."""
+        """Shares of pictures in which what is asked for is seen, that alone, and the style: per cent."""
         objects, styles = judge(pipe, asked, classify, args.steps, args.guidance)
         wanted, style = shown(asked), torch.tensor([request.style for request in asked])
         right = (objects | ~wanted).all(1), (objects == wanted).all(1), styles == style

@@ -1,7 +1,8 @@
 """Faults that are made on purpose: what EmojiCanvas's artifact judge learns to tell from clean pictures.
 
-A fault is what generation or erasure may leave: patches out of place or of another scene, a part of an object or its ghost,
-the ground of another row, noise, wrong colours, a block. `lbdt/canvas/README.md` has what the judge makes of them.
+A fault is what generation or erasure may leave: patches out of place or of another scene, a part of an object or its
+ghost, the ground of another row, noise, wrong colours, a block. `lbdt/canvas/README.md` has what the judge makes of
+them.
 """
 
 from __future__ import annotations

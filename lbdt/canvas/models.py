@@ -156,8 +156,8 @@ def _pieces(word: str) -> list[str]:
 
 
 def _merge_order(words: Collection[str]) -> list[str]:
-    """`words` in an order in which each becomes one token: earlier merges win, so "sandwiches" comes before "and", whose
-    first merge would cut it."""
+    """`words` in an order in which each becomes one token: earlier merges win, so "sandwiches" comes before "and",
+    whose first merge would cut it."""
     order = TopologicalSorter()
     for word in sorted(words):
         pieces = _pieces(word)

@@ -47,8 +47,8 @@ can learn."""
 BOX = 3 * GRID
 """Pixels a side of the square in which an object stands."""
 PLACES = (0, SIDE - BOX)
-"""Left edges of the boxes, two patches apart: a detected patch and its eight neighbours never reach the other object. The
-prompt decides the rest, so that noise alone does not hide what it asks for."""
+"""Left edges of the boxes, two patches apart: a detected patch and its eight neighbours never reach the other object.
+The prompt decides the rest, so that noise alone does not hide what it asks for."""
 FLOOR = 96
 """Where boxes end, in pixels from the top; the horizon runs one patch above."""
 
@@ -63,8 +63,8 @@ _FONT_SIZE = 109  # the only bitmap size that Noto Color Emoji holds
 def prompt(concepts: str | Sequence[str], style: str | None = None) -> str:
     """The published prompt template, for none, one or more objects, the first of which stands on the left.
 
-    `An image of Cats in Sketch style.`, `An image of Dogs and Cats in Sketch style.`, `An image in Sketch style.`; without
-    a style, `An image of Cats.`, `An image.`
+    `An image of Cats in Sketch style.`, `An image of Dogs and Cats in Sketch style.`, `An image in Sketch style.`;
+    without a style, `An image of Cats.`, `An image.`
     """
     words = ["An image"]
     if concepts := (concepts,) if isinstance(concepts, str) else tuple(concepts):

@@ -38,8 +38,8 @@ TIMESTEP_POWER = 0.6
 def train_vae(work: Path, steps: int, count: int, start: Path | None) -> None:
     """Trains the autoencoder by L1 + MSE, with noise of 0.05 on the latents so that it forgives the UNet's errors.
 
-    `start`: an autoencoder's folder whose encoder is kept, so that the latents of scenes do not change, and whose decoder
-    goes on learning, on scenes as the UNet paints them; None: both from nothing, on objects anywhere.
+    `start`: an autoencoder's folder whose encoder is kept, so that the latents of scenes do not change, and whose
+    decoder goes on learning, on scenes as the UNet paints them; None: both from nothing, on objects anywhere.
     """
     from diffusers import AutoencoderTiny
 

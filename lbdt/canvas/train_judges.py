@@ -33,12 +33,14 @@ def train_judges(work: Path, steps: int, count: int, only: str | None) -> None:
     """Trains the judges, on rendering seeds of their own, with noise and blur as augmentation; `only`: one of them."""
     data = {
         "object": partial(_anywhere, work, count),
-        "style": partial(_anywhere, work, count),
+        "style": partial(_decoded, work, count),
         "fault": partial(_faulty, work, count),
     }
     for name in data if only is None else (only,):
         images, objects, styles = data[name](JUDGE_SEED)
-        targets = {"object": one_hot(objects).float(), "style": styles, "fault": objects[:, :1].float()}[name]
+        targets = styles
+        if name != "style":
+            targets = (one_hot(objects) if name == "object" else objects).float()
         torch.manual_seed(0)
         net = models.Classifier(models.CLASSIFIERS[name])
 
@@ -47,8 +49,8 @@ def train_judges(work: Path, steps: int, count: int, only: str | None) -> None:
         ) -> torch.Tensor:
             index = torch.randint(len(images), (48,), generator=generator)
             x = to_float(images[index]).contiguous()
-            # A fault may be noise.
-            x = x if name == "fault" else augment(x, generator)
+            # A fault may be noise, and the mosaic of a landscape is of few grey levels.
+            x = augment(x, generator) if name == "object" else x
             with torch.autocast("cpu", torch.bfloat16):
                 logits = net(x).float()
             if name == "style":
@@ -78,9 +80,16 @@ def _anywhere(work: Path, count: int, seed: int) -> tuple[torch.Tensor, torch.Te
     return cached_scenes(work, count if seed == JUDGE_SEED else 1200, seed, anywhere=seed == JUDGE_SEED)
 
 
+def _decoded(work: Path, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scenes through the autoencoder, without which a mosaic is far sharper than any that is generated."""
+    images, _, styles = _faulty(work, count, seed)
+    half = len(images) // 2
+    return images[:half], styles[:half], styles[:half]
+
+
 def _faulty(work: Path, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Clean scenes and then faulty ones, in the place of objects 0 and 1; all clean ones and half of the faults have come
-    through the autoencoder."""
+    """Clean scenes and then faulty ones, in the place of objects 0 and 1; all clean ones and half of the faults have
+    come through the autoencoder."""
     count = count if seed == JUDGE_SEED else 1200
     images, _, styles = cached_scenes(work, count, seed)
     path = work / f"faults-{seed}-{count}.safetensors"

@@ -48,7 +48,7 @@ class RemovalMethod(enum.StrEnum):
 
 @reported
 def command(
-    prompt: Annotated[str, typer.Argument(help='E.g. "An image of Cats in Sketch style."')],
+    prompt: Annotated[str, typer.Argument(help='E.g. "An image of Dogs and Cats in Sketch style."')],
     concept: Annotated[
         list[str], typer.Option("--concept", metavar="NAME", help="What to erase; may be repeated.")
     ],

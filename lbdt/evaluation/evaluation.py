@@ -322,12 +322,10 @@ class Evaluation:
             return f"{self.scorers.vlm.name} was asked, in our words: {self.scorers.vlm.question}"
         if self.scorers.judge is None:
             return None
-        fitted = (
-            "other unedited generations"
-            if self.world.reference
-            else "the unedited pictures of the same prompts"
-        )
+        rule, fitted = FeatureJudge.RULE, "the unedited pictures of the same prompts"
+        if self.world.reference:
+            rule, fitted = self.world.reference(self.kinds[0]).RULE, "other unedited generations"
         return (
-            f"Mahalanobis distance in the features of {self.scorers.judge.features_name} over the 99th "
+            f"{rule} {self.scorers.judge.features_name} over the 99th "
             f"percentile of {fitted}; AR is of pictures whose prompt names the erased concept, AR others of the rest"
         )

@@ -8,7 +8,7 @@ import torch
 from lbdt import canvas
 from lbdt.canvas import scenes
 from lbdt.canvas.generate import empty_requests, images, object_requests, pair_requests
-from lbdt.evaluation.metrics.feature_distances import FeatureJudge
+from lbdt.evaluation.metrics.feature_distances import DirectionJudge
 from lbdt.evaluation.worlds.canvas_judges import SEEDS, judge_path, unedited_prompts
 from lbdt.evaluation.worlds.canvas_world import SEEDS as SCORED
 from lbdt.evaluation.worlds.canvas_world import SWEEP_SEEDS, CanvasJudge, canvas_world
@@ -48,7 +48,7 @@ def features(pictures, classifier="fault"):
 
 def artifacts(pictures, kind="sdxl"):
     """Share of float [B, 3, 128, 128] in [-1, 1]."""
-    judge = FeatureJudge.load(judge_path(canvas.KINDS[kind]))
+    judge = DirectionJudge.load(judge_path(canvas.KINDS[kind]))
     return float(judge.artifacts(features(pictures)).double().mean())
 
 
@@ -94,8 +94,9 @@ def test_a_sampling_has_a_judge_of_its_own_and_the_world_takes_it():
         "artifacts-4-1.safetensors",
     }
     for kind, path in paths.items():
-        judge = FeatureJudge.load(path)
-        assert judge.mean.shape == (192,) and torch.equal(world.reference(kind).mean, judge.mean)
+        judge = DirectionJudge.load(path)
+        assert judge.direction.shape == (192,)
+        assert torch.equal(world.reference(kind).direction, judge.direction)
     assert not set(SEEDS) & {*SCORED, *SWEEP_SEEDS}
 
 

@@ -87,7 +87,8 @@ def test_the_mask_is_found_on_cats_and_hardly_on_others(pipe, base):
         with eraser.attach(pipe, concepts=["Cats"], seed=[case.seed for case in cases]):
             images(pipe, cases)
         shares[name] = eraser.report().detected
-    assert shares["cats"] > 0.1 > 0.05 > shares["others"]
+    # A cat stands on nine patches of 64.
+    assert 9 / 64 >= shares["cats"] > 0.05 > 0.01 > shares["others"]
 
 
 def test_after_removal_the_pipeline_is_what_it_was(pipe, base, erased):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.spatial.distance import mahalanobis
 
-from lbdt.evaluation.metrics.feature_distances import FeatureJudge
+from lbdt.evaluation.metrics.feature_distances import DirectionJudge, FeatureJudge
 from lbdt.runs.files import tensor_bytes
 from lbdt.testing import assert_close
 from tests.repeats import repeats
@@ -139,3 +139,45 @@ def test_a_damaged_file_is_refused_by_name(judge, tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="judge.safetensors"):
         FeatureJudge.load(path)
+
+
+def test_a_direction_judge_calls_one_in_a_hundred_unedited_pictures_an_artifact_and_no_cleaner_one():
+    direction = torch.arange(WIDTH) - 2.0
+    judge = DirectionJudge.fit(gaussians(4000, 0), direction)
+    assert 0.003 < float(judge.artifacts(gaussians(4000, 1)).double().mean()) < 0.02
+    far = 100 * direction
+    assert judge.artifacts(torch.stack([far, -far, torch.zeros(WIDTH)])).tolist() == [True, False, False]
+    across = torch.zeros(1, WIDTH)
+    across[0, 2] = 1e6  # where the direction is 0
+    assert not judge.artifacts(across).any()
+
+
+def test_a_saved_direction_judge_is_the_same(tmp_path):
+    judge = DirectionJudge.fit(gaussians(50, 0), torch.ones(WIDTH))
+    judge.save(tmp_path / "judge.safetensors")
+    loaded = DirectionJudge.load(tmp_path / "judge.safetensors")
+    assert torch.equal(loaded.direction, judge.direction) and loaded.threshold == judge.threshold
+
+
+@pytest.mark.parametrize(
+    ("features", "direction", "message"),
+    [
+        (torch.zeros(7, 3), torch.ones(3), r"finite \[n >= 8, F\]"),
+        (torch.full((8, 3), torch.nan), torch.ones(3), r"finite \[n >= 8, F\]"),
+        (torch.zeros(8, 3), torch.ones(4), r"direction: expected finite \[3\], got \[4\]"),
+        (torch.zeros(8, 3), torch.full((3,), torch.inf), "direction: expected finite"),
+    ],
+    ids=["seven-pictures", "nan", "another-width", "infinite-direction"],
+)
+def test_a_direction_judge_that_cannot_be_fitted_is_refused(features, direction, message):
+    with pytest.raises(ValueError, match=message):
+        DirectionJudge.fit(features, direction)
+
+
+def test_a_direction_judge_refuses_other_features_and_files(judge, tmp_path):
+    fitted = DirectionJudge.fit(gaussians(50, 0), torch.ones(WIDTH))
+    with pytest.raises(ValueError, match=r"expected \[n, 8\], got \[2, 9\]"):
+        fitted.artifacts(torch.zeros(2, WIDTH + 1))
+    judge.save(tmp_path / "judge.safetensors")
+    with pytest.raises(ValueError, match="judge.safetensors: .*missing tensor direction"):
+        DirectionJudge.load(tmp_path / "judge.safetensors")

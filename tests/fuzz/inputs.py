@@ -23,7 +23,7 @@ from lbdt.dictionary.picture_counts import PictureCounts
 from lbdt.dictionary.score_state import ScoreState
 from lbdt.editors import ConceptEraser, Steering
 from lbdt.evaluation.jobs import Job
-from lbdt.evaluation.metrics.feature_distances import FeatureJudge
+from lbdt.evaluation.metrics.feature_distances import DirectionJudge, FeatureJudge
 from lbdt.evaluation.pictures import read_picture
 from lbdt.evaluation.series import Series, SeriesFiles
 from lbdt.evaluation.worlds.vit import load_vit
@@ -264,6 +264,12 @@ def make_photo(folder: Path) -> None:
     Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(folder / "picture.jpg", "JPEG")
 
 
+def make_direction(folder: Path) -> None:
+    DirectionJudge.fit(torch.randn(16, 3, generator=torch.Generator().manual_seed(0)), torch.ones(3)).save(
+        folder / "direction.safetensors"
+    )
+
+
 def make_judge(folder: Path) -> None:
     FeatureJudge.fit(torch.randn(16, 3, generator=torch.Generator().manual_seed(0))).save(
         folder / "judge.safetensors"
@@ -309,6 +315,7 @@ TARGETS: dict[str, tuple[Any, Any]] = {
     ),
     "series of pictures": (make_series, read_series),
     "judge of artifacts": (make_judge, lambda folder: FeatureJudge.load(folder / "judge.safetensors")),
+    "judge of faults": (make_direction, lambda folder: DirectionJudge.load(folder / "direction.safetensors")),
     "attack": (make_attack, read_attack),
     "picture.jpg": (make_photo, lambda folder: read_picture(folder / "picture.jpg")),
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class FeatureJudge:
     the object would be far from all pictures with one in an object classifier's.
     """
 
+    RULE: ClassVar[str] = "Mahalanobis distance in the features of"
     mean: Tensor
     """float64 [F]."""
     precision: Tensor
@@ -43,11 +45,7 @@ class FeatureJudge:
         Raises:
             ValueError: fewer than 8 pictures, or features that are not finite.
         """
-        if features.dim() != 2 or len(features) < SMALLEST or not torch.isfinite(features).all():
-            raise ValueError(
-                f"features: expected finite [n >= {SMALLEST}, F] of unedited generations, got "
-                f"{list(features.shape)}"
-            )
+        _check_fit(features)
         features = features.double()
         # Not by position alone: grids list their prompts in a period.
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
@@ -60,10 +58,7 @@ class FeatureJudge:
 
     def distances(self, features: Tensor) -> Tensor:
         """float64 [n] of `features` [n, F]; ValueError for another F or values that are not finite."""
-        if features.dim() != 2 or features.shape[1] != len(self.mean):
-            raise ValueError(f"features: expected [n, {len(self.mean)}], got {list(features.shape)}")
-        if not torch.isfinite(features).all():
-            raise ValueError("features: expected finite values, got NaN or infinite ones")
+        _check_features(features, len(self.mean))
         return _distances(features.double(), self.mean, self.precision)
 
     def artifacts(self, features: Tensor) -> Tensor:
@@ -98,6 +93,68 @@ class FeatureJudge:
                 f"{list(got['precision'].shape)}"
             )
         return cls(got["mean"].double(), got["precision"].double(), float(got["threshold"]))
+
+
+@dataclass(frozen=True)
+class DirectionJudge:
+    """Calls a picture an artifact if `direction . features` passes `threshold`: more of what a classifier of faults looks
+    for than nearly all unedited generations have. Cleaner pictures than those are none.
+    """
+
+    RULE: ClassVar[str] = "what is a fault to the features of"
+    direction: Tensor
+    """float64 [F]."""
+    threshold: float
+
+    @classmethod
+    def fit(cls, features: Tensor, direction: Tensor) -> DirectionJudge:
+        """The judge whose threshold is the 99th percentile of `features` [n, F] of unedited generations.
+
+        Raises:
+            ValueError: fewer than 8 pictures, features or a direction [F] that are not finite.
+        """
+        _check_fit(features)
+        if direction.shape != features.shape[1:] or not torch.isfinite(direction).all():
+            raise ValueError(f"direction: expected finite [{features.shape[1]}], got {list(direction.shape)}")
+        direction = direction.double()
+        return cls(direction, float((features.double() @ direction).quantile(QUANTILE)))
+
+    def artifacts(self, features: Tensor) -> Tensor:
+        """Which pictures are artifacts, bool [n], by `features` [n, F]; ValueError for another F or values that are not
+        finite."""
+        _check_features(features, len(self.direction))
+        return features.double() @ self.direction > self.threshold
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        from lbdt.runs.files import tensor_bytes, write_files
+
+        path = Path(path)
+        threshold = torch.tensor([self.threshold], dtype=torch.float64)
+        tensors = {"direction": self.direction, "threshold": threshold}
+        write_files(path.parent, {path.name: tensor_bytes(tensors, None)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> DirectionJudge:
+        """The judge in a file of `save`; ValueError naming what is wrong with it."""
+        from lbdt.runs.files import read_tensors
+
+        got = read_tensors(Path(path), {"direction": (None,), "threshold": (1,)}, torch.float64)
+        return cls(got["direction"].double(), float(got["threshold"]))
+
+
+def _check_features(features: Tensor, width: int) -> None:
+    if features.dim() != 2 or features.shape[1] != width:
+        raise ValueError(f"features: expected [n, {width}], got {list(features.shape)}")
+    if not torch.isfinite(features).all():
+        raise ValueError("features: expected finite values, got NaN or infinite ones")
+
+
+def _check_fit(features: Tensor) -> None:
+    if features.dim() != 2 or len(features) < SMALLEST or not torch.isfinite(features).all():
+        raise ValueError(
+            f"features: expected finite [n >= {SMALLEST}, F] of unedited generations, got {list(features.shape)}"
+        )
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:

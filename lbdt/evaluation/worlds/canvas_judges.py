@@ -1,8 +1,8 @@
 """Fits the artifact judges of EmojiCanvas:
 `python -m lbdt.evaluation.worlds.canvas_judges --work DIR [--kind sdxl] [--check]`.
 
-A judge describes unedited generations of one sampling in the fault classifier's features: every object in every style,
-and in none, pairs likewise, and empty scenes, from seeds 800,000 to 800,002 (945 pictures), which nothing else uses.
+A judge describes unedited generations of one sampling along the weights of the fault classifier: every object in every
+style, and in none, pairs likewise, and empty scenes, from seeds 800,000 to 800,002 (945 pictures), which nothing else uses.
 The pictures are made in DIR, resumably; the judge is written to `lbdt/canvas/weights/judges`. `--check` prints what it
 calls artifacts among pictures whose truth is known, beside judges in the style and in the object classifier's features
 (needs the emoji font).
@@ -26,7 +26,7 @@ from lbdt.canvas.generate import empty_requests, object_requests, pair_requests
 from lbdt.evaluation.evaluated_world import EvaluatedWorld, Judge
 from lbdt.evaluation.evaluation import Evaluation
 from lbdt.evaluation.jobs import Design, Job
-from lbdt.evaluation.metrics.feature_distances import FeatureJudge
+from lbdt.evaluation.metrics.feature_distances import DirectionJudge, FeatureJudge
 from lbdt.evaluation.series import Series
 from lbdt.evaluation.verdict_columns import Scorers
 from lbdt.evaluation.worlds.canvas_world import CanvasJudge, canvas_world, judge_path
@@ -65,7 +65,7 @@ def unedited_features(
 
 
 def unedited_prompts(seeds: Sequence[int]) -> list[Prompt]:
-    """Of every seed 140 prompts of one object, 140 of pairs and 35 of none."""
+    """For every seed 140 prompts of one object, 140 of pairs and 35 of none."""
     asked = [*object_requests(seeds, plain=True), *pair_requests(seeds, plain=True)]
     return [labelled(request) for request in [*asked, *empty_requests(seeds, plain=True, each=5)]]
 
@@ -136,17 +136,24 @@ def main() -> None:
         looks = [CanvasJudge(name) for name in ("fault", "style", "object")[: 3 if args.check else 1]]
         found = [features_of(look) for look in looks]
         if processes.main:
-            fits = [FeatureJudge.fit(features) for features in found]
+            direction = canvas.classifiers()["fault"].head.weight.detach()[0]
+            fits = {
+                "along the fault classifier's weights": (looks[0], DirectionJudge.fit(found[0], direction))
+            }
+            fits |= {
+                f"{look.features_name.split()[1]} features": (look, FeatureJudge.fit(features))
+                for look, features in zip(looks, found, strict=True)
+            }
             path = judge_path(canvas.KINDS[args.kind])
-            fits[0].save(path)
+            next(iter(fits.values()))[1].save(path)
             print(f"{len(found[0])} pictures -> {path}")
         if args.check and processes.main:
-            print("| pictures | fault classifier's features | style classifier's | object classifier's |")
-            print("|---|---|---|---|")
+            print(f"| pictures | {' | '.join(fits)} |")
+            print("|---" * (1 + len(fits)) + "|")
             for name, pictures in known_pictures(canvas.load_pipeline()).items():
                 rates = [
                     100 * fit.artifacts(look(pictures).features).double().mean()
-                    for look, fit in zip(looks, fits, strict=True)
+                    for look, fit in fits.values()
                 ]
                 print(f"| {name} | {' | '.join(f'{rate:.1f}' for rate in rates)} |")
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from lbdt.evaluation.metrics.feature_distances import FeatureJudge
+    from lbdt.evaluation.metrics.feature_distances import DirectionJudge
 
 SEEDS = (500, 501, 502)
 SWEEP_SEEDS = (700_000,)
@@ -147,11 +147,11 @@ def judge_path(sampling: canvas.Sampling) -> Path:
 
 
 @lru_cache
-def _judge_file(path: Path) -> FeatureJudge:
-    from lbdt.evaluation.metrics.feature_distances import FeatureJudge
+def _judge_file(path: Path) -> DirectionJudge:
+    from lbdt.evaluation.metrics.feature_distances import DirectionJudge
 
-    return FeatureJudge.load(path)
+    return DirectionJudge.load(path)
 
 
-def _reference(kind: str) -> FeatureJudge:
+def _reference(kind: str) -> DirectionJudge:
     return _judge_file(judge_path(canvas.KINDS[kind]))
