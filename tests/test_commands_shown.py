@@ -55,7 +55,7 @@ PUT = {
 }
 ONE = "--processes 1 --device cpu --concept Cats --own 1 --others 1 --quick"
 CANVAS = f"{ONE} --kind sdxl --seed 500 --steps 1"
-ERASE = "'An image of Cats in Sketch style.' --concept Cats --steps 2"
+ERASE = "'An image of Dogs and Cats in Sketch style.' --concept Cats --steps 2"
 ATTACK = "--quick --concept Cats --style Sketch --steps 2 --iterations 1 --timesteps 1 --device cpu"
 TRAIN = "--steps 2 --rows 32 --expansion 2 --k 4 --device cpu"
 BENCH = "--quick --rounds 2 --op patch_uniform"
@@ -102,16 +102,20 @@ PARSED = (
     "python -m benchmarks.faults",
     "python -m benchmarks.evaluation FOLDER",
     "python -m benchmarks.sanitize --asan --fuzz-cases 10000",
-    "python -m lbdt.canvas.train vae --work '$W'",
-    "python -m lbdt.canvas.train latents --work '$W' --count 9000",
-    "python -m lbdt.canvas.train unet --work '$W'",
+    "python -m lbdt.canvas.train vae --work '$W' --count 15000 --steps 1600 --start '$START/vae'",
+    "python -m lbdt.canvas.train latents --work '$W' --count 15000",
+    "python -m lbdt.canvas.train unet --work '$W' --steps 3000 --start '$START'",
     "python -m lbdt.canvas.train classifiers --work '$W'",
+    "python -m lbdt.canvas.train classifiers --work '$W' --judge style --steps 6000",
     "python -m lbdt.canvas.train release --work '$W'",
     "python -m lbdt.canvas.design --pipeline '$W/pipeline-unet' --judges '$W'",
     "python -m benchmarks.pipelines '$W/pipelines' --release",
     "python -m lbdt.evaluation.worlds.canvas_judges --work '$W/artifacts'",
     "python -m lbdt.evaluation.worlds.canvas_judges --work '$W/artifacts' --kind sdxl",
     "python -m lbdt.evaluation.worlds.canvas_judges --work DIR --check",
+    "python -m benchmarks.contact_sheet",
+    "python -m benchmarks.contact_sheet --pairs",
+    "python -m benchmarks.first_picture",
 )
 """They take from minutes to hours, or another project's checkout: they are run until their arguments are read."""
 
@@ -131,7 +135,11 @@ ELSEWHERE = {
 }
 
 INSTALLS = (".ci/demo", ".ci/test")
-NO_COMMAND = ("'W=~/emojicanvas'",)
+NO_COMMAND = (
+    "'W=~/emojicanvas'",
+    "git worktree add '$W/before' ec5e91a",
+    "'START=$W/before/lbdt/canvas/weights/pipeline'",
+)
 
 
 def normal(line: str) -> str:
