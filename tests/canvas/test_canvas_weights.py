@@ -88,7 +88,7 @@ def test_the_mask_is_found_on_cats_and_hardly_on_others(pipe, base):
             images(pipe, cases)
         shares[name] = eraser.report().detected
     # A cat stands on nine patches of 64.
-    assert 9 / 64 >= shares["cats"] > 0.05 > 0.01 > shares["others"]
+    assert 9 / 64 >= shares["cats"] > 0.04 > 0.01 > shares["others"]
 
 
 def test_after_removal_the_pipeline_is_what_it_was(pipe, base, erased):

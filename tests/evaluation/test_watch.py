@@ -185,7 +185,7 @@ def test_a_watch_is_of_one_whole_pipeline_call(pipe):
 
 def test_steering_moves_canvas_activations_further_than_replacement():
     pipe, sampling = canvas.load_pipeline(), canvas.KINDS["saeuron"]
-    cases = [PictureRequest(canvas.OBJECTS.index("Cats"), style, 9300 + style) for style in range(2)]
+    cases = [PictureRequest((canvas.OBJECTS.index("Cats"),), style, 9300 + style) for style in range(2)]
     seeds = [case.seed for case in cases]
     eraser, steering = canvas.load_eraser("saeuron"), canvas.load_steering("saeuron", strength=-20.0)
 
@@ -205,6 +205,6 @@ def test_steering_moves_canvas_activations_further_than_replacement():
     )
     assert base.shape == (2 * 4 * 64, 192)
     assert before["wasserstein"] == 0 < per["wasserstein"] < steer["wasserstein"]
-    # The percentiles of 512 rows leave one of them beyond each.
-    assert before["outside"] <= 100 * 2 / 512 < per["outside"] < steer["outside"] / 5
+    # The percentiles of 512 rows leave one of them beyond each; donors are rows of the same maps.
+    assert before["outside"] <= 100 * 2 / 512 and per["outside"] < steer["outside"] / 5
     assert per["norm wasserstein"] < steer["norm wasserstein"]

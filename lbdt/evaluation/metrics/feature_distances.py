@@ -97,8 +97,8 @@ class FeatureJudge:
 
 @dataclass(frozen=True)
 class DirectionJudge:
-    """Calls a picture an artifact if `direction . features` passes `threshold`: more of what a classifier of faults looks
-    for than nearly all unedited generations have. Cleaner pictures than those are none.
+    """Calls a picture an artifact if `direction . features` passes `threshold`: more of what a classifier of faults
+    looks for than nearly all unedited generations have. Cleaner pictures than those are none.
     """
 
     RULE: ClassVar[str] = "what is a fault to the features of"
@@ -120,7 +120,7 @@ class DirectionJudge:
         return cls(direction, float((features.double() @ direction).quantile(QUANTILE)))
 
     def artifacts(self, features: Tensor) -> Tensor:
-        """Which pictures are artifacts, bool [n], by `features` [n, F]; ValueError for another F or values that are not
+        """The artifacts among pictures of `features` [n, F]: bool [n]. ValueError for another F or values that are not
         finite."""
         _check_features(features, len(self.direction))
         return features.double() @ self.direction > self.threshold

@@ -2,7 +2,8 @@
 `python -m lbdt.evaluation.worlds.canvas_judges --work DIR [--kind sdxl] [--check]`.
 
 A judge describes unedited generations of one sampling along the weights of the fault classifier: every object in every
-style, and in none, pairs likewise, and empty scenes, from seeds 800,000 to 800,002 (945 pictures), which nothing else uses.
+style, and in none, pairs likewise, and empty scenes, from seeds 800,000 to 800,002 (945 pictures), which nothing else
+uses.
 The pictures are made in DIR, resumably; the judge is written to `lbdt/canvas/weights/judges`. `--check` prints what it
 calls artifacts among pictures whose truth is known, beside judges in the style and in the object classifier's features
 (needs the emoji font).
@@ -65,7 +66,7 @@ def unedited_features(
 
 
 def unedited_prompts(seeds: Sequence[int]) -> list[Prompt]:
-    """For every seed 140 prompts of one object, 140 of pairs and 35 of none."""
+    """A seed's 140 prompts of one object, 140 of pairs and 35 of none, for every seed."""
     asked = [*object_requests(seeds, plain=True), *pair_requests(seeds, plain=True)]
     return [labelled(request) for request in [*asked, *empty_requests(seeds, plain=True, each=5)]]
 
