@@ -114,6 +114,7 @@ PARSED = (
     "python -m lbdt.evaluation.worlds.canvas_judges --work '$W/artifacts' --kind sdxl",
     "python -m lbdt.evaluation.worlds.canvas_judges --work DIR --check",
     "python -m benchmarks.contact_sheet",
+    "python -m benchmarks.contact_sheet --kind saemnesia",
     "python -m benchmarks.contact_sheet --pairs",
     "python -m benchmarks.first_picture",
 )
