@@ -157,7 +157,10 @@ def test_the_erasure_figures_are_those_of_the_linked_evaluation():
     values = read_values(evaluation.RESULTS)
     about = values["about"]
     assert list(values["kinds"]) == list(canvas.KINDS) and not about["dirty"]
-    assert f"`lbdt evaluate{' --quick' if about['quick'] else ''}`, then `python -m benchmarks.evaluation" in text
+    assert (
+        f"`lbdt evaluate{' --quick' if about['quick'] else ''}`, then `python -m benchmarks.evaluation"
+        in text
+    )
     assert f"commit `{about['commit'][:7]}`, seeds {', '.join(map(str, about['seeds']))}" in text
     tables = [
         evaluation.main_lines(values),

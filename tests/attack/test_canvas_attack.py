@@ -29,8 +29,8 @@ def latent(pipe):
 
 
 def replaced_update(kind):
-    """An eraser that leaves the block's input: of a replaced output only the donors have a gradient, and the search gets
-    nowhere along that."""
+    """An eraser that leaves the block's input: of a replaced output only the donors have a gradient, and the search
+    gets nowhere along that."""
     return canvas.load_eraser(kind, target="update")
 
 

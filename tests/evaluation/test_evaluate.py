@@ -325,8 +325,9 @@ def test_an_eraser_that_does_not_know_a_concept_is_refused(tmp_path):
 def test_features_of_unedited_pictures_are_made_once(pipe, tmp_path):
     judge = small.Judge()
     world = small.world(judge=judge, pipeline=lambda device: pipe)
+    prompts = [prompt for seed in (4, 5) for prompt in world.prompts(seed)]
     first, again = (
-        unedited_features(world, "toy", (4, 5), tmp_path, small.CPU, judge, Processes()) for _ in range(2)
+        unedited_features(world, "toy", prompts, tmp_path, small.CPU, judge, Processes()) for _ in range(2)
     )
     assert first.shape == (18, 12) and (first == again).all() and judge.pictures == 18
 

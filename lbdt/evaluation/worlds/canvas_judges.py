@@ -39,26 +39,26 @@ SEEDS = range(800_000, 800_003)
 def unedited_features(
     world: EvaluatedWorld,
     kind: str,
-    seeds: Sequence[int],
+    prompts: Sequence[Prompt],
     out: Path,
     device: torch.device,
     judge: Judge,
     processes: Processes,
 ) -> Tensor:
-    """float32 [n, F] of `unedited_prompts` by the sampling of `kind`, in their order; made in `out`, resumably."""
+    """float32 [n, F] of every one of `prompts` by the sampling of `kind`, in their order; made in `out`, resumably."""
     evaluation = Evaluation(
         world=world,
         kinds=[kind],
         design=Design(),
         out=out,
         device=device,
-        seeds=tuple(seeds),
+        seeds=world.seeds,
         sweep_seeds=(),
         concepts=world.objects,
         processes=processes,
         scorers=Scorers(judge=judge),
     )
-    jobs = tuple(map(Job, unedited_prompts(seeds)))
+    jobs = tuple(map(Job, prompts))
     how = world.kinds[kind]
     series = Series(f"base-{how.steps}-{how.guidance}/unedited", how, "base", {}, jobs)
     evaluation.make("unedited", [series])
@@ -132,7 +132,9 @@ def main() -> None:
         world = replace(canvas_world(), reference=None)  # it is what is being made
 
         def features_of(look: CanvasJudge) -> Tensor:
-            return unedited_features(world, args.kind, SEEDS, args.work, device, look, processes)
+            return unedited_features(
+                world, args.kind, unedited_prompts(SEEDS), args.work, device, look, processes
+            )
 
         looks = [CanvasJudge(name) for name in ("fault", "style", "object")[: 3 if args.check else 1]]
         found = [features_of(look) for look in looks]
