@@ -368,6 +368,10 @@ def test_emojicanvas_by_two_processes_is_that_by_one(tmp_path, capfd):
     assert any(str(folders[0] / "table.csv") in line for line in lines)
     assert "picture" in capfd.readouterr().err
     tables = [(folder / "table.csv").read_bytes() for folder in folders]
+    if MISALIGNED:  # a Frechet distance is a small difference of large sums
+        tables = [
+            b"".join(line for line in table.splitlines(True) if b",FD," not in line) for table in tables
+        ]
     assert repeats(tables[0], tables[1])
     for each, processes in zip(values, (2, 1), strict=True):
         assert set(each) == {"about", "kinds", "cost"} and each["about"]["processes"] == processes
@@ -384,8 +388,10 @@ def test_emojicanvas_by_two_processes_is_that_by_one(tmp_path, capfd):
         } <= set(each["about"])
         assert {"base", "uce", "steering", "per", "unit"} <= set(each["cost"]["sdxl"])
     rows = [each["kinds"]["sdxl"]["rows"] for each in values]
+    dropped = {"FD"} if MISALIGNED else set()
+    compared = [[{k: v for k, v in row.items() if k not in dropped} for row in part] for part in rows]
     # Beside the rows are histograms, and what lies on the edge of a bin may be counted in the next.
-    assert repeats(*rows) and (MISALIGNED or values[0]["kinds"] == values[1]["kinds"])
+    assert repeats(*compared) and (MISALIGNED or values[0]["kinds"] == values[1]["kinds"])
     assert values[0]["kinds"] == json.loads((folders[0] / "values.json").read_text())["kinds"]
     rows = {row["method"]: row for row in rows[0]}
     assert rows.pop("negative")["note"] == NO_GUIDANCE
