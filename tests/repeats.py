@@ -89,7 +89,9 @@ def _content(data: bytes) -> Any:
     if data.startswith(b"\x89PNG"):
         return Image.open(io.BytesIO(data))
     try:
-        return safetensors.torch.load(data)
+        tensors = safetensors.torch.load(data)
+        tensors.pop("digests", None)  # of pictures, likewise
+        return tensors
     except safetensors.SafetensorError:
         pass
     try:
