@@ -8,7 +8,6 @@ another one, and is erased.
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lbdt import canvas
 from lbdt.canvas.generate import PictureRequest, images, object_requests, pair_requests
-from lbdt.runs.files import write_files
+from lbdt.cli.erase_picture import save
 
 SEED = 950_000  # nothing else uses it
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -77,9 +76,7 @@ def main() -> None:
     else:
         print(f"nothing is seen in {int((~seen.any(1)).sum())}")
     out = args.out or RESULTS / f"erased-{args.kind}{'-pairs' if args.pairs else ''}.png"
-    data = io.BytesIO()
-    sheet(requests, base, erased).save(data, format="PNG", optimize=True)
-    write_files(out.parent, {out.name: data.getvalue()})
+    save(sheet(requests, base, erased), out)
     print(out)
 
 

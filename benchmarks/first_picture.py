@@ -6,15 +6,13 @@ A dog and a cat in three styles, the cats erased: what `lbdt erase` draws, one b
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from lbdt import canvas
-from lbdt.cli.erase_picture import compose
-from lbdt.runs.files import write_files
+from lbdt.cli.erase_picture import compose, save
 
 OUT = Path(__file__).resolve().parent / "results/erase.png"
 STYLES = ("Photo", "Neon", "Sketch")
@@ -49,9 +47,7 @@ def main() -> None:
     page = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
     for number, row in enumerate(rows):
         page.paste(row, (0, number * rows[0].height))
-    data = io.BytesIO()
-    page.save(data, format="PNG", optimize=True)
-    write_files(args.out.parent, {args.out.name: data.getvalue()})
+    save(page, args.out)
     print(args.out)
 
 

@@ -30,7 +30,7 @@ from lbdt.canvas.trainers import (
 
 
 def train_judges(work: Path, steps: int, count: int, only: str | None) -> None:
-    """Trains the judges, on rendering seeds of their own, with noise and blur as augmentation; `only`: one of them."""
+    """Trains the judges, on rendering seeds of their own, that of objects with noise and blur; `only`: one of them."""
     data = {
         "object": partial(_anywhere, work, count),
         "style": partial(_decoded, work, count),
