@@ -33,7 +33,7 @@ class PictureRequest:
 def object_requests(seeds: Sequence[int], plain: bool = False) -> list[PictureRequest]:
     """Every class in every style (and, with `plain`, in none) for every seed; no two requests share a start seed."""
     return [
-        PictureRequest((c,), s, _start(0, (seed * len(OBJECTS) + c), s))
+        PictureRequest((c,), s, start_seed(0, seed * len(OBJECTS) + c, s))
         for seed in seeds
         for s in _styles(plain)
         for c in range(len(OBJECTS))
@@ -44,7 +44,7 @@ def empty_requests(seeds: Sequence[int], plain: bool = False, each: int = 1) -> 
     """`each` scenes without an object in every style (and, with `plain`, in none) for every seed; start seeds of their
     own."""
     return [
-        PictureRequest((), s, _start(1, seed * len(OBJECTS) + number, s))
+        PictureRequest((), s, start_seed(1, seed * len(OBJECTS) + number, s))
         for seed in seeds
         for s in _styles(plain)
         for number in range(each)
@@ -59,7 +59,7 @@ def pair_requests(seeds: Sequence[int], plain: bool = False) -> list[PictureRequ
         PictureRequest(
             (c, (c + 1 + (c + 3 * (len(STYLES) if s is None else s) + 7 * seed) % (count - 1)) % count),
             s,
-            _start(2, seed * count + c, s),
+            start_seed(2, seed * count + c, s),
         )
         for seed in seeds
         for s in _styles(plain)
@@ -71,8 +71,9 @@ def _styles(plain: bool) -> list[int | None]:
     return [*range(len(STYLES)), *([None] if plain else [])]
 
 
-def _start(kind: int, number: int, style: int | None) -> int:
-    """The start seed; `kind`: 0 for one object, 1 for none, 2 for pairs."""
+def start_seed(kind: int, number: int, style: int | None) -> int:
+    """The start seed of a picture; `kind`: 0 for one object, 1 for none, 2 for pairs; `number`: `seed * 20` and up to 19,
+    which tells pictures of one seed and style apart; `style`: None for none."""
     return (kind << 40) + number * (len(STYLES) + 1) + (len(STYLES) if style is None else style)
 
 

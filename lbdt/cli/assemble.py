@@ -65,7 +65,7 @@ def command(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the eraser.")],
     padding: Annotated[int, counted(min=0, most=MOST_PADDING, help="Patches around the mask.")] = 1,
-    source: Annotated[DonorSource, typer.Option(help="Donor patches.")] = DonorSource.random,
+    source: Annotated[DonorSource, typer.Option(help="Donor patches.")] = DonorSource.row,
     min_patches: Annotated[
         int | None,
         counted(

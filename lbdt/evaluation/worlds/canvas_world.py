@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lbdt import canvas
 from lbdt.activations.prompts import Prompt
-from lbdt.canvas.defaults import NAME, canvas_prompts
+from lbdt.canvas.defaults import NAME, canvas_prompts, labelled
+from lbdt.canvas.generate import PictureRequest, start_seed
 from lbdt.canvas.scenes import prompt as prompt_text
 from lbdt.evaluation.evaluated_world import EvaluatedKind, EvaluatedWorld, Pair, Verdicts
 
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 
 SEEDS = (500, 501, 502)
 SWEEP_SEEDS = (700_000,)
-_PAIRS, _EMPTY = 1 << 40, 1 << 41
-"""Where the start seeds of pairs and of empty scenes begin."""
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "saeuron": (-1.0, -3.0, -5.0, -10.0, -20.0),
     "saemnesia": (-1.0, -2.0, -3.0, -5.0, -10.0),
@@ -102,20 +102,21 @@ def seed_pairs(seed: int) -> list[Pair]:
     pairs = []
     for i, name in enumerate(canvas.OBJECTS):
         for n in range(styles):
-            beside = canvas.OBJECTS[(i + 1 + (7 * n + 5 * seed) % (count - 1)) % count]
-            style = canvas.STYLES[(i + n + seed) % styles]
-            names = (name, beside) if (n + seed) % 2 else (beside, name)
-            start = _PAIRS + (seed * count + i) * styles + n
-            pairs.append(Pair(Prompt(prompt_text(names, style), name, style, start), beside))
+            beside = (i + 1 + (7 * n + 5 * seed) % (count - 1)) % count
+            style = (i + n + seed) % styles
+            objects = (i, beside) if (n + seed) % 2 else (beside, i)
+            request = PictureRequest(objects, style, start_seed(2, seed * count + i, style))
+            prompt = dataclasses.replace(labelled(request), concept=name)
+            pairs.append(Pair(prompt, canvas.OBJECTS[beside]))
     return pairs
 
 
 def seed_empty(seed: int) -> list[Prompt]:
     """Prompts of no object, as many as there are objects, in styles in turn."""
     count = len(canvas.OBJECTS)
-    styles = [canvas.STYLES[(n + seed) % len(canvas.STYLES)] for n in range(count)]
+    styles = [(n + seed) % len(canvas.STYLES) for n in range(count)]
     return [
-        Prompt(prompt_text((), style), None, style, _EMPTY + seed * count + n)
+        labelled(PictureRequest((), style, start_seed(1, seed * count + n, style)))
         for n, style in enumerate(styles)
     ]
 
