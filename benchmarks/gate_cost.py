@@ -35,10 +35,13 @@ def row(name: str, share: float, place: Place, rounds: int) -> dict:
     given = arguments["x"] if arguments["minus"] is None else arguments["minus"]
     call = torch.full((shape.batch,), hook.TIMESTEP, device=place.device), given, arguments["x"]
     pipes = {version: hook.Pipe(shape, place) for version in ("gated", "published", "bare")}
-    eraser = hook.eraser(shape, arguments, place.seed)
-    handles = [eraser.attach(pipes["published"], [hook.CONCEPT], seed=place.seed)]
-    eraser.dictionary = eraser.dictionary.replaced(gate=gate(shape, eraser.selection))
-    handles.append(eraser.attach(pipes["gated"], [hook.CONCEPT], seed=place.seed))
+    handles = []
+    for version in ("published", "gated"):
+        eraser = hook.eraser(shape, arguments, place.seed)
+        if version == "gated":
+            eraser.dictionary = eraser.dictionary.replaced(gate=gate(shape, eraser.selection))
+        layout = pipes[version].layout
+        handles.append(eraser.attach(pipes[version], [hook.CONCEPT], seed=place.seed, layout=layout))
     versions = {version: partial(pipe.unet, *call) for version, pipe in pipes.items()}
     with torch.inference_mode():
         outputs = {version: function() for version, function in versions.items()}

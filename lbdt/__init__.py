@@ -15,6 +15,9 @@ _ATTRIBUTES = {
     "ConceptEraser": "lbdt.editors",
     "Steering": "lbdt.editors",
     "TextSteering": "lbdt.editors",
+    "UnprotectedError": "lbdt.editors",
+    "attached": "lbdt.editors",
+    "detach": "lbdt.editors",
 }
 _SUBMODULES = ("canvas", "ops")
 

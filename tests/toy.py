@@ -9,6 +9,7 @@ from torch import nn
 
 from lbdt.dictionary import ConceptDictionary
 from lbdt.editors import ConceptEraser
+from lbdt.hooks.lookup import unwrap
 from lbdt.sae import SAEConfig, SparseAutoencoder
 
 HOOKPOINT = "unet.up_blocks.0.attentions.0"
@@ -132,12 +133,17 @@ def images(pipe, prompts=("cat", "dog"), steps: int = 3, seed: int = 0, guidance
 
 def traces(pipe) -> list[str]:
     """Everything that an attachment puts on a pipeline."""
-    found = [n for n, m in pipe.unet.named_modules() if {"forward", "_diffusers_hook"} & set(vars(m))]
-    return found + [
-        name
-        for name in ("check_inputs", "encode_prompt", "maybe_free_model_hooks", "_lbdt_watch")
-        if name in vars(pipe)
-    ]
+    denoiser = unwrap(pipe.unet if hasattr(pipe, "unet") else pipe.transformer)
+
+    def is_marked(module) -> bool:
+        registry = vars(module).get("_diffusers_hook")
+        # Some pipelines of diffusers leave an empty registry of their own.
+        ours = registry is not None and (registry.hooks or hasattr(registry, "lbdt_created"))
+        return bool(ours or {"forward", "__deepcopy__", "__reduce_ex__"} & set(vars(module)))
+
+    found = [name for name, module in denoiser.named_modules() if is_marked(module)]
+    found += [name for name in ("encode_prompt", "_lbdt_watch") if name in vars(pipe)]
+    return found + (["__class__"] if "_lbdt_announces" in vars(type(pipe)) else [])
 
 
 class Echo(nn.Module):
@@ -179,5 +185,5 @@ class EchoPipe:
     def __init__(self, width: int, packing: str = "tuple", guided: bool = False) -> None:
         self.unet = Unet(width, packing)
         self.components = {"unet": self.unet}
-        self.do_classifier_free_guidance = guided
+        self.layout = ("uncond", "cond") if guided else ("cond",)
         self.scheduler = SimpleNamespace(timesteps=torch.tensor(TIMESTEPS))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lbdt.activations.sites import Site
-from lbdt.hooks.feature_maps import tensor_of
+from lbdt.hooks.feature_maps import place_of, tensor_of
 from lbdt.hooks.lookup import unwrap
 
 DENOISERS = ("unet", "transformer")
@@ -234,7 +234,7 @@ class _Tap:
         given, self.input = self.input, None
         if not self.call.wanted:
             return
-        x = feature_map(module, output)
+        x = tensor_of(output, place_of(module) if isinstance(output, tuple) else 0)
         if x.dim() not in (3, 4):
             raise ValueError(
                 f"site {self.site}: its block returned a tensor of shape {tuple(x.shape)}; expected [B, d, H, W] or "
@@ -254,20 +254,6 @@ class _Tap:
         if x.dim() == 4:
             x = x.flatten(2).transpose(1, 2)
         self.call.receiver.take(self.site, x, self.call.sample)
-
-
-def feature_map(module: nn.Module, output: Any) -> Tensor:
-    """The feature map in what a block returned. Some transformer blocks return their text stream before it."""
-    if isinstance(output, tuple) and len(output) > 1 and type(module).__module__.startswith("diffusers."):
-        from diffusers.hooks._helpers import TransformerBlockRegistry
-
-        try:
-            place = TransformerBlockRegistry.get(type(module)).return_hidden_states_index
-        except ValueError:  # not one of diffusers' transformer blocks
-            place = None
-        if place is not None:
-            return tensor_of(output[place])
-    return tensor_of(output)
 
 
 def is_compiled(pipe: Any) -> bool:

@@ -57,7 +57,7 @@ class Pipe:
     def __init__(self, shape: Shape, place: Place) -> None:
         self.unet = Unet(shape.width, place.device, place.dtype).eval()
         self.components = {"unet": self.unet}
-        self.do_classifier_free_guidance = shape.halves > 1
+        self.layout = ("uncond", "cond") if shape.halves > 1 else ("cond",)
         self.scheduler = SimpleNamespace(timesteps=torch.tensor(TIMESTEPS))
 
 
@@ -104,7 +104,9 @@ class Stand:
         self.eraser = eraser(shape, self.arguments, place.seed)
         names = ("ours", "published", "compiled", "bare")
         self.pipes = {name: Pipe(shape, place) for name in names}
-        self.attachment: Attachment = self.eraser.attach(self.pipes["ours"], [CONCEPT], seed=place.seed)
+        self.attachment: Attachment = self.eraser.attach(
+            self.pipes["ours"], [CONCEPT], seed=place.seed, layout=self.pipes["ours"].layout
+        )
         encoder = {name: self.arguments[name] for name in ("weight", "bias", "latents", "thresholds", "k")}
         self.published = PublishedHook(**encoder, padding=shapes.PADDING, on_update=shape.update)
         self.pipes["published"].unet.block.register_forward_hook(self.published)

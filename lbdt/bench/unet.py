@@ -77,7 +77,6 @@ def measure(
     pipe = SimpleNamespace(
         unet=runner,
         components={"unet": runner},
-        do_classifier_free_guidance=True,
         scheduler=SimpleNamespace(timesteps=torch.tensor(hook.TIMESTEPS)),
     )
     for name, share in (("present", _SHARE), ("absent", 0.0)):
@@ -85,7 +84,7 @@ def measure(
         stand, bare = hook.Pipe(shape, place), hook.Pipe(shape, place)
         call = (inputs["timestep"], x, x)
         versions = {"ours": partial(stand.unet, *call), "bare": partial(bare.unet, *call)}
-        with eraser.attach(stand, [hook.CONCEPT]):
+        with eraser.attach(stand, [hook.CONCEPT], layout=stand.layout):
             for version in versions.values():
                 version()
             alone = timing.in_turn(versions, device, rounds, budget)
@@ -105,7 +104,7 @@ def measure(
         # An attachment makes the UNet compile anew, which takes a minute: once, where the hook does the most.
         if name == "present" or not is_compiled:
             eraser.hookpoint = HOOKPOINT
-            with eraser.attach(pipe, [hook.CONCEPT]):
+            with eraser.attach(pipe, [hook.CONCEPT], layout=("uncond", "cond")):
                 longer = time(step)
             growth = 100 * (longer["median"] / result["step_ms"]["median"] - 1)
             result[name] |= {"step_ms": longer, "growth_percent": growth}

@@ -163,7 +163,7 @@ def write_eraser(
 
     from lbdt.dictionary import ConceptDictionary
     from lbdt.editors import ConceptEraser, Steering
-    from lbdt.editors.editor import FOLDER
+    from lbdt.editors.editor_files import FOLDER
     from lbdt.runs.folder import replaced
     from lbdt.runs.writable import check_out_folder
     from lbdt.sae import SparseAutoencoder

@@ -55,7 +55,7 @@ def command(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", metavar="DIR_OR_HUB", help="A diffusers pipeline with a UNet. Default: EmojiCanvas."
+            "--model", metavar="DIR_OR_HUB", help="A diffusers pipeline. Default: EmojiCanvas."
         ),
     ] = None,
     eraser: Eraser = None,

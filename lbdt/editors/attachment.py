@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.selection import check_criteria
-from lbdt.editors.edit_report import Blind, Report, StepMask, step_masks, warn_not_finite
+from lbdt.editors.edit_report import Blind, Report, StepMask, step_masks
 from lbdt.hooks import lookup
-from lbdt.hooks.detection_plan import CallState, DetectionPlan, check_lengths
+from lbdt.hooks.call_state import CallState
+from lbdt.hooks.detection_plan import DetectionPlan
 from lbdt.hooks.recorder import Call, Recorder
 from lbdt.runs.reading import brief, listed
 
@@ -22,8 +24,14 @@ if TYPE_CHECKING:
     from diffusers.hooks import ModelHook
 
     from lbdt.dictionary import Selection
+    from lbdt.editors.call_watch import CallWatch
+    from lbdt.hooks.lookup import Denoiser
+    from lbdt.hooks.pipeline_calls import PipelineCall
+    from lbdt.hooks.registry import Parked
 
 EXAMPLE = "unet.mid_block.attentions.0"
+BRANCHES = ("uncond", "cond", "image", "perturbed")
+"""The guidance branches that `layout` may name."""
 
 
 class LatentColumns(NamedTuple):
@@ -65,6 +73,26 @@ class LatentColumns(NamedTuple):
             selections,
         )
 
+    def padded(self, room: int) -> LatentColumns:
+        """With columns that nothing passes behind the others, `room` in all, or as many as there are."""
+        more = max(0, room - len(self.latents))
+        return self._replace(
+            latents=F.pad(self.latents, (0, more)),
+            thresholds=F.pad(self.thresholds, (0, more), value=torch.inf),
+            enabled=F.pad(self.enabled, (0, more)),
+        )
+
+
+class KeptCalls(NamedTuple):
+    """What a recorder held."""
+
+    calls: list[Call]
+    masks: bool
+
+    def read(self) -> list[Call]:
+        """The calls, oldest first."""
+        return self.calls
+
 
 class Attachment:
     """Something attached to a pipeline. A context manager; `remove()` takes it off, and may be called again."""
@@ -74,40 +102,108 @@ class Attachment:
         name: str,
         pipe: Any,
         hooks: Iterable[tuple[nn.Module, ModelHook]],
-        watch: Callable[[Any], Callable[[], None]],
         recorder: Recorder,
         summary: Callable[[list[Call]], Report],
+        texts: tuple[Callable[[int | None, list[str]], None], Callable[[], None]] | None = None,
+        calls: CallWatch | None = None,
+        changed: Callable[..., None] | None = None,
+        parked: list[Parked] | None = None,
     ) -> None:
-        """Registers `hooks` on their modules as `name`, and gives the pipeline to `watch`, which returns its undo.
+        """Registers `hooks` on their modules as `name`, or puts those of `parked` back, and watches the pipeline's calls,
+        and with `texts` what it encodes. `calls`: the checks of a call; `changed`: what `set` does; `parked` gets what
+        `remove` takes off.
 
         Whatever was put on before an error comes off again.
         """
         from lbdt.hooks import pipeline_calls, registry
 
-        self._recorder, self._summary = recorder, summary
-        self._told = 0
+        self.pipe, self.name = pipe, name
+        self._recorder, self._summary, self._calls, self._changed = recorder, summary, calls, changed
         self._undo: list[Callable[[], None]] = []
         try:
-            for module, hook in hooks:
-                registry.register(module, hook, name)
-                self._undo.append(lambda module=module: registry.unregister(module, name))
-            self._undo.append(watch(pipe))
-            self._undo.append(pipeline_calls.watch_end(pipe, self._warn))
+            before, self._parked = list(parked or ()), parked
+            if parked:
+                parked.clear()
+            put_back = [registry.restore(record) for record in before]
+            for place, (module, hook) in enumerate(hooks):
+                if not (put_back and put_back[place]):
+                    registry.register(module, hook, name)
+                self._undo.append(lambda module=module: self._take_off(module))
+            if texts is not None:
+                self._undo.append(pipeline_calls.watch_texts(pipe, *texts))
+            if calls is not None:
+                self._undo.append(calls.on())
+            self._undo.append(pipeline_calls.watch(pipe, self))
         except BaseException:
             self.remove()
             raise
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it was not removed yet."""
+        return bool(self._undo)
 
     def remove(self) -> None:
         """Takes every hook off; the pipeline computes bit for bit what it did before."""
         while self._undo:
             self._undo.pop()()
 
+    def _take_off(self, module: nn.Module) -> None:
+        from lbdt.hooks import registry
+
+        record = registry.unregister(module, self.name)
+        if self._parked is not None and record is not None:
+            self._parked.insert(0, record)
+
+    def keep_calls(self) -> None:
+        """Keeps what was recorded, before another attachment writes to the same tensors."""
+        self._recorder = KeptCalls(self._recorder.read(), self._recorder.masks)
+
+    def set(
+        self,
+        concepts: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        seed: int | Sequence[int] | None = None,
+        enabled: bool | None = None,
+    ) -> None:
+        """Exchanges what is erased while the attachment stays on; None: as it is.
+
+        The tensors that the hooks read are written in place, without a host sync: compiled code and captured CUDA graphs
+        go on with the new values. Concepts that need more latents than there is room for (`attach(room=)`) get new
+        tensors, which compiled code is compiled for once more, and a captured graph refuses. A steering's tensors are
+        always new.
+
+        Args:
+            concepts, seed: as in `attach`; lists of as many entries as those that were attached.
+            enabled: False lets every picture pass as it is, without a detection being recorded; True treats them again.
+
+        Raises:
+            ValueError, TypeError: as `attach`; lists of another length than attached; removed already; an attachment of a
+                text encoder.
+        """
+        if self._changed is None:
+            raise ValueError(
+                "set: a steering of a text encoder has nothing to exchange; remove it and attach again"
+            )
+        if not self.is_on:
+            raise ValueError("set: this attachment was removed; attach again")
+        self._changed(concepts, seed, enabled)
+
+    def begin(self, call: PipelineCall) -> None:
+        """A call of the pipeline begins; see `CallWatch.begin`."""
+        if self._calls is not None:
+            self._calls.begin(call)
+
+    def end(self, call: PipelineCall, failed: bool) -> None:
+        """A call of the pipeline is over; see `CallWatch.end`."""
+        if self._calls is not None:
+            self._calls.end(call, failed)
+
     def report(self) -> Report:
         """What happened under this attachment. Waits for the device."""
         return self._summary(self._recorder.read())
 
     def patches_changed(self) -> Tensor:
-        """int64 [images]: the patches of each image that were overwritten in all kept calls, in both halves of
+        """int64 [images]: the patches of each image that were overwritten in all kept calls, in all branches of
         guidance. An image of which there are none keeps every bit. Waits for the device.
 
         Raises:
@@ -121,13 +217,6 @@ class Attachment:
                 f"{', '.join(map(str, images)) or 'no call'}; attach anew for every pipeline call"
             )
         return sum(torch.tensor(call.changed).view(call.halves, images[0]).sum(0) for call in calls)
-
-    def _warn(self) -> None:
-        """Tells of patches that were not looked at in the pipeline's call that ends, and in those before."""
-        patches = self._recorder.not_finite()
-        if patches != self._told:
-            self._told = patches
-            warn_not_finite(patches)
 
     def masks(self) -> list[StepMask]:
         """The masks of every UNet call, oldest first; needs `attach(..., keep_masks=True)`.
@@ -146,24 +235,35 @@ class Attachment:
         self.remove()
 
 
-def around_call(
-    unet: nn.Module, hookpoint: str, plan: DetectionPlan, state: CallState
-) -> tuple[list[tuple[nn.Module, ModelHook]], Callable[[Any], Callable[[], None]]]:
-    """What tells a plan of a call: hooks of the timestep and the grid in the UNet, and a watch on the pipeline."""
-    from lbdt.hooks import blocks, pipeline_calls
+def attached(pipe: Any) -> tuple[Attachment, ...]:
+    """The handles of everything that is attached to a pipeline, oldest first."""
+    from lbdt.hooks import pipeline_calls
 
-    embeds_classes = getattr(unet.config, "class_embed_type", None) == "timestep"
-    hooks = [(unet.time_proj, blocks.TimestepHook(plan, state, embeds_classes))]
-    around = lookup.grid_parent(unet, hookpoint)
+    return tuple(w for w in pipeline_calls.watchers(pipe) if isinstance(w, Attachment))
+
+
+def detach(pipe: Any) -> int:
+    """Takes off everything that is attached to a pipeline, newest first; returns how many there were. What other
+    pipelines with the same UNet have attached stays on."""
+    handles = attached(pipe)
+    for handle in reversed(handles):
+        handle.remove()
+    return len(handles)
+
+
+def around_call(
+    denoiser: Denoiser, hookpoint: str, plan: DetectionPlan, state: CallState
+) -> list[tuple[nn.Module, ModelHook]]:
+    """The hooks that tell a plan of a denoiser call's timesteps and of the grid."""
+    from lbdt.hooks import blocks
+
+    hooks = [(denoiser.times, blocks.TimestepHook(plan, state, denoiser.module))]
+    around = lookup.grid_parent(denoiser.module, hookpoint)
     if around is not None:
         hooks.append((around, blocks.GridHook(plan, state)))
-
-    def begin(prompts: int, images: int, in_call: bool) -> None:
-        if in_call:
-            check_lengths(plan, images, prompts)
-        state.prompts, state.images = prompts, images
-
-    return hooks, lambda pipe: pipeline_calls.watch(pipe, begin)
+    if denoiser.patches is not None:
+        hooks.append((denoiser.patches, blocks.PatchesHook(plan, state)))
+    return hooks
 
 
 def warn_of_blind(plan: DetectionPlan, owners: Sequence[str]) -> Blind:
@@ -171,7 +271,7 @@ def warn_of_blind(plan: DetectionPlan, owners: Sequence[str]) -> Blind:
 
     Raises ValueError for a concept that has none at any timestep.
     """
-    deaf = torch.isposinf(plan.thresholds.cpu())
+    deaf = torch.isposinf(plan.thresholds.cpu()[:, : len(owners)])
     blind = {}
     for name in dict.fromkeys(owners):
         own = torch.tensor([owner == name for owner in owners])
@@ -233,6 +333,19 @@ def concept_sets(concepts: Any) -> tuple[list[list[str]], bool]:
                 f"concepts: expected names or lists of names, got {names!r} among them; write {example}"
             )
     return [list(names) for names in concepts], True
+
+
+def row_layout(layout: Any) -> tuple[str, ...] | None:
+    """The branches that a user states."""
+    if layout is None:
+        return None
+    names = tuple(layout) if isinstance(layout, Sequence) and not isinstance(layout, str) else (None,)
+    if not names or not set(names) <= set(BRANCHES) or len(set(names)) < len(names) or "cond" not in names:
+        raise ValueError(
+            f"layout: expected the guidance branches in the order of the rows, each once, of {', '.join(BRANCHES)}, with "
+            f"'cond' among them, e.g. ('uncond', 'cond'); got {layout!r}"
+        )
+    return names
 
 
 def seed_values(seed: Any) -> tuple[list[int], bool]:

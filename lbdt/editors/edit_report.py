@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,8 @@ class Report:
     """Steps in the order of the schedule (timestep descending), over all calls since the editor was attached."""
 
     steps: tuple[StepReport, ...]
+    failures: tuple[str, ...] = ()
+    """Why images of some calls were returned without protection, as `on_failure="generate"` asks for."""
 
     @property
     def detected(self) -> float:
@@ -114,6 +116,7 @@ class Report:
             "unchanged": self.unchanged,
             "not_finite": self.not_finite,
             "gated": self.gated,
+            "failures": list(self.failures),
             "steps": [asdict(step) for step in self.steps],
         }
 
@@ -125,7 +128,7 @@ class Report:
                 f"{step.timestep:8.1f}  {step.detected:8.1%}  {step.replaced:8.1%}  "
                 f"{step.without_free} of {step.rows}{note}{step.unseen()}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"NOT PROTECTED: {failure}" for failure in self.failures)])
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class SteeringReport(Report):
     """`detected`: fraction of the patches in which a selected latent passes its threshold; `replaced`: fraction that
     was changed. Nothing is drawn, so `without_free` and `unchanged` are 0."""
 
-    ran: str
+    ran: str = ""
     """The rule and its settings, in words."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,7 +146,7 @@ class SteeringReport(Report):
     def __str__(self) -> str:
         lines = [f"steering: {self.ran}", "timestep  detected   changed"]
         lines += [f"{s.timestep:8.1f}  {s.detected:8.1%}  {s.replaced:8.1%}{s.unseen()}" for s in self.steps]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"NOT PROTECTED: {failure}" for failure in self.failures)])
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,9 @@ def warn_not_finite(patches: int) -> None:
         )
 
 
-def summarise(calls: list[Call], blind: Blind | None = None, ran: str | None = None) -> Report:
+def summarise(
+    calls: list[Call], blind: Blind | None = None, ran: str | None = None, failures: Sequence[str] = ()
+) -> Report:
     """The calls of equal timestep, added up; a `SteeringReport` where `ran` is given. Warns where patches were not
     finite."""
     warn_not_finite(sum(call.not_finite for call in calls))
@@ -194,8 +199,9 @@ def summarise(calls: list[Call], blind: Blind | None = None, ran: str | None = N
             )
         )
     if ran is None:
-        return Report(tuple(steps))
-    return SteeringReport(tuple(replace(step, without_free=0, unchanged=0) for step in steps), ran)
+        return Report(tuple(steps), tuple(failures))
+    shown = tuple(replace(step, without_free=0, unchanged=0) for step in steps)
+    return SteeringReport(shown, tuple(failures), ran=ran)
 
 
 def step_masks(calls: list[Call]) -> list[StepMask]:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from lbdt.dictionary import ConceptDictionary
 from lbdt.donors import AVOIDED, SOURCES, AvoidedPatches
 from lbdt.editors.attachment import LatentColumns, check_hookpoint, choice
-from lbdt.editors.editor import UnetEditor
+from lbdt.editors.unet_editor import UnetEditor
 from lbdt.hooks import lookup
+from lbdt.hooks.call_state import CallState
 from lbdt.hooks.detection_plan import (
     MOST_PADDING,
     TARGETS,
-    CallState,
     DetectionOptions,
     ErasePlan,
     Gate,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from lbdt.dictionary import Selection
     from lbdt.dictionary.picture_counts import PictureCounts
+    from lbdt.hooks.lookup import Denoiser
 
 
 class ConceptEraser(UnetEditor):
@@ -46,6 +47,7 @@ class ConceptEraser(UnetEditor):
     SETTINGS = ("hookpoint", "padding", "source", "selection", "target", "detect_at", "min_patches", "avoid")
     _ADDED = {"min_patches": None, "avoid": AvoidedPatches.erased.value}
     SHOWN = ("padding", "source", "avoid")
+    _KEEPS_ROOM = True
 
     def __init__(
         self,
@@ -127,10 +129,10 @@ class ConceptEraser(UnetEditor):
         choice("target", self.target, TARGETS)
         choice("avoid", self.avoid, AVOIDED)
 
-    def _blocks(self, unet: nn.Module) -> list[nn.Module]:
-        blocks = super()._blocks(unet)
+    def _blocks(self, denoiser: Denoiser) -> list[nn.Module]:
+        blocks = super()._blocks(denoiser)
         if self.detect_at not in (None, self.hookpoint):
-            blocks.append(self._block(unet, self.detect_at, "detect_at"))
+            blocks.append(self._block(denoiser, self.detect_at, "detect_at"))
             if lookup.runs_before(self.hookpoint, self.detect_at):
                 raise ValueError(
                     f"detect_at: {self.detect_at!r} runs after the hookpoint {self.hookpoint!r}; name an earlier block"
@@ -145,7 +147,7 @@ class ConceptEraser(UnetEditor):
             padding=self.padding,
             source=self.source,
             target=self.target,
-            gate=self._gate(columns.selections),
+            gate=self._gate_of(columns),
             known=self._known_latents(columns.selections) if self.avoid == AvoidedPatches.known else None,
         )
 
@@ -159,6 +161,18 @@ class ConceptEraser(UnetEditor):
         chosen = {n: selections[n] if n in selections else self.select(n) for n in self.concepts}
         columns = LatentColumns.of([], chosen, len(self.dictionary.timesteps))
         return KnownLatents.of(*self._detected(columns, self.dictionary.firing_order()))
+
+    def _gate_of(self, columns: LatentColumns) -> Gate | None:
+        """The gate of the columns, which other concepts may take the place of: where any of the dictionary's may have
+        one, there is one."""
+        gate = self._gate(columns.selections)
+        if gate is None and self.min_patches is None and self.dictionary.gate is not None:
+            widths = torch.tensor([len(selection.latents) for selection in columns.selections.values()])
+            least = torch.ones(len(self.dictionary.timesteps), len(widths), dtype=torch.int64)
+            gate = Gate(
+                torch.arange(len(widths)).repeat_interleave(widths), least, self.dictionary.gate.patches
+            )
+        return None if gate is None else gate.padded(len(columns.latents))
 
     def _gate(self, selections: Mapping[str, Selection]) -> Gate | None:
         """The gate of the selections' columns; None where it is off."""

@@ -10,13 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lbdt import ops
-from lbdt.hooks.detection_plan import CallState, DetectionOptions, EditPlan
+from lbdt.hooks.call_state import Now
+from lbdt.hooks.detection_plan import DetectionOptions, EditPlan
 
 _BLOCK = 4096  # latents decoded at a time where there is no top-k: [B, N, L] is never held
 
 
 class SteerPlan(EditPlan):
     """What all rules have in common: every column's factor and decoder row, and which of two owners edits a latent."""
+
+    EXCHANGED = (*EditPlan.EXCHANGED, "factors", "directions", "rivals")
 
     def __init__(
         self,
@@ -37,6 +40,10 @@ class SteerPlan(EditPlan):
         self.directions = self.directions.to(device, self.wide)
         self.rivals = None if self.rivals is None else self.rivals.to(device)
 
+    def take(self, other: SteerPlan) -> None:
+        other.to(self.weight.device, self.weight.dtype)
+        super().take(other)
+
     def _winners(self, on: Tensor, bins: Tensor) -> Tensor:
         """`on` [B, U, M] bool without the columns whose latent another column edits more strongly."""
         if self.rivals is None:
@@ -52,6 +59,8 @@ class SteerPlan(EditPlan):
 
 class LatentPlan(SteerPlan):
     """SAeUron's rule: where `z_i > mu_i(t)`, `z_i <- z_i * strength * a[c, t, i]`, and back by the decoder."""
+
+    EXCHANGED = (*SteerPlan.EXCHANGED, "columns", "slots", "distinct", "own_weight", "own_bias")
 
     def __init__(self, *tensors, sigmoid: bool, decoder: Decoder | None, **columns) -> None:
         """`sigmoid`: z = sigmoid(h) instead of h. `decoder`: for the released sign of the error; None: corrected."""
@@ -72,8 +81,8 @@ class LatentPlan(SteerPlan):
         if self.decoder is not None:
             self.decoder.to(device, dtype)
 
-    def edit(self, x: Tensor, given: Tensor | None, state: CallState) -> tuple[Tensor, Tensor, Tensor]:
-        rows, enabled = self.rows(state), self.enabled_in(state)
+    def edit(self, x: Tensor, given: Tensor | None, now: Now) -> tuple[Tensor, Tensor, Tensor]:
+        rows, enabled = self.rows(now), self.enabled_in(now)
         looked = self._looked_at(x, given)
         h = torch.matmul(self.own_weight, looked) + self.own_bias  # [B, U, N]
         floor = self.thresholds.index_select(0, rows.bins).masked_fill(~enabled, torch.inf)
@@ -114,9 +123,9 @@ class VectorPlan(SteerPlan):
         super().__init__(*tensors, **columns)
         self.by_norm, self.only_detected = by_norm, only_detected
 
-    def edit(self, x: Tensor, given: Tensor | None, state: CallState) -> tuple[Tensor, Tensor, Tensor]:
-        rows, enabled = self.rows(state), self.enabled_in(state)
-        detected = self.detect(x, given, state)
+    def edit(self, x: Tensor, given: Tensor | None, now: Now) -> tuple[Tensor, Tensor, Tensor]:
+        rows, enabled = self.rows(now), self.enabled_in(now)
+        detected = self.detect(x, given, now)
         on = self._winners(enabled.unsqueeze(2), rows.bins).squeeze(2)
         factor = torch.where(on, self.factors.index_select(0, rows.bins), 0)
         vector = torch.matmul(factor, self.directions).unsqueeze(2)  # [B, d, 1]
@@ -136,10 +145,11 @@ class Decoder:
     def __init__(self, weight: Tensor, bias: Tensor, floors: Tensor) -> None:
         """`weight` [L, d] and `floors` [L] in the order of the plan's encoder rows, `bias` [d]. Kinds without a top-k:
         z = h where h is above `floors`, else 0."""
+        self._exact_weight = weight
         self.weight, self.bias, self.floors = weight, bias, floors
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.weight = self.weight.to(device, dtype)
+        self.weight = self._exact_weight.to(device, dtype)
         self.bias, self.floors = self.bias.to(device), self.floors.to(device)
 
     def decode(

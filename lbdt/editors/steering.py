@@ -13,10 +13,12 @@ from torch.nn import functional as F
 
 from lbdt.dictionary import ConceptDictionary
 from lbdt.editors.attachment import LatentColumns, choice
-from lbdt.editors.editor import Editor, UnetEditor
+from lbdt.editors.editor import Editor
 from lbdt.editors.eraser import ConceptEraser
 from lbdt.editors.steer_plan import Decoder, LatentPlan, SteerPlan, VectorPlan
-from lbdt.hooks.detection_plan import CallState, DetectionOptions
+from lbdt.editors.unet_editor import UnetEditor
+from lbdt.hooks.call_state import CallState
+from lbdt.hooks.detection_plan import DetectionOptions
 from lbdt.hooks.recorder import Recorder
 from lbdt.runs.reading import MAX_FLOAT, brief
 from lbdt.sae import SparseAutoencoder

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lbdt.editors.attachment import Attachment, choice, concept_sets
+from lbdt.editors.edit_report import summarise
 from lbdt.editors.steering import Strengthened
 from lbdt.hooks import feature_maps, lookup
 from lbdt.hooks.detection_plan import ROWS
@@ -87,13 +89,12 @@ class TextSteering(Strengthened):
             nothing = torch.zeros_like(states[0], dtype=torch.float32)
             deltas = torch.stack([sum((shifts[name] for name in chosen), nothing) for chosen in sets])
             recorder = Recorder(deltas.device)
-        from lbdt.hooks import blocks, pipeline_calls
+        from lbdt.hooks import blocks
 
         state = _Encoding(deltas, per_prompt, rows, recorder)
         hooks = [(layer, blocks.TextHook(state.edit))]
-        return self._put_on(
-            pipe, hooks, lambda pipe: pipeline_calls.watch_texts(pipe, state.begin, state.end), recorder
-        )
+        summary = partial(summarise, ran=self._ran())
+        return self._put_on(pipe, hooks, recorder, summary, texts=(state.begin, state.end))
 
     def _in_words(self) -> str:
         return f"text encoder, strength {self.strength}"

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
 from lbdt.hooks import feature_maps
-from lbdt.hooks.detection_plan import CallState, DetectionPlan, EditPlan, ErasePlan
+from lbdt.hooks.call_state import CallState, Now
+from lbdt.hooks.detection_plan import DetectionPlan, EditPlan, ErasePlan
 from lbdt.hooks.recorder import Recorder
 
 
@@ -21,65 +23,31 @@ class _Hook(ModelHook):
     def __init__(self, plan: DetectionPlan, state: CallState) -> None:
         super().__init__()
         self.plan, self.state = plan, state
+        self.place = 0
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        self.place = feature_maps.place_of(module)
+        return module
 
     def __repr__(self) -> str:
         return f"lbdt.{type(self).__name__}"
 
-    def _feature_map(self, output: Any) -> Tensor:
-        if self.state.timesteps is None:
+    def _feature_map(self, output: Any, now: Now) -> Tensor:
+        if now.timesteps is None:
             raise RuntimeError("hookpoint: its block ran outside of a UNet call, so no timestep is known")
-        x = feature_maps.to_patches(feature_maps.tensor_of(output), self.plan.options.width)
-        if x.shape[0] != self.state.timesteps.shape[0]:
+        x = feature_maps.to_patches(feature_maps.tensor_of(output, self.place), self.plan.options.width)
+        if x.shape[0] != now.timesteps.shape[0]:
             raise ValueError(
-                f"hookpoint: its block ran on {x.shape[0]} rows, but the UNet on {self.state.timesteps.shape[0]}; "
+                f"hookpoint: its block ran on {x.shape[0]} rows, but the UNet on {now.timesteps.shape[0]}; "
                 "hook a block that keeps one row per image"
             )
         if self.plan.weight.device != x.device or self.plan.weight.dtype != x.dtype:
             self.plan.to(x.device, x.dtype)
+        if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+            self.plan.captured = True
         return x
 
-
-class TimestepHook(_Hook):
-    """The hook on `unet.time_proj`: keeps the timestep of every row, and refuses lists that do not fit the batch."""
-
-    def __init__(self, plan: DetectionPlan, state: CallState, embeds_classes: bool) -> None:
-        super().__init__(plan, state)
-        self.embeds_classes = embeds_classes
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-        # A UNet with timestep-like class labels embeds those by the same module, after the timesteps.
-        if self.state.timesteps is None or not self.embeds_classes:
-            timesteps = args[0] if args else next(iter(kwargs.values()))
-            self.plan.check_call(self.state, timesteps.shape[0])
-            self.state.timesteps = timesteps
-            self.state.rows = self.state.mask = self.state.avoid = self.state.sums = self.state.gated = None
-        return args, kwargs
-
-
-class GridHook(_Hook):
-    """The hook on the attention block around a hookpoint: keeps the grid of its input [B, d, H, W]."""
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-        x = args[0] if args else kwargs["hidden_states"]
-        self.state.grid = (x.shape[2], x.shape[3]) if x.dim() == 4 else None
-        return args, kwargs
-
-
-class _InputHook(_Hook):
-    """Keeps the block's input from pre_forward to post_forward where the update is asked for."""
-
-    def __init__(self, plan: DetectionPlan, state: CallState, needs_input: bool) -> None:
-        super().__init__(plan, state)
-        self.needs_input = needs_input
-        self.input: Tensor | None = None
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-        if self.needs_input:
-            self.input = args[0] if args else kwargs["hidden_states"]
-        return args, kwargs
-
-    def _taken_input(self, x: Tensor) -> Tensor | None:
-        given, self.input = self.input, None
+    def _input(self, given: Tensor | None, x: Tensor) -> Tensor | None:
         if given is None:
             return None
         given = feature_maps.to_patches(given, self.plan.options.width)
@@ -91,35 +59,118 @@ class _InputHook(_Hook):
         return given
 
 
-class DetectHook(_InputHook):
+class TimestepHook(_Hook):
+    """The hook on what embeds the timesteps: keeps the timestep of every row, and refuses lists that do not fit the batch."""
+
+    def __init__(self, plan: DetectionPlan, state: CallState, denoiser: nn.Module) -> None:
+        super().__init__(plan, state)
+        self.denoiser = denoiser
+        self.embeds_classes = getattr(denoiser.config, "class_embed_type", None) == "timestep"
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        now = self.state.now()
+        # A UNet with timestep-like class labels embeds those by the same module, after the timesteps. A third call is
+        # the next one's timesteps: the one before was broken off.
+        if self.embeds_classes and now.timesteps is not None and not now.labels:
+            now.labels = True
+            return args, kwargs
+        timesteps = args[0] if args else next(iter(kwargs.values()))
+        now = self.state.begin(timesteps)
+        if now.acting:
+            windowed = self.plan.options.steps is not None and not torch.compiler.is_compiling()
+            self.plan.check_call(now, self.state.steps() if windowed else None)
+            if torch.is_grad_enabled() and getattr(self.denoiser, "is_gradient_checkpointing", False):
+                raise ValueError(
+                    "gradient checkpointing: blocks run again in the backward pass, where no timestep is known; call "
+                    f"{type(self.denoiser).__name__}.disable_gradient_checkpointing(), or run without gradients"
+                )
+        return args, kwargs
+
+
+class GridHook(_Hook):
+    """The hook on the attention block around a hookpoint: keeps the grid of its input [B, d, H, W]."""
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        x = args[0] if args else kwargs["hidden_states"]
+        self.state.now().grid = (x.shape[2], x.shape[3]) if x.dim() == 4 else None
+        return args, kwargs
+
+
+class PatchesHook(_Hook):
+    """The hook on the module that cuts latents into patches: keeps the grid of these for all blocks of the call."""
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        x = args[0] if args else next(iter(kwargs.values()))
+        self.state.now().cut = (x.shape[2] // module.patch_size, x.shape[3] // module.patch_size)
+        return args, kwargs
+
+
+class DetectHook(_Hook):
     """The hook on the block of `detect_at`: leaves the mask for the target block."""
 
-    def __init__(self, plan: DetectionPlan, state: CallState) -> None:
-        super().__init__(plan, state, needs_input=plan.options.on_update)
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        now = self.state.now()
+        if now.acting and self.plan.options.on_update:
+            now.looked_input = args[0] if args else kwargs["hidden_states"]
+        return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        x = self._feature_map(output)
-        given = self._taken_input(x)
-        self.plan.add_up(x, given, self.state)
-        self.state.mask = self.plan.detect(x, given, self.state)
+        now = self.state.now()
+        if not self.state.treats(now):
+            return output
+        x = self._feature_map(output, now)
+        given = self._input(now.looked_input, x)
+        now.looked_input = None
+        self.plan.add_up(x, given, now)
+        now.mask = self.plan.detect(x, given, now)
         return output
 
 
-class _TargetHook(_InputHook):
+class _TargetHook(_Hook):
     """A hook on the block whose output changes, which is the last that runs in a UNet call."""
 
     def __init__(self, plan: DetectionPlan, state: CallState, recorder: Recorder, needs_input: bool) -> None:
-        super().__init__(plan, state, needs_input)
-        self.recorder = recorder
+        super().__init__(plan, state)
+        self.recorder, self.needs_input = recorder, needs_input
 
-    def _finish(self, mask: Tensor, changed: Tensor, height: int, width: int) -> None:
-        """Records the call, and drops its state: nothing of it may be kept alive, nor met by the next one."""
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        now = self.state.now()
+        if now.acting and self.needs_input:
+            now.target_input = args[0] if args else kwargs["hidden_states"]
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        now = self.state.now()
+        if not self.state.treats(now):
+            return output
+        raw = feature_maps.tensor_of(output, self.place)
+        x = self._feature_map(output, now)
+        given = self._input(now.target_input, x)
+        height, width = feature_maps.grid_of(x, now.grid or self.state.cut_grid())
+        if self.state.failed is None:
+            out, mask, changed = self._edited(x, given, height, width, now)
+        else:
+            try:
+                out, mask, changed = self._edited(x, given, height, width, now)
+            except torch.OutOfMemoryError as error:
+                now.clear()
+                self.state.failed(
+                    f"out of memory in the hook ({error}): no image of this UNet call was treated"
+                )
+                return output
         if self.recorder.rows.device != mask.device:
             self.recorder.to(mask.device)
-        rows = self.plan.rows(self.state)
-        state = self.state
-        self.recorder.add(rows.timesteps, mask, changed, state.sums, height, width, rows.halves, state.gated)
-        state.timesteps = state.rows = state.mask = state.avoid = state.sums = state.gated = state.grid = None
+        rows = self.plan.rows(now)
+        self.recorder.add(rows.timesteps, mask, changed, now.sums, height, width, rows.halves, now.gated)
+        # Nothing of the call may be kept alive, nor met by the next one.
+        now.clear()
+        return feature_maps.with_tensor(output, feature_maps.from_patches(out, raw), self.place)
+
+    def _edited(
+        self, x: Tensor, given: Tensor | None, height: int, width: int, now: Now
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The new `x`, the detected patches and the changed ones, both bool [B, N]."""
+        raise NotImplementedError
 
 
 class EraseHook(_TargetHook):
@@ -131,16 +182,14 @@ class EraseHook(_TargetHook):
         super().__init__(plan, state, recorder, needs_input)
         self.detects, self.on_update = detects, on_update
 
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        raw = feature_maps.tensor_of(output)
-        x = self._feature_map(output)
-        given = self._taken_input(x)
-        height, width = feature_maps.grid_of(x, self.state.grid)
-        mask = self.state.mask
+    def _edited(
+        self, x: Tensor, given: Tensor | None, height: int, width: int, now: Now
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mask = now.mask
         if self.detects:
             minus = given if self.plan.options.on_update else None
-            self.plan.add_up(x, minus, self.state)
-            mask = self.plan.detect(x, minus, self.state)
+            self.plan.add_up(x, minus, now)
+            mask = self.plan.detect(x, minus, now)
         elif mask is None:
             raise RuntimeError("detect_at: its block did not run before the hookpoint's in this UNet call")
         elif mask.shape[1] != height * width:
@@ -148,15 +197,13 @@ class EraseHook(_TargetHook):
                 f"detect_at: its block has {mask.shape[1]} patches, the hookpoint's {height * width}; name a block "
                 "on the same grid"
             )
-        if self.on_update:
-            update, replaced = self.plan.replace(x - given, mask, height, width, self.state)
-            # Patches outside the mask keep their bits: input + (output - input) would round.
-            where = replaced.view(x.shape[0], 1, *x.shape[2:])
-            out = (given + update).where(where, x)
-        else:
-            out, replaced = self.plan.replace(x, mask, height, width, self.state)
-        self._finish(mask, replaced, height, width)
-        return feature_maps.with_tensor(output, feature_maps.from_patches(out, raw))
+        if not self.on_update:
+            out, replaced = self.plan.replace(x, mask, height, width, now)
+            return out, mask, replaced
+        update, replaced = self.plan.replace(x - given, mask, height, width, now)
+        # Patches outside the mask keep their bits: input + (output - input) would round.
+        where = replaced.view(x.shape[0], 1, *x.shape[2:])
+        return (given + update).where(where, x), mask, replaced
 
 
 class SteerHook(_TargetHook):
@@ -165,15 +212,11 @@ class SteerHook(_TargetHook):
     def __init__(self, plan: EditPlan, state: CallState, recorder: Recorder) -> None:
         super().__init__(plan, state, recorder, needs_input=plan.options.on_update)
 
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        raw = feature_maps.tensor_of(output)
-        x = self._feature_map(output)
-        height, width = feature_maps.grid_of(x, self.state.grid)
-        given = self._taken_input(x)
-        self.plan.add_up(x, given, self.state)
-        out, detected, changed = self.plan.edit(x, given, self.state)
-        self._finish(detected, changed, height, width)
-        return feature_maps.with_tensor(output, feature_maps.from_patches(out, raw))
+    def _edited(
+        self, x: Tensor, given: Tensor | None, height: int, width: int, now: Now
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        self.plan.add_up(x, given, now)
+        return self.plan.edit(x, given, now)
 
 
 class TextHook(ModelHook):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lbdt import ops
+from lbdt.hooks.call_state import OF_THE_PROMPT, Branches, Now
 
 MOST_PADDING = 65_535
 """The largest padding in patches: no map that a recorder takes has a longer side."""
@@ -35,21 +37,24 @@ class DetectionOptions:
 
 
 class CallRows(NamedTuple):
-    """The rows of a UNet call: images, half by half."""
+    """The rows of a UNet call: images, branch by branch."""
 
     timesteps: Tensor
     """[B] float32."""
     bins: Tensor
     """[B] int64, bins of the dictionary."""
     half: Tensor
-    """[B] int64: 0 the unconditional or the only one, 1 the conditional one."""
+    """[B] int64: the guidance branch, in the order of the rows."""
     halves: int
+    """How many guidance branches there are."""
     seeds: Tensor
     """[B] int64."""
     enabled: Tensor
     """[B, U] bool."""
     deciding: Tensor | None
     """[B] int64: the row whose patches the gate counts for each row; None without a gate, or for itself."""
+    treated: Tensor | None
+    """[B] bool: the rows of the prompt; None: not asked for, or all."""
 
 
 class Gate(NamedTuple):
@@ -61,6 +66,12 @@ class Gate(NamedTuple):
     """[T, C] int64."""
     least_of: int
     """The patches of the maps that `least` counts on; 0: of whatever map."""
+
+    def padded(self, room: int) -> Gate:
+        """For `room` columns and concepts, or as many as there are."""
+        more = max(0, room - self.owners.shape[0])
+        least = F.pad(self.least, (0, max(0, room - self.least.shape[1])), value=1)
+        return Gate(F.pad(self.owners, (0, more)), least, self.least_of)
 
 
 class KnownLatents(NamedTuple):
@@ -81,36 +92,12 @@ class KnownLatents(NamedTuple):
         return cls(own, lowest)
 
 
-class CallState:
-    """What a UNet call hands from its timestep embedding to the hooked blocks; nothing outlives the call."""
-
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-        self.timesteps: Tensor | None = None  # [B]
-        self.rows: CallRows | None = None
-        self.mask: Tensor | None = None  # [B, N], of detect_at
-        self.avoid: Tensor | None = None  # [B, N], patches that are no donors
-        self.sums: Tensor | None = None  # [B, N], of what is looked at
-        self.gated: Tensor | None = None  # [B], patches that the gate took
-        self.grid: tuple[int, int] | None = None
-        self.prompts: int | None = None
-        self.images: int | None = None
-
-    def __deepcopy__(self, memo: dict) -> CallState:
-        # copy.deepcopy(unet) must not copy the pipeline behind it.
-        return self
-
-    def halves_of(self, batch: int) -> int:
-        """Guidance branches in a batch of `batch` rows: 1, or 2 for [uncond; cond]."""
-        if self.images and batch % self.images == 0:
-            return batch // self.images
-        guided = bool(getattr(self.pipe, "do_classifier_free_guidance", False))
-        return 2 if guided and batch % 2 == 0 else 1
-
-
 class DetectionPlan:
     """The tensors of one attachment that looks. They are no parameters of any module, so no state_dict or offload
     sees them."""
+
+    EXCHANGED: ClassVar[tuple[str, ...]] = ("latents", "thresholds", "enabled", "seeds", "gate")
+    """What depends on the concepts and seeds that are attached."""
 
     def __init__(
         self,
@@ -125,6 +112,10 @@ class DetectionPlan:
         gate: Gate | None = None,
     ) -> None:
         self.options, self.gate = options, gate
+        self.captured = False
+        """Whether a CUDA graph reads these tensors."""
+        # As given, since a cast to the dtype of one call's activations would be rounded for the next one's.
+        self._exact_weight = weight
         self.weight, self.bias, self.latents = weight, bias, latents
         self.thresholds, self.timesteps = thresholds, timesteps
         self.enabled, self.seeds = enabled, seeds
@@ -133,45 +124,84 @@ class DetectionPlan:
         """Moves the tensors; `dtype` is that of the activations, which the encoder rows take."""
         for name in ("bias", "latents", "thresholds", "timesteps", "enabled", "seeds"):
             setattr(self, name, getattr(self, name).to(device))
-        self.weight = self.weight.to(device, dtype)
+        self.weight = self._exact_weight.to(device, dtype)
         if self.gate is not None:
             owners, least, least_of = self.gate
             self.gate = Gate(owners.to(device), least.to(device), least_of)
 
-    def check_call(self, state: CallState, batch: int) -> None:
-        """ValueError where the lists of sets and seeds, or the steps, do not fit this call; reads sizes only."""
-        images = batch // state.halves_of(batch)
-        check_lengths(self, images, state.prompts if state.images == images else None)
+    def take(self, other: DetectionPlan) -> None:
+        """The concepts and seeds of another plan of the same editor; written in place where the shapes agree."""
+        for name in self.EXCHANGED:
+            value = getattr(other, name)
+            if isinstance(value, Gate) and isinstance(self.gate, Gate):
+                value = Gate(*map(_written, self.gate[:2], value[:2]), value.least_of)
+            elif isinstance(value, Tensor):
+                value = _written(getattr(self, name), value)
+            setattr(self, name, value)
+
+    def check_call(self, now: Now, ran: tuple[int, int] | None) -> None:
+        """ValueError where the lists of sets and seeds, `rows` or the steps do not fit this call or cannot be told in it;
+        reads sizes only. `ran`: the steps of the schedule that the pipeline's call goes through, where known."""
+        branches = now.branches
+        if branches.names is None:
+            self._refuse_unknown(branches)
+        check_lengths(self, branches.images, branches.prompts)
         if self.options.steps is not None:
-            schedule = state.pipe.scheduler.timesteps
+            schedule = now.schedule
             if self.options.steps[0] >= schedule.shape[0]:
                 raise ValueError(
                     f"steps={self.options.steps}: begins after this call's {schedule.shape[0]} steps; attach with an "
                     "earlier window, or call the pipeline with more steps"
                 )
+            if ran is not None and not (self.options.steps[0] < ran[1] and ran[0] < self.options.steps[1]):
+                raise ValueError(
+                    f"steps={self.options.steps}: this call goes through the steps {ran[0]} to {ran[1] - 1} of its schedule "
+                    "only, so nothing would be treated; attach with a window among them"
+                )
 
-    def detect(self, x: Tensor, minus: Tensor | None, state: CallState) -> Tensor:
+    def _refuse_unknown(self, branches: Branches) -> None:
+        options = self.options
+        asked = [
+            f"{name} with {count} entries"
+            for name, given, count in (
+                ("concepts", options.set_list, self.enabled.shape[0]),
+                ("seed", options.seed_list, self.seeds.shape[0]),
+            )
+            if given
+        ]
+        if options.rows != "all":
+            asked.append(f"rows={options.rows!r}")
+        if options.steps is not None and not branches.announced:
+            asked.append(f"steps={options.steps}")
+        if asked:
+            raise ValueError(
+                f"{', '.join(asked)}: {branches.why}, so which of its rows belong to which image and step is not known; "
+                "call the pipeline that the editor is attached to, state the guidance branches by attach(layout=...), "
+                "e.g. layout=('uncond', 'cond'), or attach with one set and one seed for all, rows='all' and no steps"
+            )
+
+    def detect(self, x: Tensor, minus: Tensor | None, now: Now) -> Tensor:
         """Mask [B, N] of `x` [B, d, H, W] or [B, d, N], by the concept sets, window and half of each row, and where
         there is a gate by that; keeps how many patches it took."""
-        enabled = self.enabled_in(state)
+        enabled = self.enabled_in(now)
         gate: tuple[Any, ...] = ()
         if self.gate is not None:
-            state.gated = torch.empty_like(self.rows(state).bins)
-            gate = (*self.gate, self.rows(state).deciding, state.gated)
+            now.gated = torch.empty_like(self.rows(now).bins)
+            gate = (*self.gate, self.rows(now).deciding, now.gated)
         return ops.detect_patches(
             x,
             self.weight,
             self.bias,
             self.latents,
             self.thresholds,
-            self.rows(state).bins,
+            self.rows(now).bins,
             enabled,
             self.options.k,
             minus,
             *gate,
         )
 
-    def add_up(self, x: Tensor, minus: Tensor | None, state: CallState) -> None:
+    def add_up(self, x: Tensor, minus: Tensor | None, now: Now) -> None:
         """Keeps the sums [B, N] float32 over the channels of what is looked at: in a patch with NaN or infinity they
         are not finite, where every comparison of the detection just says no."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -179,29 +209,29 @@ class DetectionPlan:
         if minus is not None:
             sums = sums - minus.flatten(2).sum(1, dtype=dtype)
         # Times 0: a large float64 must not become an infinite float32.
-        state.sums = sums if dtype == torch.float32 else (sums * 0).float()
+        now.sums = sums if dtype == torch.float32 else (sums * 0).float()
 
-    def enabled_in(self, state: CallState) -> Tensor:
+    def enabled_in(self, now: Now) -> Tensor:
         """The latents that count for each row of this call, [B, U] bool: by its set, the window and its half."""
-        rows = self.rows(state)
+        rows = self.rows(now)
         enabled = rows.enabled
         if self.options.steps is not None:
-            schedule = state.pipe.scheduler.timesteps.to(rows.timesteps.device)
+            schedule = now.schedule.to(rows.timesteps.device)
             # The nearest entry, not equality: a pipeline may round the timesteps to half precision.
             step = (rows.timesteps.unsqueeze(1) - schedule.to(torch.float32)).abs().argmin(1)
             inside = (step >= self.options.steps[0]) & (step < self.options.steps[1])
             enabled = enabled & inside.unsqueeze(1)
-        if self.options.rows == "cond" and rows.halves > 1:
-            enabled = enabled & (rows.half > 0).unsqueeze(1)
+        if self.options.rows == "cond" and rows.treated is not None:
+            enabled = enabled & rows.treated.unsqueeze(1)
         return enabled
 
-    def rows(self, state: CallState) -> CallRows:
+    def rows(self, now: Now) -> CallRows:
         """What the plan says of each row of this UNet call, worked out once a call: every small operation counts."""
-        if state.rows is None:
-            batch = state.timesteps.shape[0]
-            halves = state.halves_of(batch)
-            images = batch // halves
-            row = torch.arange(batch, device=state.timesteps.device)
+        if now.rows is None:
+            batch = now.timesteps.shape[0]
+            halves, images = now.branches.count, now.branches.images
+            names = now.branches.names or ("cond",)
+            row = torch.arange(batch, device=now.timesteps.device)
             half = row // images
             image = row - half * images
             seeds, sets = self.seeds, self.enabled
@@ -214,11 +244,20 @@ class DetectionPlan:
                 enabled = sets.expand(batch, -1)
             else:
                 enabled = sets.index_select(0, image // (images // sets.shape[0]))
-            timesteps = state.timesteps.to(torch.float32)
-            # Of more branches it is not known which one is conditional: then each decides for itself.
-            deciding = image + images if self.gate is not None and halves == 2 else None
-            state.rows = CallRows(timesteps, self.bins(timesteps), half, halves, seeds, enabled, deciding)
-        return state.rows
+            timesteps = now.timesteps.to(torch.float32)
+            deciding = treated = None
+            if halves > 1 and "cond" in names:
+                if self.gate is not None:
+                    deciding = image + names.index("cond") * images
+                if self.options.rows == "cond":
+                    treated = half == names.index("cond")
+                    for place, name in enumerate(names):
+                        if name in OF_THE_PROMPT and name != "cond":
+                            treated = treated | (half == place)
+            now.rows = CallRows(
+                timesteps, self.bins(timesteps), half, halves, seeds, enabled, deciding, treated
+            )
+        return now.rows
 
     def bins(self, timesteps: Tensor) -> Tensor:
         """The dictionary bin nearest to each timestep [B] float32 -> int64 [B], without a host sync."""
@@ -228,7 +267,7 @@ class DetectionPlan:
 class EditPlan(DetectionPlan):
     """A plan that changes what it looks at."""
 
-    def edit(self, x: Tensor, given: Tensor | None, state: CallState) -> tuple[Tensor, Tensor, Tensor]:
+    def edit(self, x: Tensor, given: Tensor | None, now: Now) -> tuple[Tensor, Tensor, Tensor]:
         """The edited `x` [B, d, H, W] or [B, d, N], the detected patches and the changed ones, both bool [B, N].
 
         `given` like x: the block's input, for an SAE of its update.
@@ -253,40 +292,48 @@ class ErasePlan(DetectionPlan):
         super().__init__(options, *tensors, gate=gate)
         self.known = known
         self.bank, self.padding, self.source, self.target = bank, padding, source, target
+        self._exact_bank = bank
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves the tensors; `dtype` is that of the activations, which the encoder rows and the bank take."""
         super().to(device, dtype)
-        self.bank = None if self.bank is None else self.bank.to(device, dtype)
+        self.bank = None if self._exact_bank is None else self._exact_bank.to(device, dtype)
         self.known = None if self.known is None else KnownLatents(*(t.to(device) for t in self.known))
 
-    def detect(self, x: Tensor, minus: Tensor | None, state: CallState) -> Tensor:
+    def detect(self, x: Tensor, minus: Tensor | None, now: Now) -> Tensor:
         """What `DetectionPlan.detect` does; where patches of known concepts are no donors, it keeps which they are."""
-        mask = super().detect(x, minus, state)
+        mask = super().detect(x, minus, now)
         if self.known is not None:
             # Without a patch to replace a row needs no donor: with no latent enabled it has no candidate to rank.
             enabled = mask.any(1, keepdim=True).expand(-1, self.known.latents.shape[0])
-            state.avoid = ops.detect_patches(
+            now.avoid = ops.detect_patches(
                 x,
                 self.weight,
                 self.bias,
                 self.known.latents,
                 self.known.thresholds,
-                self.rows(state).bins,
+                self.rows(now).bins,
                 enabled,
                 self.options.k,
                 minus,
             )
         return mask
 
-    def replace(
-        self, x: Tensor, mask: Tensor, height: int, width: int, state: CallState
-    ) -> tuple[Tensor, Tensor]:
+    def replace(self, x: Tensor, mask: Tensor, height: int, width: int, now: Now) -> tuple[Tensor, Tensor]:
         """`x` with the padded mask replaced, and which patches were; the draws of a row depend on its image only."""
-        rows = self.rows(state)
-        u = ops.patch_uniform(rows.seeds, state.timesteps, rows.half, mask.shape[1])
+        rows = self.rows(now)
+        u = ops.patch_uniform(rows.seeds, now.timesteps, rows.half, mask.shape[1])
         bank = None if self.bank is None else self.bank.index_select(0, rows.bins)
-        return ops.replace_patches(x, mask, u, height, width, self.padding, self.source, bank, state.avoid)
+        return ops.replace_patches(x, mask, u, height, width, self.padding, self.source, bank, now.avoid)
+
+
+def _written(mine: Tensor, value: Tensor) -> Tensor:
+    """`mine` with the values of `value`, or where shapes differ `value` on its device."""
+    if mine.shape != value.shape or mine.dtype != value.dtype:
+        return value.to(mine.device)
+    if mine.is_cuda and not value.is_cuda:
+        value = value.pin_memory()
+    return mine.copy_(value, non_blocking=True)
 
 
 def check_lengths(plan: DetectionPlan, images: int, prompts: int | None) -> None:

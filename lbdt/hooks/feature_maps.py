@@ -5,19 +5,31 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def tensor_of(output: Any) -> Tensor:
-    """The feature map in what a block returned: a tensor, the first of a tuple, or a ModelOutput's first field.
+def place_of(module: nn.Module) -> int:
+    """Where in a tuple that a block returns its feature map is: some transformer blocks return their text stream first."""
+    if type(module).__module__.startswith("diffusers."):
+        from diffusers.hooks._helpers import TransformerBlockRegistry
+
+        try:
+            return TransformerBlockRegistry.get(type(module)).return_hidden_states_index or 0
+        except ValueError:  # not one of diffusers' transformer blocks
+            return 0
+    return 0
+
+
+def tensor_of(output: Any, place: int = 0) -> Tensor:
+    """The feature map in what a block returned: a tensor, the one at `place` of a tuple, or a ModelOutput's first field.
 
     Raises TypeError for anything else.
     """
     if isinstance(output, Tensor):
         return output
     first = None
-    if isinstance(output, tuple) and output:
-        first = output[0]
+    if isinstance(output, tuple) and len(output) > place:
+        first = output[place]
     elif isinstance(output, dict) and output:
         first = next(iter(output.values()))
     if not isinstance(first, Tensor):
@@ -28,12 +40,12 @@ def tensor_of(output: Any) -> Tensor:
     return first
 
 
-def with_tensor(output: Any, tensor: Tensor) -> Any:
+def with_tensor(output: Any, tensor: Tensor, place: int = 0) -> Any:
     """`output` with its feature map exchanged for `tensor`; the given object is not changed."""
     if isinstance(output, Tensor):
         return tensor
     if isinstance(output, tuple):
-        return (tensor, *output[1:])
+        return (*output[:place], tensor, *output[place + 1 :])
     key = next(iter(output))
     return type(output)(**{**output, key: tensor})
 

@@ -1,14 +1,43 @@
-"""The way from a pipeline and a hookpoint's name to the module, with errors that list what there is."""
+"""The way from a pipeline and a hookpoint's name to the module, with errors that list what there is.
+
+A hookpoint begins with the component that the denoiser is: "unet" or "transformer".
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
+from typing import NamedTuple
 
 from torch import nn
 
 _ATTENTION_BLOCKS = ("Transformer2DModel", "DualTransformer2DModel", "TransformerTemporalModel")
-_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+_ORDER = {
+    "down_blocks": 0,
+    "mid_block": 1,
+    "up_blocks": 2,
+    "transformer_blocks": 0,
+    "single_transformer_blocks": 1,
+}
+_TRANSFORMERS = {
+    "SD3Transformer2DModel": ("time_text_embed", "pos_embed"),
+    "FluxTransformer2DModel": ("time_text_embed", None),
+    "PixArtTransformer2DModel": ("adaln_single", "pos_embed"),
+}
+"""Of each transformer that is known: the module that is called with the timesteps of all rows, on the scheduler's scale,
+and the one that makes patches of the latents [B, C, H, W]; None: these come as patches."""
+
+
+class Denoiser(NamedTuple):
+    """The module that a pipeline calls at every step, with what tells its hooks of a call."""
+
+    root: str
+    """The component: "unet" | "transformer"."""
+    module: nn.Module
+    times: nn.Module
+    """Called once a denoiser call with the timesteps [B] as its first argument."""
+    patches: nn.Module | None
+    """Called with the latents [B, C, H, W] that it cuts into patches; None where blocks know their grid."""
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -29,9 +58,7 @@ def find_unet(pipe: object) -> nn.Module:
         TypeError: `pipe` is not a pipeline.
         ValueError: it has no UNet, or one that does not embed timesteps by `time_proj`.
     """
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, dict):
-        raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}")
+    components = _components(pipe)
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, nn.Module):
         raise ValueError(
@@ -47,37 +74,79 @@ def find_unet(pipe: object) -> nn.Module:
     return unet
 
 
-def hookpoints(unet: nn.Module) -> list[str]:
+def find_denoiser(pipe: object) -> Denoiser:
+    """The pipeline's UNet or transformer, unwrapped.
+
+    Raises:
+        TypeError: `pipe` is not a pipeline.
+        ValueError: it has neither, a UNet as `find_unet` says, or a transformer that is not known.
+    """
+    components = _components(pipe)
+    transformer = getattr(pipe, "transformer", None)
+    if isinstance(getattr(pipe, "unet", None), nn.Module):
+        unet = find_unet(pipe)
+        return Denoiser("unet", unet, unet.time_proj, None)
+    if not isinstance(transformer, nn.Module):
+        raise ValueError(
+            f"pipe: {type(pipe).__name__} has no UNet and no transformer (its components: "
+            f"{', '.join(sorted(components)) or 'none'}); expected a pipeline with a component 'unet' or 'transformer', "
+            "such as StableDiffusionPipeline"
+        )
+    transformer = unwrap(transformer)
+    name = type(transformer).__name__
+    if name not in _TRANSFORMERS:
+        raise ValueError(
+            f"pipe: how {name} is called with timesteps and patches is not known to lbdt; expected one of "
+            f"{', '.join(_TRANSFORMERS)}, or a UNet"
+        )
+    times, patches = _TRANSFORMERS[name]
+    cut = None if patches is None else getattr(transformer, patches)
+    return Denoiser("transformer", transformer, getattr(transformer, times), cut)
+
+
+def _components(pipe: object) -> dict:
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}")
+    return components
+
+
+def hookpoints(denoiser: nn.Module, root: str = "unet") -> list[str]:
     """The names of the attention blocks, in the order of the modules."""
-    return [f"unet.{_plain(name)}" for name, module in unet.named_modules() if _is_attention(module)]
+    return [
+        f"{root}.{_plain(name)}" for name, module in denoiser.named_modules() if _is_attention(module, name)
+    ]
 
 
-def find_block(unet: nn.Module, hookpoint: str, argument: str = "hookpoint") -> nn.Module:
+def find_block(
+    denoiser: nn.Module, hookpoint: str, argument: str = "hookpoint", expected: str = "unet"
+) -> nn.Module:
     """The module at `hookpoint`, e.g. "unet.up_blocks.1.attentions.1".
 
     Raises:
-        ValueError: no such module, or one that is never called (the UNet itself, a list of blocks); lists the
+        ValueError: no such module, or one that is never called (the denoiser itself, a list of blocks); lists the
             attention blocks and the nearest name.
     """
-    module: nn.Module | None = unet
+    module: nn.Module | None = denoiser
     root, *parts = hookpoint.split(".")
-    if root != "unet" or not parts:
+    if root != expected or not parts:
         module = None
     for part in parts:
         module = None if module is None else unwrap(module)._modules.get(part)
     if module is None or type(module).forward is nn.Module.forward or isinstance(module, nn.ModuleList):
-        known = hookpoints(unet)
+        known = hookpoints(denoiser, expected)
+        kind = "UNet" if expected == "unet" else expected
         near = difflib.get_close_matches(hookpoint, known, n=1, cutoff=0.5)
         hint = f" did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"{argument}: the UNet has no block {hookpoint!r};{hint} Attention blocks: {', '.join(known) or 'none'}"
+            f"{argument}: the {kind} has no block {hookpoint!r};{hint} Attention blocks: {', '.join(known) or 'none'}"
         )
     return unwrap(module)
 
 
-def grid_parent(unet: nn.Module, hookpoint: str) -> nn.Module | None:
+def grid_parent(denoiser: nn.Module, hookpoint: str) -> nn.Module | None:
     """The attention block [B, d, H, W] around a hookpoint inside it, whose output [B, N, d] lacks the grid."""
-    module, found = unet, None
+    module, found = denoiser, None
     for part in hookpoint.split(".")[1:]:
         module = unwrap(module)
         if _is_attention(module):
@@ -113,8 +182,11 @@ def _position(hookpoint: str) -> tuple | None:
     return (_ORDER[parts[0]], *(int(part) for part in parts if re.fullmatch(r"\d+", part)))
 
 
-def _is_attention(module: nn.Module) -> bool:
-    return type(module).__name__ in _ATTENTION_BLOCKS
+def _is_attention(module: nn.Module, name: str = "") -> bool:
+    if type(module).__name__ in _ATTENTION_BLOCKS:
+        return True
+    parts = _plain(name).split(".")
+    return len(parts) == 2 and parts[0] in ("transformer_blocks", "single_transformer_blocks")
 
 
 def _plain(name: str) -> str:

@@ -1,23 +1,65 @@
-"""What a pipeline call encodes: how many prompts and images, which the UNet's own arguments do not tell, and which
-call of the text encoder is for the prompts and which for the negative ones."""
+"""Calls of pipelines that something watches: which one runs in this thread, with which arguments, and which call of a
+text encoder is for the prompts and which for the negative ones."""
 
 from __future__ import annotations
 
+import copyreg
+import functools
 import inspect
+import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
+
+from lbdt.hooks.row_layouts import CallSize, branches, call_size
 
 _ATTRIBUTE = "_lbdt_watch"
+_LOCK = threading.RLock()
+_CLASSES: dict[type, type] = {}
 
 
-def watch(pipe: Any, listener: Callable[[int, int, bool], None]) -> Callable[[], None]:
-    """Calls `listener(prompts, images, in_call)` whenever the pipeline encodes its prompts; returns its undo.
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.calls: list[PipelineCall] = []
 
-    While there is a listener, the instance carries wrappers of `check_inputs`, `encode_prompt` and
-    `maybe_free_model_hooks`; the last undo removes them. `in_call` is False where a user calls `encode_prompt`
-    directly. Pipelines without these methods are left alone.
+
+_RUNNING = _Running()
+
+
+class PipelineCall:
+    """A call of a watched pipeline, from before it does anything until it is left."""
+
+    def __init__(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
+        self.pipe, self.arguments = pipe, arguments
+        self.size: CallSize | None = call_size(pipe, arguments)
+
+    def branches(self, count: int) -> tuple[str, ...] | None:
+        """The guidance branches of a denoiser call that has `count` of them, in the order of its rows; None: unknown."""
+        return branches(self.pipe, count, self.arguments)
+
+
+class Watcher(Protocol):
+    """What is told of a pipeline's calls."""
+
+    def begin(self, call: PipelineCall) -> None:
+        """The call begins; an error raised here ends it before anything is generated."""
+
+    def end(self, call: PipelineCall, failed: bool) -> None:
+        """The call is over; an error raised here takes the place of its pictures."""
+
+
+def running() -> PipelineCall | None:
+    """The innermost call of a watched pipeline that runs in this thread."""
+    return _RUNNING.calls[-1] if _RUNNING.calls else None
+
+
+def watch(pipe: Any, watcher: Watcher) -> Callable[[], None]:
+    """Tells `watcher` of the pipeline's calls; returns its undo.
+
+    While there is one, the instance is of a subclass of its class, of the same name, whose `__call__` tells of itself:
+    the one place that every diffusers pipeline enters and leaves, by an exception too. Calls of one pipeline by several
+    threads wait for each other. What is no diffusers pipeline is left alone.
     """
-    return _join(pipe, "listeners", listener)
+    return _join(pipe, "watchers", watcher)
 
 
 def watch_texts(
@@ -33,28 +75,28 @@ def watch_texts(
     return _join(pipe, "scopes", (begin, end))
 
 
-def watch_end(pipe: Any, listener: Callable[[], None]) -> Callable[[], None]:
-    """Calls `listener()` when a call of the pipeline has made its images; returns its undo.
-
-    All diffusers pipelines end by `maybe_free_model_hooks`; those without are left alone.
-    """
-    return _join(pipe, "ends", listener)
+def watchers(pipe: Any) -> tuple[Watcher, ...]:
+    """What watches the calls of a pipeline, oldest first."""
+    found = vars(pipe).get(_ATTRIBUTE) if hasattr(pipe, "__dict__") else None
+    return () if found is None else tuple(found.watchers)
 
 
 def _join(pipe: Any, group: str, member: Any) -> Callable[[], None]:
-    found = vars(pipe).get(_ATTRIBUTE)
-    if found is None:
-        found = vars(pipe)[_ATTRIBUTE] = _Watch(pipe)
-    members = getattr(found, group)
-    members.append(member)
+    with _LOCK:
+        found = vars(pipe).get(_ATTRIBUTE)
+        if found is None:
+            found = vars(pipe)[_ATTRIBUTE] = _Watch(pipe)
+        members = getattr(found, group)
+        members.append(member)
+        found.update()
 
     def undo() -> None:
-        if member in members:
-            members.remove(member)
-        watched = found.listeners or found.scopes or found.ends
-        if not watched and vars(pipe).get(_ATTRIBUTE) is found:
-            found.restore()
-            del vars(pipe)[_ATTRIBUTE]
+        with _LOCK:
+            if member in members:
+                members.remove(member)
+            found.update()
+            if not (found.watchers or found.scopes) and vars(pipe).get(_ATTRIBUTE) is found:
+                del vars(pipe)[_ATTRIBUTE]
 
     return undo
 
@@ -62,62 +104,69 @@ def _join(pipe: Any, group: str, member: Any) -> Callable[[], None]:
 class _Watch:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self.listeners: list[Callable[[int, int, bool], None]] = []
+        self.watchers: list[Watcher] = []
         self.scopes: list[tuple[Callable[[int | None, list[str]], None], Callable[[], None]]] = []
-        self.ends: list[Callable[[], None]] = []
-        self.in_call = False
-        self._before: dict[str, Any] = {}
-        self._wrappers: dict[str, Any] = {}
-        for name, wrap in (
-            ("check_inputs", self._checked),
-            ("encode_prompt", self._encoded),
-            ("maybe_free_model_hooks", self._ended),
-        ):
-            original = getattr(pipe, name, None)
-            if callable(original):
-                if name in vars(pipe):
-                    self._before[name] = original
-                self._wrappers[name] = vars(pipe)[name] = wrap(original)
+        self.lock = threading.RLock()
+        self._base: type | None = None
+        self._wrapper: Any = None
+        self._before: Any = None
 
-    def restore(self) -> None:
-        for name, wrapper in self._wrappers.items():
-            if vars(self.pipe).get(name) is wrapper:
-                del vars(self.pipe)[name]
-                if name in self._before:
-                    vars(self.pipe)[name] = self._before[name]
+    def update(self) -> None:
+        """Puts on the pipeline what its members need, and takes off what none needs any more."""
+        if self.watchers and self._base is None and _is_diffusers(self.pipe):
+            self._base = type(self.pipe)
+            object.__setattr__(self.pipe, "__class__", _announcing(self._base))
+        if not self.watchers and self._base is not None:
+            if type(self.pipe) is _announcing(self._base):
+                object.__setattr__(self.pipe, "__class__", self._base)
+            self._base = None
+        if self.scopes and self._wrapper is None:
+            self._before = vars(self.pipe).get("encode_prompt")
+            self._wrapper = vars(self.pipe)["encode_prompt"] = self._encoded(self.pipe.encode_prompt)
+        if not self.scopes and self._wrapper is not None:
+            self.without(vars(self.pipe))
+            self._wrapper = self._before = None
 
-    def _checked(self, original: Callable) -> Callable:
-        def check_inputs(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            self.in_call = True
+    def without(self, attributes: dict[str, Any]) -> dict[str, Any]:
+        """The instance's `attributes` without what stands among them for its members; changes and returns them."""
+        if self._wrapper is not None and attributes.get("encode_prompt") is self._wrapper:
+            del attributes["encode_prompt"]
+            if self._before is not None:
+                attributes["encode_prompt"] = self._before
+        return attributes
+
+    def call(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The pipeline's call by `function`, with its watchers told."""
+        with self.lock:
+            call = PipelineCall(self.pipe, _bound(function, self.pipe, args, kwargs))
+            told: list[Watcher] = []
+            failed = True
+            _RUNNING.calls.append(call)
+            try:
+                for watcher in tuple(self.watchers):
+                    told.append(watcher)
+                    watcher.begin(call)
+                result = function(self.pipe, *args, **kwargs)
+                failed = False
+            finally:
+                _RUNNING.calls.remove(call)
+                if failed:
+                    for watcher in told:
+                        watcher.end(call, True)
+            for watcher in told:
+                watcher.end(call, False)
             return result
-
-        return check_inputs
-
-    def _ended(self, original: Callable) -> Callable:
-        def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            for listener in list(self.ends):
-                listener()
-            return result
-
-        return maybe_free_model_hooks
 
     def _encoded(self, original: Callable) -> Callable:
         signature = inspect.signature(original)
 
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            in_call, self.in_call = self.in_call, False
             try:
                 given = signature.bind(*args, **kwargs)
             except TypeError:
                 return original(*args, **kwargs)
             given.apply_defaults()
             prompts = _count(given.arguments.get("prompt"), given.arguments.get("prompt_embeds"))
-            if prompts is not None:
-                images = prompts * int(given.arguments.get("num_images_per_prompt") or 1)
-                for listener in list(self.listeners):
-                    listener(prompts, images, in_call)
             scopes = list(self.scopes)
             try:
                 for begin, _ in scopes:
@@ -128,6 +177,49 @@ class _Watch:
                     end()
 
         return encode_prompt
+
+
+def _announcing(base: type) -> type:
+    """The subclass of a pipeline's class whose calls tell of themselves; one for each class."""
+    if base in _CLASSES:
+        return _CLASSES[base]
+
+    @functools.wraps(base.__call__)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = vars(self).get(_ATTRIBUTE)
+        if found is None:
+            return base.__call__(self, *args, **kwargs)
+        return found.call(base.__call__, args, kwargs)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        # Copies of every kind are of the pipeline as it was before, and share or copy its modules.
+        attributes = dict(vars(self))
+        found = attributes.pop(_ATTRIBUTE, None)
+        if found is not None:
+            attributes = found.without(attributes)
+        return copyreg._reconstructor, (base, object, None), attributes
+
+    names = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "_lbdt_announces": True}
+    kept = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    made = _CLASSES[base] = type(base)(base.__name__, (base,), names | kept)
+    return made
+
+
+def _is_diffusers(pipe: Any) -> bool:
+    return any(
+        c.__name__ == "DiffusionPipeline" and c.__module__.startswith("diffusers.")
+        for c in type(pipe).__mro__
+    )
+
+
+def _bound(function: Callable, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a call by name, with defaults; what does not fit is left to the call's own error."""
+    try:
+        given = inspect.signature(function).bind(pipe, *args, **kwargs)
+    except TypeError:
+        return dict(kwargs)
+    given.apply_defaults()
+    return given.arguments
 
 
 def _roles(arguments: Mapping[str, Any]) -> list[str]:

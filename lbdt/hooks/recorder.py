@@ -41,6 +41,14 @@ class Call(NamedTuple):
     """Patches overwritten, after padding, row by row."""
 
 
+class Row(NamedTuple):
+    """One row of a UNet call, as far as the end of a pipeline's call asks for it."""
+
+    timestep: float
+    image: int
+    not_finite: int
+
+
 class Recorder:
     """Ring buffers of the last 65536 rows (2.5 MiB on the device, 3 with a gate) and, with `masks`, of the last 4 Mi
     cells (4 MiB).
@@ -61,6 +69,12 @@ class Recorder:
         with torch.inference_mode(False):
             for name in ("written", "rows", "cells"):
                 setattr(self, name, getattr(self, name).to(device))
+
+    def clear(self) -> None:
+        """Forgets what was recorded, in place and without a host sync."""
+        with torch.inference_mode(False):
+            self.written.zero_()
+            self.rows.zero_()
 
     def add(
         self,
@@ -85,6 +99,20 @@ class Recorder:
     def not_finite(self) -> int:
         """Patches with NaN or infinity among the kept calls. Waits for the device."""
         return int(self.rows[:, FIELDS].sum())
+
+    def since(self, before: Tensor) -> list[Row]:
+        """The kept rows that were written after `written` was `before` (a clone). Waits for the device."""
+        first, end = int(before[0]), int(self.written[0])
+        first = max(first, end - _ROWS)
+        kept = self.rows[(torch.arange(first, end) % _ROWS).to(self.rows.device)].cpu()
+        times = kept[:, 2].to(torch.int32).view(torch.float32).tolist()
+        rows: list[Row] = []
+        place = 0
+        for timestep, row in zip(times, kept.tolist(), strict=True):
+            sizes, batch = divmod(row[3], _SIDE)
+            rows.append(Row(timestep, place % (batch // (sizes % 8)), row[FIELDS]))
+            place = (place + 1) % batch
+        return rows
 
     def read(self) -> list[Call]:
         """The kept calls, oldest first. Waits for the device."""

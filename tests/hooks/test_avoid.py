@@ -47,7 +47,7 @@ def test_the_donor_is_known_by_hand(source, erased, known):
     x = scene()
     for avoid, donor in (("erased", erased), ("known", known)):
         pipe = toy.EchoPipe(WIDTH)
-        with dials(padding=0, source=source, avoid=avoid).attach(pipe, ["Cats"]):
+        with dials(padding=0, source=source, avoid=avoid).attach(pipe, ["Cats"], layout=pipe.layout):
             assert taken(x[0], pipe.unet(at(1.0, 1), x)[0][0]) == {7: donor}
 
 
@@ -55,7 +55,7 @@ def test_random_donors_are_drawn_from_what_is_left():
     x = scene()
     pipe = toy.EchoPipe(WIDTH)
     free = [p for p in range(15) if p not in (*TREES, 7)]
-    with dials(padding=0, avoid="known").attach(pipe, ["Cats"], seed=5):
+    with dials(padding=0, avoid="known").attach(pipe, ["Cats"], seed=5, layout=pipe.layout):
         out = pipe.unet(at(666.0, 1), x)[0]
     assert taken(x[0], out[0]) == {7: donors(5, 666.0, 0, free)[7]}
 
@@ -67,7 +67,7 @@ def test_no_donor_lies_on_another_known_concept(source, padding):
     x.flatten(2)[:, 3, list(TREES)] = 1e6  # it would be seen where it went, in a mean too
     pipe = toy.EchoPipe(WIDTH)
     eraser = dials(padding=padding, source=source, avoid="known")
-    with eraser.attach(pipe, ["Cats"], seed=3, keep_masks=True) as attached:
+    with eraser.attach(pipe, ["Cats"], seed=3, keep_masks=True, layout=pipe.layout) as attached:
         out = pipe.unet(at(333.0, 4), x)[0]
     replaced = attached.masks()[0].replaced.flatten(1)
     assert replaced.sum(1).tolist() == [9 if padding else 1] * 4
@@ -80,7 +80,7 @@ def test_where_everything_else_is_known_donors_are_what_they_were():
     outputs = []
     for avoid in ("erased", "known"):
         pipe = toy.EchoPipe(WIDTH)
-        with dials(padding=0, avoid=avoid, bank=True).attach(pipe, ["Cats"]):
+        with dials(padding=0, avoid=avoid, bank=True).attach(pipe, ["Cats"], layout=pipe.layout):
             outputs.append(pipe.unet(at(1.0, 1), x)[0])
     assert torch.equal(*outputs) and not torch.equal(outputs[0], x)
 
@@ -89,7 +89,9 @@ def test_patches_of_known_concepts_are_not_replaced_and_other_rows_keep_their_bi
     x = scene(3)
     x[1, 0] = 0.0  # trees, and no cat
     pipe = toy.EchoPipe(WIDTH)
-    with dials(padding=0, avoid="known").attach(pipe, [["Cats"], ["Cats"], []], keep_masks=True) as attached:
+    with dials(padding=0, avoid="known").attach(
+        pipe, [["Cats"], ["Cats"], []], keep_masks=True, layout=pipe.layout
+    ) as attached:
         out = pipe.unet(at(1.0, 3), x)[0]
     assert (out != x).any(1).flatten(1).nonzero().tolist() == [[0, 7]]
     mask = attached.masks()[0]
@@ -100,7 +102,9 @@ def test_every_row_avoids_by_itself_whatever_set_it_has():
     """What is erased in one image is no donor in another."""
     x = scene(2)
     pipe = toy.EchoPipe(WIDTH)
-    with dials(padding=0, source="row", avoid="known").attach(pipe, [["Cats"], ["Trees"]]):
+    with dials(padding=0, source="row", avoid="known").attach(
+        pipe, [["Cats"], ["Trees"]], layout=pipe.layout
+    ):
         out = pipe.unet(at(1.0, 2), x)[0]
     assert taken(x[0], out[0]) == {7: 8}
     assert taken(x[1], out[1]) == {0: 2, 1: 2, 4: 3, 5: 8, 6: 8, 14: 13}
@@ -112,7 +116,9 @@ def test_it_looks_where_the_first_detection_looked():
     given[:, :3] = 0.0
     given.flatten(2)[0, 2, 6] = 1.0  # the tree on patch 6 is no update
     pipe = toy.EchoPipe(WIDTH)
-    with dials(padding=0, source="row", update=True, avoid="known").attach(pipe, ["Cats"]):
+    with dials(padding=0, source="row", update=True, avoid="known").attach(
+        pipe, ["Cats"], layout=pipe.layout
+    ):
         out = pipe.unet(at(1.0, 1), x, given)[0]
     assert taken(x[0], out[0]) == {7: 6}
 
@@ -122,7 +128,7 @@ def test_a_selection_that_is_given_counts_for_known_concepts_too():
     late = Selection(torch.tensor([3]), torch.full((4, 1), 107.5), "Cats", "calibrated")  # from patch 8 on
     x = scene(2)
     pipe = toy.EchoPipe(WIDTH)
-    with eraser.attach(pipe, [["Cats"], ["Trees"]], selections={"Cats": late}):
+    with eraser.attach(pipe, [["Cats"], ["Trees"]], selections={"Cats": late}, layout=pipe.layout):
         out = pipe.unet(at(1.0, 2), x)[0]
     assert taken(x[1], out[1]) == {0: 2, 1: 2, 4: 3, 5: 7, 6: 7, 14: 3}
 

@@ -40,7 +40,7 @@ def arguments(seed: int, timestep: int, device: torch.device):
 def test_it_runs_on_tensors_without_values(settings, attach):
     """Under fake tensors an op that would look at a value, or shape its output by one, raises."""
     pipe, eraser = pipe_on(torch.device("cpu"), settings)
-    with eraser.attach(pipe, ["Cats", "Dogs"], **attach) as attached:
+    with eraser.attach(pipe, ["Cats", "Dogs"], layout=pipe.layout, **attach) as attached:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             given = [mode.from_tensor(tensor) for tensor in arguments(0, 666, torch.device("cpu"))]
             (out,) = pipe.unet(*given)
@@ -64,7 +64,7 @@ def test_no_host_sync(settings, attach):
     attach = {
         name: value for name, value in attach.items() if name != "steps"
     }  # the schedule lies on the host
-    with eraser.attach(pipe, ["Cats", "Dogs"], **attach) as attached:
+    with eraser.attach(pipe, ["Cats", "Dogs"], layout=pipe.layout, **attach) as attached:
         given = arguments(0, 666, DEVICE)
         (expected,) = pipe.unet(*given)  # compiles the kernels
         torch.cuda.synchronize()
@@ -80,7 +80,7 @@ def test_no_host_sync(settings, attach):
 @pytest.mark.parametrize(("settings", "attach"), SETTINGS[:4])
 def test_a_cuda_graph_replays_the_hook(settings, attach):
     pipe, eraser = pipe_on(DEVICE, settings)
-    with eraser.attach(pipe, ["Cats"], **attach) as attached, torch.no_grad():
+    with eraser.attach(pipe, ["Cats"], layout=pipe.layout, **attach) as attached, torch.no_grad():
         given = arguments(0, 666, DEVICE)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

@@ -64,7 +64,7 @@ def test_an_update_is_looked_at_on_both_sides(name):
 def test_the_pipelines_call_warns_at_its_end(tmp_path):
     """Half precision that overflows at one step of one picture; every call says so for itself."""
     pipe, eraser = toy.pipeline(tmp_path), toy.eraser()
-    with eraser.attach(pipe, ["Cats"]):
+    with eraser.attach(pipe, ["Cats"], on_failure="generate"):
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)
             toy.images(pipe, steps=1)

@@ -19,7 +19,7 @@ def at(timestep: float, rows: int) -> torch.Tensor:
 def steered(steering, x, concepts, timestep=666.0, given=None, guided=False, **attach):
     """The steered output and the attachment's report, on a pipeline of one block."""
     pipe = toy.EchoPipe(x.shape[1], guided=guided)
-    with steering.attach(pipe, concepts, **attach) as attached, torch.no_grad():
+    with steering.attach(pipe, concepts, layout=pipe.layout, **attach) as attached, torch.no_grad():
         out = pipe.unet(at(timestep, x.shape[0]), x, given)[0]
     return out, attached.report()
 
@@ -115,7 +115,7 @@ def test_an_identity_edit_keeps_every_bit(dtype, layout, case):
     elif layout == "channels_last":
         x = x.to(memory_format=torch.channels_last)
     pipe = toy.EchoPipe(models.SIZE)
-    with steering.attach(pipe, ["Cats"]) as attached, torch.no_grad():
+    with steering.attach(pipe, ["Cats"], layout=pipe.layout) as attached, torch.no_grad():
         out = pipe.unet(at(666.0, 2), x)[0]
     assert out.dtype == dtype and torch.equal(bits(out), bits(x))
     assert (attached.report().detected > 0) == (case != "no latent fires")
@@ -146,7 +146,7 @@ def test_tokens_are_patches_too(rule):
 
 def steered_tokens(steering, tokens):
     pipe = toy.EchoPipe(models.SIZE)
-    with steering.attach(pipe, ["Cats"]), torch.no_grad():
+    with steering.attach(pipe, ["Cats"], layout=pipe.layout), torch.no_grad():
         return pipe.unet(at(666.0, tokens.shape[0]), tokens)[0]
 
 
@@ -160,11 +160,14 @@ def test_halves_sets_and_windows():
         assert (out != x).any(1).sum((1, 2)).tolist() == expected
     assert torch.equal(steered(steering, x, [[], []], guided=True)[0], x)
     pipe, treated = toy.EchoPipe(WIDTH), []
-    with steering.attach(pipe, ["Cats"], steps=(1, 3)) as attached:
+    with steering.attach(pipe, ["Cats"], steps=(1, 3), layout=pipe.layout) as attached:
         treated = [not torch.equal(pipe.unet(at(t, 4), x)[0], x) for t in toy.TIMESTEPS]
     assert treated == [False, True, True, False]
     assert [step.replaced > 0 for step in attached.report().steps] == treated
-    with steering.attach(pipe, sets), pytest.raises(ValueError, match="2 entries for 3 images"):
+    with (
+        steering.attach(pipe, sets, layout=pipe.layout),
+        pytest.raises(ValueError, match="2 entries for 3 images"),
+    ):
         pipe.unet(at(1.0, 3), x[:3])
 
 
@@ -205,7 +208,7 @@ def test_gradients_pass_the_corrected_edit():
     x = models.maps(1).requires_grad_()
     steering: Steering = models.random_steering("topk", strength=-3.0)
     pipe = toy.EchoPipe(models.SIZE)
-    with steering.attach(pipe, ["Cats"]):
+    with steering.attach(pipe, ["Cats"], layout=pipe.layout):
         out = pipe.unet(at(666.0, 1), x)[0]
         out.square().sum().backward()
     where = (out != x).any(1, keepdim=True).expand_as(x)

@@ -52,7 +52,7 @@ def test_it_changes_the_images_and_comes_off(pipe, settings, attach):
 @pytest.mark.parametrize("first", ["eraser", "steering"])
 def test_beside_an_eraser_in_any_order(pipe, first):
     base = toy.images(pipe)
-    handles = [toy.eraser().attach(pipe, ["Dogs"]), steering().attach(pipe, ["Cats"])]
+    handles = [toy.eraser().attach(pipe, ["Dogs"]), steering().attach(pipe, ["Cats"], stack=True)]
     both = toy.images(pipe)
     handles.pop(0 if first == "eraser" else 1).remove()
     one = toy.images(pipe)
@@ -195,7 +195,7 @@ def test_it_runs_on_tensors_without_values(settings, attach):
     """Under fake tensors an op that would look at a value, or shape its output by one, raises."""
     pipe = toy.EchoPipe(models.SIZE, guided=True)
     made = models.random_steering("topk_update", strength=-1.0, **settings)
-    with made.attach(pipe, ["Cats", "Dogs"], **attach) as attached:
+    with made.attach(pipe, ["Cats", "Dogs"], layout=pipe.layout, **attach) as attached:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             given = [torch.full((4,), 666), models.maps(4), models.maps(4, seed=1)]
             (out,) = pipe.unet(*(mode.from_tensor(tensor) for tensor in given))
@@ -208,13 +208,13 @@ def test_a_compiled_block(settings, attach):
     pipe = toy.EchoPipe(models.SIZE, guided=True)
     made = models.random_steering("topk_update", strength=-1.0, **settings)
     calls = [(torch.full((4,), t), models.maps(4, seed=t), models.maps(4, seed=t + 1)) for t in toy.TIMESTEPS]
-    with torch.no_grad(), made.attach(pipe, [["Cats", "Dogs"], []], **attach) as attached:
+    with torch.no_grad(), made.attach(pipe, [["Cats", "Dogs"], []], layout=pipe.layout, **attach) as attached:
         expected = [pipe.unet(*call)[0] for call in calls]
     reported = attached.report()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(pipe.unet, fullgraph=True, backend="aot_eager")
-    with torch.no_grad(), made.attach(pipe, [["Cats", "Dogs"], []], **attach) as attached:
+    with torch.no_grad(), made.attach(pipe, [["Cats", "Dogs"], []], layout=pipe.layout, **attach) as attached:
         assert all(repeats(compiled(*c)[0], e) for c, e in zip(calls, expected, strict=True))
     # All timesteps share one graph: nothing about a step is Python state.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

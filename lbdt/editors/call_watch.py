@@ -1,0 +1,205 @@
+"""What an attachment makes sure of when a call of its pipeline begins and ends: that the pictures were treated."""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lbdt.activations.capture import is_compiled
+from lbdt.hooks import lookup, pipeline_calls, registry
+from lbdt.hooks.call_state import CallState
+from lbdt.hooks.detection_plan import DetectionPlan, check_lengths
+from lbdt.hooks.recorder import Recorder, Row
+
+if TYPE_CHECKING:
+    from diffusers.hooks import ModelHook
+
+    from lbdt.hooks.pipeline_calls import PipelineCall
+
+ON_FAILURE = ("refuse", "generate")
+_OTHER_TIMES = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler")
+_LOCK = threading.RLock()
+_STATES: weakref.WeakKeyDictionary[nn.Module, list[CallState]] = weakref.WeakKeyDictionary()
+_TURNS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+class UnprotectedError(RuntimeError):
+    """Raised in place of pictures that an attached editor did not treat as asked; says why, and what to do."""
+
+
+class CallWatch:
+    """The checks of one attachment to a denoiser."""
+
+    def __init__(
+        self,
+        name: str,
+        root: str,
+        denoiser: nn.Module,
+        hooks: Sequence[tuple[nn.Module, ModelHook]],
+        plan: DetectionPlan,
+        state: CallState,
+        recorder: Recorder,
+        compiled: bool,
+        on_failure: str,
+    ) -> None:
+        """`name`: of the hooks in their registries; `root`: the component that the denoiser is, e.g. "unet";
+        `compiled`: whether any of it is compiled, so that calls have to take turns."""
+        self.plan, self.state, self.recorder = plan, state, recorder
+        self.on_failure = on_failure
+        self.failures: list[str] = []
+        self._name, self._root, self._denoiser, state.compiled = name, root, denoiser, compiled
+        self._modules = [module for module, _ in hooks]
+        self._before: torch.Tensor | None = None
+        state.failed = self.failed if on_failure == "generate" else None
+
+    def on(self) -> Callable[[], None]:
+        """Counts the attachment among those of its denoiser; returns the undo."""
+        with _LOCK:
+            states = _STATES.setdefault(self._denoiser, [])
+            _TURNS.setdefault(self._denoiser, threading.RLock())
+            states.append(self.state)
+
+        def undo() -> None:
+            with _LOCK:
+                if self.state in states:
+                    states.remove(self.state)
+
+        return undo
+
+    def begin(self, call: PipelineCall) -> None:
+        """Refuses a call in which the hooks would not run, or could not know rows or timesteps."""
+        self._check_modules(call.pipe)
+        _check_scheduler(getattr(call.pipe, "scheduler", None))
+        if call.size is not None and self.state.layout is None:
+            if call.size.frames > 1:
+                raise ValueError(
+                    f"pipe: a call of {type(call.pipe).__name__} makes {call.size.frames} frames, which are rows of its "
+                    "blocks; erasing from videos is not supported"
+                )
+            check_lengths(self.plan, call.size.images, call.size.prompts)
+        self.state.compiled = is_compiled(call.pipe)
+        self.state.forget()
+        self._before = self.recorder.written.clone()
+        if self.state.compiled:
+            _TURNS[self._denoiser].acquire()
+            self._announce(call)
+
+    def end(self, call: PipelineCall, failed: bool) -> None:
+        """Raises UnprotectedError, or warns, where pictures were not treated as asked. Waits for the device."""
+        if self.state.compiled and self._before is not None:
+            self._announce(None)
+            _TURNS[self._denoiser].release()
+        before, self._before = self._before, None
+        self.state.forget()
+        if failed or before is None:
+            return
+        for text in self._found(self.recorder.since(before), call):
+            self.failed(text)
+
+    def failed(self, text: str) -> None:
+        """Says that pictures were not treated, and why, by `on_failure`."""
+        if self.on_failure == "refuse":
+            raise UnprotectedError(
+                f"{text}; no picture is returned. attach(..., on_failure='generate') would return it, with a warning"
+            )
+        self.failures.append(text)
+        warnings.warn(f"lbdt: {text}", RuntimeWarning, stacklevel=2)
+
+    def _announce(self, call: PipelineCall | None) -> None:
+        with _LOCK:
+            states = list(_STATES.get(self._denoiser, ()))
+        for state in states:
+            state.announce(call)
+
+    def _check_modules(self, pipe: Any) -> None:
+        present = getattr(pipe, self._root, None)
+        if not isinstance(present, nn.Module) or lookup.unwrap(present) is not self._denoiser:
+            raise UnprotectedError(
+                f"{self._root}: the pipeline's was exchanged since the editor was attached to it, so nothing would be "
+                "erased; attach again (lbdt.detach(pipe) takes the old attachment off)"
+            )
+        for module in self._modules:
+            if registry.is_live(module, self._name) is False:
+                raise UnprotectedError(
+                    f"{type(module).__name__}.forward: was overwritten since the editor was attached, so its hook would "
+                    "not run and nothing would be erased; attach again after whatever overwrote it"
+                )
+
+    def _found(self, rows: list[Row], call: PipelineCall) -> list[str]:
+        if not rows:
+            return [
+                f"hookpoint: its block did not run in this call of {type(call.pipe).__name__}, so nothing was looked at; "
+                "something skips the block (a cache such as DeepCache), or replaced it"
+            ]
+        found = []
+        broken = [row for row in rows if row.not_finite]
+        if broken:
+            images = ", ".join(map(str, sorted({row.image for row in broken})))
+            found.append(
+                f"{sum(row.not_finite for row in broken)} patches of the hooked activation were NaN or infinite, where no "
+                f"concept can be detected: images {images} are not protected. Half precision that overflows does this; "
+                "run the denoiser in bfloat16 or float32"
+            )
+        known = self.plan.timesteps.tolist()
+        far = sorted({row.timestep for row in rows if _is_far(row.timestep, known)})
+        if far:
+            found.append(
+                f"timesteps {', '.join(f'{t:g}' for t in far[:8])} of this call are far from the dictionary's, "
+                f"{min(known):g} to {max(known):g}: no image is protected there; use a scheduler with such timesteps, or "
+                "score a dictionary with this one"
+            )
+        return found + self._window(rows, call)
+
+    def _window(self, rows: list[Row], call: PipelineCall) -> list[str]:
+        window = self.plan.options.steps
+        if window is None:
+            return []
+        schedule = call.pipe.scheduler.timesteps.float().cpu()
+        steps = {int((schedule - row.timestep).abs().argmin()) for row in rows}
+        if any(window[0] <= step < window[1] for step in steps):
+            return []
+        return [
+            f"steps={window}: this call ran the steps {min(steps)} to {max(steps)} of its schedule, so nothing was "
+            "treated; attach with a window among them"
+        ]
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    config = getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping):
+        return
+    name = type(scheduler).__name__
+    continuous = (
+        config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
+    )
+    if name in _OTHER_TIMES or continuous:
+        what = "timestep_type='continuous'" if continuous else "noise levels"
+        raise ValueError(
+            f"scheduler: {name} calls the denoiser with {what}, which are not the timesteps 0 to 999 that a dictionary "
+            "has bins for, so every step would be given a wrong bin; use a scheduler with discrete timesteps"
+        )
+
+
+def _is_far(timestep: float, known: list[float]) -> bool:
+    """Whether a timestep lies outside of the bins by more than their widest gap (or, of few bins, a tenth of 1,000)."""
+    ordered = sorted(known)
+    gap = max([b - a for a, b in zip(ordered, ordered[1:], strict=False)], default=0.0)
+    room = max(gap, 100.0 if max(ordered) > 1 else 0.1)
+    return not math.isfinite(timestep) or timestep < ordered[0] - room or timestep > ordered[-1] + room
+
+
+def refuse_others(pipe: Any, block: nn.Module) -> None:
+    """ValueError where something is attached to this block of the pipeline."""
+    others = [w for w in pipeline_calls.watchers(pipe) if registry.is_registered(block, w.name)]
+    if others:
+        raise ValueError(
+            f"an editor is attached to this block of the pipeline already ({', '.join(w.name for w in others)}); "
+            "lbdt.detach(pipe) takes it off, lbdt.attached(pipe) lists it, attach(..., stack=True) puts this one beside it"
+        )
