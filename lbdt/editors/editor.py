@@ -29,6 +29,7 @@ from lbdt.editors.attachment import (
     window,
 )
 from lbdt.editors.edit_report import Blind, Report, summarise
+from lbdt.editors.site_check import check_site
 from lbdt.hooks import lookup
 from lbdt.hooks.detection_plan import ROWS, CallState, DetectionOptions, DetectionPlan
 from lbdt.hooks.recorder import Call, Recorder
@@ -119,6 +120,7 @@ class Editor(ABC):
     def _check(self) -> None:
         """Refuses bad settings: they are plain attributes, so they are checked again when they are used."""
         check_hookpoint("hookpoint", self.hookpoint, self._EXAMPLE)
+        check_site(self, "sae", self.sae.config.site)
 
     def _refuse_twice(self, module: nn.Module) -> None:
         # Imported here, so that looking at an editor's concepts does not load diffusers.
@@ -339,6 +341,7 @@ class UnetEditor(Editor):
                 f"{sae.d_in}"
             )
         super()._check()
+        check_site(self, "dictionary", dictionary.site)
         check_selection(self.selection)
 
     @property
