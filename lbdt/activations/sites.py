@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KINDS = ("output", "update")
+from lbdt.runs.site_names import check_place, site_name
 
 
 @dataclass(frozen=True, order=True)
@@ -19,17 +19,7 @@ class Site:
     kind: str = "output"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.hookpoint, str):
-            raise TypeError(
-                f"hookpoint: expected a name such as 'unet.mid_block.attentions.0', got {self.hookpoint!r}"
-            )
-        parts = self.hookpoint.split(".")
-        if len(parts) < 2 or not all(part.isidentifier() or part.isdecimal() for part in parts):
-            raise ValueError(
-                f"hookpoint: expected a dotted name such as 'unet.mid_block.attentions.0', got {self.hookpoint!r}"
-            )
-        if self.kind not in KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(KINDS)}; got {self.kind!r}")
+        check_place(self.hookpoint, self.kind)
 
     @classmethod
     def parse(cls, text: str) -> Site:
@@ -43,4 +33,4 @@ class Site:
         return self.kind == "update"
 
     def __str__(self) -> str:
-        return f"{self.hookpoint}:{self.kind}"
+        return site_name(self.hookpoint, self.update)

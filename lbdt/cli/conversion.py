@@ -127,7 +127,7 @@ def _sae(
     return _result(source, read.format, target, out, names, tensors, settings, notes, checks)
 
 
-_SETTINGS = ("d_in", "num_latents", "k", "activation", "update")
+_SETTINGS = ("d_in", "num_latents", "k", "activation", "update", "site")
 
 
 def _sae_checks(sae: SparseAutoencoder) -> dict[str, Any]:

@@ -54,9 +54,7 @@ def command(
     ],
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model", metavar="DIR_OR_HUB", help="A diffusers pipeline. Default: EmojiCanvas."
-        ),
+        typer.Option("--model", metavar="DIR_OR_HUB", help="A diffusers pipeline. Default: EmojiCanvas."),
     ] = None,
     eraser: Eraser = None,
     kind: KindOption = CanvasKind.saeuron,

@@ -112,6 +112,13 @@ def check_place(concept: int, bin: int, counts: Tensor) -> None:
         )
 
 
+def joined_site(first: str | None, second: str | None) -> str | None:
+    """The site of two dictionaries that merge, of which one may not be known. ValueError where they are of two."""
+    if None not in (first, second) and first != second:
+        raise ValueError(f"cannot merge: dictionaries of {first} and of {second}; one SAE per dictionary")
+    return second if first is None else first
+
+
 def require_same(first, second) -> None:
     """Both have the same concepts, timesteps and number of latents."""
     if first.concepts != second.concepts:

@@ -17,12 +17,14 @@ from lbdt.dictionary.checks import (
     checked_assignment,
     checked_concepts,
     checked_timesteps,
+    joined_site,
     require_range,
     require_same_bins,
     require_shape,
 )
 from lbdt.dictionary.picture_counts import PictureCounts
 from lbdt.dictionary.selection import DetectionRates, Selection
+from lbdt.runs.site_names import checked_site
 
 _DEFAULT_TOP_K = 2
 
@@ -47,6 +49,7 @@ class ConceptDictionary:
         assigned: Mapping[str, int]
         | None = None,  # the latent that a concept was trained on, for some concepts
         gate: PictureCounts | None = None,
+        site: str | None = None,  # where the activations were, "HOOKPOINT:kind"; None: not known
     ) -> None:
         """Raises ValueError on shapes that do not fit, negative, NaN or infinite values, candidates out of range, or
         an assignment of other concepts, of latents out of range, or of one latent to two concepts."""
@@ -76,6 +79,7 @@ class ConceptDictionary:
         self.gate = gate
         if gate is not None:
             gate.check(*place)
+        self.site = checked_site(site)
         self._timesteps_on: dict[torch.device, Tensor] = {}
 
     @property
@@ -318,8 +322,8 @@ class ConceptDictionary:
         Means were rounded to float32; to merge parts of one run bit for bit, merge their `ConceptStatistics`.
 
         Raises:
-            ValueError: other timesteps or latents, other latents assigned to a concept, or histograms that do not merge
-                (`without_histograms()` drops them).
+            ValueError: other timesteps, latents or site, other latents assigned to a concept, or histograms that do not
+                merge (`without_histograms()` drops them).
         """
         require_same_bins(self, other)
         if (self.histograms is None) != (other.histograms is None) or (
@@ -355,12 +359,13 @@ class ConceptDictionary:
             fired=self.fired + other.fired if both_fired else None,
             assigned=assigned,
             gate=None,
+            site=joined_site(self.site, other.site),
         )
 
     def _parts(self) -> dict[str, Any]:
         """The arguments that make this dictionary."""
         names = ("concepts", "timesteps", "mean", "counts", "histograms", "bank", "peak", "fired", "assigned")
-        return {name: getattr(self, name) for name in (*names, "gate")}
+        return {name: getattr(self, name) for name in (*names, "gate", "site")}
 
     def replaced(self, **changes: Any) -> ConceptDictionary:
         """The same dictionary but for some of the constructor's arguments."""

@@ -19,9 +19,9 @@ from lbdt.runs.settings import plain
 
 INFO_FILE = "dictionary.json"
 TENSORS_FILE = "dictionary.safetensors"
-_VERSION = 4
+_VERSION = 5
 _KEYS = ("version", "concepts", "timesteps", "num_latents", "peak", "calibrated", "bank")
-_SINCE = {2: {"fired"}, 3: {"assigned"}, 4: {"gate"}}
+_SINCE = {2: {"fired"}, 3: {"assigned"}, 4: {"gate"}, 5: {"site"}}
 _GATE_KEYS = {"patches", "selection", "false_positive"}
 
 
@@ -64,6 +64,7 @@ def save(
         "fired": parts["fired"] is not None,
         "assigned": parts["assigned"],
         "gate": None if gate is None else {name: plain(getattr(gate, name)) for name in sorted(_GATE_KEYS)},
+        "site": parts["site"],
     }
     write_folder(
         Path(directory),
@@ -147,4 +148,5 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None) -> tuple[P
         "gate": None
         if gate is None
         else PictureCounts(tensors["gate_on"].long(), tensors["gate_off"].long(), **gate),
+        "site": info.get("site"),
     }

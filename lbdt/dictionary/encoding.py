@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lbdt.runs.site_names import KINDS, may_be
 from lbdt.sae import SparseCode
+from lbdt.sae.config import MOVED
 
 if TYPE_CHECKING:
     from lbdt.activations import Shard, Site, Source
@@ -114,7 +116,7 @@ def detected(code: SparseCode, selection: Selection, bin: int, num_latents: int)
 
 
 def check_fit(source: Source, site: Site, sae: SparseAutoencoder) -> None:
-    """ValueError unless the SAE is one of this site: width and kind."""
+    """ValueError unless the SAE is one of this site: width, kind, and the site that it names, if any."""
     from lbdt.activations.source import require_site
 
     require_site(source, site)
@@ -124,8 +126,9 @@ def check_fit(source: Source, site: Site, sae: SparseAutoencoder) -> None:
             f"{sae.config.d_in}; give the SAE's own site"
         )
     if site.update != sae.config.update:
-        kinds = ("output", "update")
         raise ValueError(
-            f"site {site}: the SAE was trained on the block's {kinds[sae.config.update]}; give "
-            f"{site.hookpoint}:{kinds[sae.config.update]}"
+            f"site {site}: the SAE was trained on the block's {KINDS[sae.config.update]}; give "
+            f"{site.hookpoint}:{KINDS[sae.config.update]}"
         )
+    if not may_be(sae.config.site, str(site)):
+        raise ValueError(f"site {site}: the SAE was trained at {sae.config.site}; give that site, or {MOVED}")

@@ -216,7 +216,7 @@ class _Work:
         with Encoder(self.sae) as encoder:
             sums = StatisticsPass(*place, self.names, encoder, latents)
             over(sums, shards)
-            dictionary = sums.statistics.build().replaced(assigned=self.assigned)
+            dictionary = sums.statistics.build().replaced(assigned=self.assigned, site=str(self.site))
             _require_prompts(dictionary, self.by)
             if self.calibrate:
                 spacing = "logit" if self.sae.config.activation == "topk_sigmoid" else "log"

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from lbdt.activations.source import shard_count
 from lbdt.dictionary.encoding import Encoder, check_fit, detected, labels, labels_of
+from lbdt.runs.site_names import may_be
 
 if TYPE_CHECKING:
     from lbdt.activations import Site, Source
@@ -35,8 +36,8 @@ def selectivity(
     with another label; images without a label are left out. One shard is in memory at a time.
 
     Raises:
-        ValueError: an SAE of another site, a concept in common without images of it or of others, no concept in common,
-            a bad selection.
+        ValueError: an SAE or dictionary of another site, a concept in common without images of it or of others, no
+            concept in common, a bad selection.
     """
     names = labels(source, by)
     check_fit(source, site, sae)
@@ -45,6 +46,8 @@ def selectivity(
             f"dictionary: made with an SAE of {dictionary.num_latents} latents, but the given SAE has "
             f"{sae.config.num_latents}"
         )
+    if not may_be(dictionary.site, str(site)):
+        raise ValueError(f"dictionary: made at {dictionary.site}, and the activations are those of {site}")
     known = [name for name in names if name in dictionary.concepts]
     if not known:
         raise ValueError(

@@ -12,6 +12,7 @@ from torch import nn
 
 from lbdt.editors.attachment import EXAMPLE, Attachment, check_hookpoint
 from lbdt.editors.edit_report import Report
+from lbdt.editors.site_check import check_site
 from lbdt.hooks.recorder import Call, Recorder
 from lbdt.sae import SparseAutoencoder
 
@@ -90,6 +91,7 @@ class Editor(ABC):
     def _check(self) -> None:
         """Refuses bad settings: they are plain attributes, so they are checked again when they are used."""
         check_hookpoint("hookpoint", self.hookpoint, self._EXAMPLE)
+        check_site(self, "sae", self.sae.config.site)
 
     def _refuse_twice(self, module: nn.Module) -> None:
         # Imported here, so that looking at an editor's concepts does not load diffusers.

@@ -67,7 +67,7 @@ class ConceptEraser(UnetEditor):
         Args:
             sae: of the block's output, or of its update (output - input) iff `sae.config.update`; the encoder
                 suffices.
-            dictionary: made with that SAE.
+            dictionary: made with that SAE. Where it or the SAE names its site, that must be the block looked at.
             hookpoint: the block whose output is overwritten, e.g. "unet.up_blocks.1.attentions.1".
             padding: the mask grows by this Chebyshev distance (patches), >= 0.
             source: donors: "random" undetected patch | "nearest" one | "mean" of the 5 nearest | "row": the nearest
@@ -110,9 +110,9 @@ class ConceptEraser(UnetEditor):
         self._save(directory, dtype, decoder)
 
     def _check(self) -> None:
-        super()._check()
         if self.detect_at is not None:
             check_hookpoint("detect_at", self.detect_at)
+        super()._check()
         if isinstance(self.padding, bool) or not isinstance(self.padding, int):
             raise TypeError(f"padding: expected an integer >= 0, got {brief(self.padding)}")
         if self.padding < 0:

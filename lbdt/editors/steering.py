@@ -114,7 +114,7 @@ class Steering(Strengthened, UnetEditor):
         """
         Args:
             sae: of the block's output, or of its update iff `sae.config.update`; with its decoder.
-            dictionary: made with that SAE.
+            dictionary: made with that SAE. Where it or the SAE names its site, that must be this block.
             hookpoint: the block that is steered, e.g. "unet.up_blocks.1.attentions.1".
             rule: "saeuron" | "gsae" | "sdxl".
             strength: one for all, or one per concept that will be attached. Negative to erase.

@@ -41,7 +41,7 @@ class TextSteering(Strengthened):
     ) -> None:
         """
         Args:
-            sae: of the layer's output, with its decoder.
+            sae: of the layer's output, with its decoder. Where it names its site, that must be this layer.
             hookpoint: a layer of a text encoder, e.g. "text_encoder.text_model.encoder.layers.9". transformers 5 has
                 no "text_model" in CLIPTextModel: names with it and without it are both found.
             strength: one for all concept prompts, or one per prompt that will be attached. Negative to erase.

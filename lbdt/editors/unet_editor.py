@@ -32,6 +32,7 @@ from lbdt.editors.edit_report import Blind, summarise
 from lbdt.editors.editor import Editor
 from lbdt.editors.editor_files import EditorFiles
 from lbdt.editors.exchange import Exchange, Stand, room_of
+from lbdt.editors.site_check import check_site
 from lbdt.hooks import lookup
 from lbdt.hooks.call_state import CallState
 from lbdt.hooks.detection_plan import ROWS, DetectionOptions, DetectionPlan
@@ -269,6 +270,7 @@ class UnetEditor(EditorFiles, Editor):
                 f"{sae.d_in}"
             )
         super()._check()
+        check_site(self, "dictionary", dictionary.site)
         check_selection(self.selection)
 
     @property

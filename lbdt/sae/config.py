@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lbdt.runs.reading import MAX_FLOAT, brief
+from lbdt.runs.site_names import checked_site, site_name
 
 ACTIVATIONS = ("topk", "topk_sigmoid", "relu", "jumprelu", "batch_topk")
 _LARGEST = 1 << 24
 RANKED_ACTIVATIONS = ("topk", "topk_sigmoid")
+MOVED = 'to move this one on purpose, sae.with_site(None) (in its folder: no "site" in cfg.json)'
+"""What errors say about an SAE whose site is not the one it is used at."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class SAEConfig:
     """Sizes and activation function of a sparse autoencoder.
 
     SAeUron's keys (`SAE/config.py` of cywinski/SAeUron) keep their names, so one `cfg.json` serves both
-    programs; `activation`, `threshold`, `update` and `encoder_only` are lbdt's.
+    programs; `activation`, `threshold`, `update`, `encoder_only` and `site` are lbdt's.
 
     Raises:
         TypeError: a field of another type.
@@ -51,6 +54,9 @@ class SAEConfig:
     """Inputs are normalised patch by patch. Refused, as detection is defined on an affine encoder."""
     encoder_only: bool = False
     """The file holds no `W_dec`; decoding raises."""
+    site: str | None = None
+    """Where it was trained, "HOOKPOINT:output" or, iff `update`, "HOOKPOINT:update"; None: not known, so that it is
+    compared with no other."""
 
     def __post_init__(self) -> None:
         for name in ("d_in", "num_latents", "k"):
@@ -102,6 +108,13 @@ class SAEConfig:
                 raise TypeError(f"threshold: expected a number, got {brief(self.threshold)}")
             if not 0 <= self.threshold <= MAX_FLOAT:
                 raise ValueError(f"threshold: expected a finite number >= 0, got {brief(self.threshold)}")
+        if checked_site(self.site) is not None:
+            hookpoint = self.site.partition(":")[0]
+            if self.site != site_name(hookpoint, self.update):
+                raise ValueError(
+                    f"site: expected {site_name(hookpoint, self.update)} or None, as update is "
+                    f"{str(self.update).lower()}, got {self.site}"
+                )
         if self.input_unit_norm:
             raise ValueError(
                 "input_unit_norm: true is not supported (each patch would be normalised before encoding, and "
@@ -120,7 +133,7 @@ class SAEConfig:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The dictionary written to `cfg.json`: SAeUron's keys, then lbdt's."""
+        """The dictionary written to `cfg.json`: SAeUron's keys, then lbdt's; `site` only where it is known."""
         return {
             "expansion_factor": self.expansion_factor or max(1, self.num_latents // self.d_in),
             "normalize_decoder": self.normalize_decoder,
@@ -135,6 +148,7 @@ class SAEConfig:
             "threshold": self.threshold,
             "update": self.update,
             "encoder_only": self.encoder_only,
+            **({} if self.site is None else {"site": self.site}),
         }
 
     @classmethod

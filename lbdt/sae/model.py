@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,6 +147,17 @@ class SparseAutoencoder(nn.Module):
         if kind == "batch_topk":
             return thresholds.clamp(min=self._threshold())
         return thresholds
+
+    def with_site(self, site: str | None) -> SparseAutoencoder:
+        """This SAE, with the same parameters, as one of another site, "HOOKPOINT:kind"; None: of one that is not known,
+        so that it may be used at any block of its width.
+
+        Raises:
+            ValueError, TypeError: no such name, or one of the other kind than `config.update` says.
+        """
+        moved = copy.copy(self)
+        moved.config = replace(self.config, site=site)
+        return moved
 
     def save_pretrained(
         self, directory: str | os.PathLike[str], encoder_only: bool = False, dtype: torch.dtype | None = None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from lbdt.runs.files import json_bytes, read_json, read_tensors, require_floats,
 from lbdt.runs.folder import write_folder
 from lbdt.runs.hub import resolve_folder
 from lbdt.runs.reading import brief
+from lbdt.runs.site_names import site_name
 from lbdt.sae import unbox
 from lbdt.sae.config import SAEConfig
 
@@ -41,6 +43,10 @@ _SPARSIFY_OFF = {
 }
 """Keys of EleutherAI's sparsify that change the function, and why only false is read."""
 _SPARSIFY_UNUSED = ("lookup_max_order", "gram_table_hash", "init_b_dec_as_zeros")
+_HOOKPOINT = re.compile(
+    r"(unet\.(?:down_blocks|mid_block|up_blocks)(?:\.(?:[A-Za-z]\w*?|\d+))+)(?:_k\d+_hidden\d+.*)?", re.ASCII
+)
+"""The name of a folder that is a block's, as SAeUron's, or with the settings of the training, as sdxl-unbox's."""
 
 
 def save(
@@ -94,7 +100,8 @@ def read(
     `hookpoint` names a subfolder (SAeUron keeps one per hook point), or a path of them. `format` is one of
     `lbdt.formats.FORMATS`; "auto" goes by the files, which cannot tell a G-SAE (its sigmoid) from SAeUron's: name that
     one. `update`, whether the SAE is one of the block's output minus its input, is known for lbdt's files, sdxl-unbox's
-    (yes) and steerers' (no), and may be given for others (no). No pickle is run: see `lbdt.formats.pth`.
+    (yes) and steerers' (no), and may be given for others (no). The site is lbdt's files', or that of other projects'
+    folders which have the name of a UNet's block. No pickle is run: see `lbdt.formats.pth`.
 
     Raises:
         ValueError: anything absent, unreadable, of another shape, NaN or infinite; the text names it and says
@@ -103,6 +110,18 @@ def read(
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}; got {format!r}")
     folder = resolve_folder(path_or_repo, hookpoint, marker=_MARKERS, files=_FILES[format])
+    files = _read(folder, format, update)
+    block = None if files.format == "lbdt" else _block_of(folder)
+    if block is None or files.config.site is not None:
+        return files
+    site = site_name(block, files.config.update)
+    note = f"the SAE is one of {site}, by the name of its folder"
+    config = replace(files.config, site=site)
+    return files._replace(config=config, assumptions=(*files.assumptions, note))
+
+
+def _read(folder: Path, format: str, update: bool | None) -> CheckpointFiles:
+    """`read`, of a folder; no site but one that the files name."""
     named = format != "auto"
     if not named:
         format = _detect(folder)
@@ -140,6 +159,13 @@ def _read_unbox(folder: Path, format: str, named: bool, update: bool | None) -> 
         reason = f"as {format}'s are" if named else f"as {format}'s are, by the keys of {unbox.CONFIG_FILE}"
         notes.append(f"the SAE is one of the block's {side}, {reason}")
     return CheckpointFiles(*unbox.read(folder, update), format, folder, tuple(notes))
+
+
+def _block_of(folder: Path) -> str | None:
+    """The block whose name the folder has, or the one that sdxl-unbox's "final" is in."""
+    name = folder.parent.name if folder.name == "final" else folder.name
+    match = _HOOKPOINT.fullmatch(name)
+    return None if match is None else match[1]
 
 
 def _detect(folder: Path) -> str:

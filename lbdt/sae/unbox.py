@@ -106,7 +106,7 @@ def save_unbox(
 ) -> None:
     """Writes `sae` as sdxl-unbox does: `config.json` and `state_dict.pth`, both whole or not at all.
 
-    `update` has no place in these files: sdxl-unbox reads every SAE as one of output minus input.
+    `update` and `site` have no place in these files: sdxl-unbox reads every SAE as one of output minus input.
 
     Raises:
         ValueError: an activation other than topk, an SAE without its decoder, NaN or infinite weights.

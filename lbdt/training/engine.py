@@ -179,7 +179,8 @@ def run_settings(
 ) -> dict[str, Any]:
     """What the result of `train` follows from, JSON-like; a checkpoint belongs to one such dictionary."""
     return {
-        "config": config.to_json(),
+        # No site, which the result does not depend on; `data` names the activations'.
+        "config": replace(config, site=None).to_json(),
         "objective": {"name": type(objective).__name__, **asdict(objective)},
         "steps": steps,
         "rows": rows,

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from lbdt.runs.files import json_bytes, read_json, write_files
 from lbdt.runs.folder import held
 from lbdt.runs.processes import Processes
 from lbdt.runs.settings import require_same_settings
+from lbdt.runs.site_names import may_be
 from lbdt.sae import SparseAutoencoder
+from lbdt.sae.config import MOVED
 from lbdt.training.assignment import Assignment, assign, load_assignment, save_assignment
 from lbdt.training.engine import run_settings, train
 from lbdt.training.explained_variance import explain_variance
@@ -80,7 +82,7 @@ def train_recipe(
     Args:
         heldout: activations for the report; None: those it was trained on.
         batches: makes the batches of (source, site, seed); `Batches` or `Stream`.
-        start: SAE to fine-tune, whose configuration is kept.
+        start: SAE to fine-tune, whose configuration is kept; where its site is not known it becomes this one.
         assignment: of a recipe that assigns latents; None: by the scores that `start` has on `source`.
 
     Raises:
@@ -202,13 +204,14 @@ def _config(
     if start is None:
         if recipe.fine_tunes:
             raise ValueError(f"from: recipe {recipe.name} fine-tunes a trained SAE; give its folder")
-        return recipe.config(
+        config = recipe.config(
             source.width(site),
             update=site.update,
             expansion=options.expansion,
             k=options.k,
             batch_topk=options.batch_topk,
         )
+        return replace(config, site=str(site))
     if any(value is not None for value in (options.expansion, options.k, options.batch_topk)):
         raise ValueError("expansion, k, batch-topk: a fine-tuned SAE keeps its own; leave them out")
     config = start.config
@@ -217,7 +220,9 @@ def _config(
             f"from: expected an SAE for {site} of width {source.width(site)}, got one of width {config.d_in} for the "
             f"block's {'update' if config.update else 'output'}"
         )
-    return config
+    if not may_be(config.site, str(site)):
+        raise ValueError(f"from: expected an SAE for {site}, got one of {config.site}; {MOVED}")
+    return replace(config, site=str(site))
 
 
 def _labels(

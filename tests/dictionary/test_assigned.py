@@ -90,15 +90,15 @@ def test_it_is_saved_and_read(scored, tmp_path):
     assert torch.equal(back.select("Trees").thresholds, scored.select("Trees").thresholds)
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_files_of_earlier_versions_are_read(scored, tmp_path, version):
     scored.replaced(fired=None, gate=None).save_pretrained(tmp_path)
     info = json.loads((tmp_path / "dictionary.json").read_text())
-    for name in ("fired", "assigned", "gate")[version - 1 :]:
+    for name in ("fired", "assigned", "gate", "site")[version - 1 :]:
         del info[name]
     (tmp_path / "dictionary.json").write_text(json.dumps(info | {"version": version}))
     back = ConceptDictionary.from_pretrained(tmp_path)
-    assert back.assigned == (ASSIGNED if version == 3 else None) and back.gate is None
+    assert back.assigned == (ASSIGNED if version >= 3 else None) and back.gate is None and back.site is None
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_it_writes_a_dictionary_that_an_eraser_takes(folders, tmp_path):
     for word in ("Cats", "Dogs", "Trees", "held out:", "32 bank patches per timestep", str(tmp_path / "out")):
         assert word in done.stdout
     dictionary = ConceptDictionary.from_pretrained(tmp_path / "out")
-    assert dictionary.bank.shape == (3, 32, toy.WIDTH)
+    assert dictionary.bank.shape == (3, 32, toy.WIDTH) and dictionary.site == f"{SITE}:output"
     sae = SparseAutoencoder.from_pretrained(folders / "sae")
     eraser = ConceptEraser(sae, dictionary, SITE)
     pipe = toy.pipeline(tmp_path / "tokenizer")

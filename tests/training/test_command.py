@@ -65,7 +65,8 @@ def test_the_chain_of_recipes_on_a_folder(world, tmp_path):
     assert done.exit_code == 0 and "saemnesia, released" in done.stdout, done.output
     again = lbdt(*fine, "--out", tmp_path / "b")
     assert again.exit_code == 0 and "was finished already; nothing was changed" in again.stdout
-    assert SparseAutoencoder.from_pretrained(tmp_path / "c").config.activation == "topk"
+    configs = [SparseAutoencoder.from_pretrained(tmp_path / name).config for name in "abc"]
+    assert {config.site for config in configs} == {f"{SITE}:output"} and configs[2].activation == "topk"
 
 
 def test_a_stream_trains_without_a_cache(world, tmp_path):

@@ -86,6 +86,7 @@ def test_every_recipe_goes_on_to_the_files_of_an_unbroken_run(tmp_path, monkeypa
     assert repeats(contents(tmp_path / "broken"), contents(tmp_path / "whole"))
     assert not (tmp_path / "broken/training.ckpt").exists()
     sae = SparseAutoencoder.from_pretrained(tmp_path / "whole")
+    assert sae.config.site == str(planted.SITE)
     if sae.config.normalize_decoder:
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.config.num_latents))
     held = split(planted.source(48), 0.125)[1]
@@ -246,3 +247,34 @@ def test_recipes_need_what_they_are_for(tmp_path):
     with pytest.raises(ValueError, match="for the block's output"):
         train_recipe(RECIPES["saemnesia"], source, planted.SITE, out, start=output)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("site", "fits"),
+    [(None, True), (str(planted.SITE), True), ("unet.mid_block.attentions.1:update", False)],
+    ids=["not known", "this one", "another"],
+)
+def test_an_sae_is_fine_tuned_at_its_own_site(tmp_path, site, fits):
+    given = start("saemnesia").with_site(site)
+    options = RecipeOptions(steps=2, rows=64)
+    arguments = (RECIPES["saemnesia"], planted.source(16), planted.SITE, tmp_path / "out")
+    if not fits:
+        with pytest.raises(
+            ValueError, match=rf"from: expected an SAE for {planted.SITE}, got one of {site}; .*wi"
+        ):
+            train_recipe(*arguments, options=options, start=given, progress=False)
+        assert not (tmp_path / "out").exists()
+        given = given.with_site(None)
+    train_recipe(*arguments, options=options, start=given, progress=False)
+    assert SparseAutoencoder.from_pretrained(tmp_path / "out").config.site == str(planted.SITE)
+
+
+def test_a_training_that_was_finished_before_files_named_a_site_is_known(tmp_path):
+    job("saeuron", tmp_path, settings=RANKED)
+    settings = json.loads((tmp_path / "report.json").read_text())["settings"]
+    assert "site" not in settings["config"] and settings["data"]["site"] == str(planted.SITE)
+    path = tmp_path / "cfg.json"
+    config = json.loads(path.read_text())
+    assert config.pop("site") == str(planted.SITE)
+    path.write_text(json.dumps(config))
+    assert job("saeuron", tmp_path, settings=RANKED)["finished"] is True
