@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -119,8 +120,8 @@ class TextSteering(Strengthened):
         return shifts
 
 
-class _Encoding:
-    """Where the pipeline's `encode_prompt` is at, and the edit that this calls for."""
+class _Encoding(threading.local):
+    """Where the pipeline's `encode_prompt` is at in a thread, and the edit that this calls for."""
 
     def __init__(self, deltas: Tensor, per_prompt: bool, rows: str, recorder: Recorder) -> None:
         self.deltas = deltas  # [S, N, d]

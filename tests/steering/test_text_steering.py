@@ -1,5 +1,7 @@
 """`TextSteering` on a tiny CLIP: numbers by hand, which call is which, removal, refusals."""
 
+import threading
+
 import pytest
 import torch
 
@@ -160,6 +162,24 @@ def test_names_of_either_transformers_are_found(pipe, name):
     with TextSteering(text_sae(), name).attach(pipe, ["bare"]) as attached:
         encode(pipe, ["cat"])
     assert attached.report().replaced > 0
+
+
+def test_what_another_thread_encodes_meanwhile_is_left(pipe):
+    sibling = type(pipe)(**pipe.components, requires_safety_checker=False)
+    base, got = encode(sibling, ["dog"], guided=False)[0], []
+
+    def beside(module, args):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: got.append(encode(sibling, ["dog"], guided=False)[0]))
+            thread.start()
+            thread.join()
+
+    with TextSteering(text_sae(), LAYER, strength=-1.0).attach(pipe, ["bare"]):
+        alone = encode(pipe, ["cat"], guided=False)[0]
+        hook = pipe.text_encoder.register_forward_pre_hook(beside)
+        together = encode(pipe, ["cat"], guided=False)[0]
+        hook.remove()
+    assert len(got) == 1 and repeats(got[0], base) and repeats(together, alone)
 
 
 def test_both_halves_in_one_call_are_refused(pipe):
