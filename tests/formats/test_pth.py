@@ -77,7 +77,7 @@ def test_attributes_of_an_ordered_dictionary_are_passed_over(tmp_path, attribute
     """A module's state_dict carries `_metadata`; another name would hide a method."""
     folder = fixtures.unbox(tmp_path / "sae")
     state = torch.load(folder / "state_dict.pth", weights_only=True)["state_dict"]
-    wanted = SparseAutoencoder.from_pretrained(folder).state_dict()
+    wanted = SparseAutoencoder.from_pretrained(folder, format="steerers").state_dict()
     state = OrderedDict(state)
     state._metadata = OrderedDict(version=1)
     if attribute == "__class__":
@@ -91,7 +91,7 @@ def test_attributes_of_an_ordered_dictionary_are_passed_over(tmp_path, attribute
             return reduced
 
     torch.save(Reduced(), folder / "state_dict.pth")
-    got = SparseAutoencoder.from_pretrained(folder).state_dict()
+    got = SparseAutoencoder.from_pretrained(folder, format="steerers").state_dict()
     assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
 
 
@@ -220,7 +220,7 @@ def test_a_folder_with_a_bomb_is_refused_by_name(tmp_path):
         entries = {name: archive.read(name) for name in archive.namelist()}
     zipped(folder / "state_dict.pth", entries, zipfile.ZIP_DEFLATED)
     with pytest.raises(ValueError, match=r"state_dict\.pth: entry .* expected it uncompressed"):
-        SparseAutoencoder.from_pretrained(folder)
+        SparseAutoencoder.from_pretrained(folder, format="sdxl-unbox")
     (folder / "state_dict.pth").unlink()
     with pytest.raises(ValueError, match=r"state_dict\.pth: no such file"):
         SparseAutoencoder.from_pretrained(folder, format="sdxl-unbox")

@@ -284,7 +284,10 @@ TARGETS: dict[str, tuple[Any, Any]] = {
     ),
     "SAE of SAeUron": (fixtures.saeuron, read_sae),
     "SAE of sparsify": (lambda folder: fixtures.saeuron(folder, fixtures.SPARSIFY), read_sae),
-    "SAE of sdxl-unbox": (fixtures.unbox, read_sae),
+    "SAE of sdxl-unbox": (
+        lambda folder: fixtures.unbox(folder / f"{toy.DETECT_AT}_k3_hidden12" / "final"),
+        read_sae,
+    ),
     "dictionary": (make_dictionary, read_dictionary),
     "eraser": (make_eraser, ConceptEraser.from_pretrained),
     "eraser with digests": (
