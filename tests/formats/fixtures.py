@@ -190,9 +190,10 @@ def _opcodes(value) -> bytes:
     return pickletools.optimize(pickle.dumps(value, 3))[2:-1]
 
 
-def class_params(path: Path) -> Path:
+def class_params(path: Path, key: str = "multiplier") -> Path:
+    """SAeUron's file of the best parameters; G-SAE's has "alpha" for the key."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = {name: {"percentile": p, "multiplier": m} for name, (p, m) in PARAMS.items()}
+    values = {name: {"percentile": p, key: m} for name, (p, m) in PARAMS.items()}
     torch.save(values, path)
     return path
 

@@ -48,8 +48,8 @@ def sae(activation: str = "jumprelu", **settings: Any) -> SparseAutoencoder:
     return made.requires_grad_(False)
 
 
-def read_sae(folder: Path) -> None:
-    loaded = SparseAutoencoder.from_pretrained(folder)
+def read_sae(folder: Path, **options: Any) -> None:
+    loaded = SparseAutoencoder.from_pretrained(folder, **options)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in loaded.state_dict().values())
 
 
@@ -284,10 +284,7 @@ TARGETS: dict[str, tuple[Any, Any]] = {
     ),
     "SAE of SAeUron": (fixtures.saeuron, read_sae),
     "SAE of sparsify": (lambda folder: fixtures.saeuron(folder, fixtures.SPARSIFY), read_sae),
-    "SAE of sdxl-unbox": (
-        lambda folder: fixtures.unbox(folder / f"{toy.DETECT_AT}_k3_hidden12" / "final"),
-        read_sae,
-    ),
+    "SAE of sdxl-unbox": (fixtures.unbox, lambda folder: read_sae(folder, format="sdxl-unbox")),
     "dictionary": (make_dictionary, read_dictionary),
     "eraser": (make_eraser, ConceptEraser.from_pretrained),
     "eraser with digests": (
