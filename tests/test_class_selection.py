@@ -119,7 +119,7 @@ def test_a_wrong_selection_is_refused(case, tmp_path):
 
 
 def test_the_gate_is_of_the_concepts_that_are_detected_as_it_was_counted(pipe):
-    """It was calibrated for top_k=1 to more patches than there are: nothing of Trees passes, of Cats everything does."""
+    """It was calibrated for top_k=1 to more patches than there are: nothing of Trees passes, all of Cats does."""
     made = eraser({"top_k": 1, "Cats": {"top_k": 2}})
     shape = len(toy.CONCEPTS), len(toy.TIMESTEPS), 18
     on, off = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)

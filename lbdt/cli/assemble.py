@@ -231,7 +231,7 @@ def write_eraser(
 def _of_classes(
     path: Path, concepts: Sequence[str], rule: str | None, selection: dict[str, Any]
 ) -> ClassSettings:
-    """The settings of a class_params file; thresholds and their false-positive rate as in `selection`, where it says."""
+    """The settings of a class_params file; thresholds and their rate as in `selection`, where it says."""
     from lbdt.formats.class_params import load_class_settings
 
     given = load_class_settings(path, concepts)

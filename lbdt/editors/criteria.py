@@ -27,8 +27,8 @@ def criteria_of(selection: Mapping[str, Any], concept: str) -> dict[str, Any]:
 
 
 def check_selection(selection: Mapping[str, Any], dictionary: ConceptDictionary) -> None:
-    """ValueError where a key is neither a keyword of `ConceptDictionary.select` nor, with a mapping of these, a concept,
-    or a value none of the keyword's."""
+    """ValueError where a key is neither a keyword of `ConceptDictionary.select` nor, with a mapping of these, a
+    concept, or a value none of the keyword's."""
     for name, own in selection.items():
         if not isinstance(own, Mapping):
             continue

@@ -124,8 +124,8 @@ class Steering(Strengthened, UnetEditor):
                 code does, with the sign reversed, `decode(z') + (decode(z) - x)`. Beware: that is `2 * x_hat - x`
                 in every patch of a treated row, steered or not, so the error is doubled everywhere. It is there to
                 reproduce their figures.
-            selection: keywords of `ConceptDictionary.select`; None: its defaults. Under the name of a concept, keywords of
-                its own stand in place of those: `{"top_k": 1, "Cats": {"percentile": 99.99}}`.
+            selection: keywords of `ConceptDictionary.select`; None: its defaults. Under the name of a concept, keywords
+                of its own stand in place of those: `{"top_k": 1, "Cats": {"percentile": 99.99}}`.
             where: rules "gsae" and "sdxl": "all" patches, as published | only the "detected" ones, in which one of
                 the image's latents passes its threshold.
 
@@ -152,13 +152,15 @@ class Steering(Strengthened, UnetEditor):
         class_params: str | os.PathLike[str] | None = None,
         **settings: Any,
     ) -> Steering:
-        """As `EditorFiles.from_pretrained`, also from an eraser's folder. `class_params`: SAeUron's `class_params.pth`, or
-        what `lbdt convert` makes of it, gives rule, strength and selection of each concept that it has as a class; of the
-        others the selection is that of `settings` or of the file, and there is no strength.
+        """The steering in a folder or repository, as `EditorFiles.from_pretrained` reads it.
+
+        `class_params`: SAeUron's `class_params.pth`, or what `lbdt convert` makes of it, gives the rule, and the
+        strength and selection of each concept that is a class of it; others have no strength, and the selection of
+        `settings` or of the folder.
 
         Raises:
-            ValueError: as that does, and what `lbdt.formats.class_params.load_class_settings` refuses; a `strength` beside
-                `class_params`, or another rule than the file's.
+            ValueError: as that does, and what `lbdt.formats.class_params.load_class_settings` refuses; a `strength`
+                beside `class_params`, or another rule than the file's.
         """
         if class_params is None:
             return super().from_pretrained(path_or_repo, **settings)

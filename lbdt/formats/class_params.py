@@ -29,8 +29,8 @@ class ClassParams:
     strength: float
     """The rule's; negative to erase."""
     key: str = "multiplier"
-    """What the file calls the strength: SAeUron's and SAEmnesia's "multiplier" (gamma: what a steered latent is multiplied
-    with, times its mean activation) or G-SAE's "alpha" (of the decoder rows, times the patch's norm)."""
+    """What the file calls the strength: SAeUron's and SAEmnesia's "multiplier" (gamma: what a steered latent is
+    multiplied with, times its mean activation) or G-SAE's "alpha" (of the decoder rows, times the patch's norm)."""
 
     def to_json(self) -> dict[str, float]:
         """The class's entry in the file."""
@@ -42,17 +42,17 @@ class ClassSettings(NamedTuple):
 
     rule: str
     strength: dict[str, float]
-    """By concept."""
+    """Each concept's strength."""
     selection: dict[str, dict[str, Any]]
-    """By concept: the percentile, and thresholds as SAeUron's, the means over concepts."""
+    """Each concept's criteria: the percentile, and thresholds as SAeUron's, the means over concepts."""
 
 
 def load_class_params(path: str | os.PathLike[str]) -> dict[str, ClassParams]:
     """The parameters of every class, from `class_params.pth` or `class_params.json`, or the folder that holds one.
 
     Raises:
-        ValueError: no such file, one that `lbdt.formats.pth` refuses, other keys, keys of two rules, numbers that are not
-            finite in float32, a percentile outside (0, 100).
+        ValueError: no such file, one that `lbdt.formats.pth` refuses, other keys, keys of two rules, numbers that are
+            not finite in float32, a percentile outside (0, 100).
     """
     path = _file(path)
     values = read_json(path) if path.suffix == ".json" else read_pth(path)
@@ -73,16 +73,16 @@ def load_class_settings(path: str | os.PathLike[str], concepts: Sequence[str]) -
     """The parameters of a file for those of a dictionary's `concepts` that it has; its other classes are passed over.
 
     Raises:
-        ValueError: as `load_class_params`; none of the concepts in it, or some concepts that it lacks beside some classes
-            that are no concepts: names that are not spelt alike, perhaps.
+        ValueError: as `load_class_params`; none of the concepts in it, or some concepts that it lacks beside some
+            classes that are no concepts: names that are not spelt alike, perhaps.
     """
     params = load_class_params(path)
     known = {name: params[name] for name in concepts if name in params}
     absent, others = [name for name in concepts if name not in params], [n for n in params if n not in known]
     if not known or (absent and others):
         raise ValueError(
-            f"{_file(path)}: has no class {listed(absent)}, but {listed(others)}, which the dictionary lacks; rename them, "
-            "or give the file that was made with this dictionary"
+            f"{_file(path)}: has no class {listed(absent)}, but {listed(others)}, which the dictionary lacks; rename "
+            "them, or give the file that was made with this dictionary"
         )
     (key,) = {given.key for given in known.values()}
     return ClassSettings(

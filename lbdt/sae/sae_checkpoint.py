@@ -105,10 +105,10 @@ def read(
     `hookpoint` names a subfolder (SAeUron keeps one per hook point), or a path of them; None: the folder itself, or the
     only one in it that holds an SAE. `format` is one of `lbdt.formats.FORMATS`; "auto" goes by the files, which cannot
     tell a G-SAE (its sigmoid) from SAeUron's: name that one. sdxl-unbox's and steerers' are told apart by the name of
-    their folder, a UNet block's or a text encoder layer's; of other names one has to be given. `update`, whether the SAE
-    is one of the block's output minus its input, is known for lbdt's files, sdxl-unbox's (yes) and steerers' (no), and
-    may be given for others (no). The site is lbdt's files', or that of other projects' folders which have the name of a
-    block or layer. No pickle is run: see `lbdt.formats.pth`.
+    their folder, a UNet block's or a text encoder layer's; of other names one has to be given. `update`, whether the
+    SAE is one of the block's output minus its input, is known for lbdt's files, sdxl-unbox's (yes) and steerers' (no),
+    and may be given for others (no). The site is lbdt's files', or that of other projects' folders which have the name
+    of a block or layer. No pickle is run: see `lbdt.formats.pth`.
 
     Raises:
         ValueError: anything absent, unreadable, of another shape, NaN or infinite; the text names it and says
@@ -197,8 +197,8 @@ def _refuse_others(folder: Path) -> None:
     if project is not None:
         raise ValueError(
             f"{folder}: an SAE of {project}, whose files lbdt does not read; expected those of "
-            f"{', '.join(FORMATS[1:])} (lbdt/METHOD.md, 7): write a ReLU or TopK one as {CONFIG_FILE} and {WEIGHTS_FILE} "
-            f"of 7.1, or train one with lbdt train"
+            f"{', '.join(FORMATS[1:])} (lbdt/METHOD.md, 7): write a ReLU or TopK one as {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE} of 7.1, or train one with lbdt train"
         )
 
 
@@ -224,8 +224,8 @@ def _detect(folder: Path, update: bool | None) -> str:
         )
         raise ValueError(
             f"{folder}: {unbox.CONFIG_FILE} and {unbox.WEIGHTS_FILE} are sdxl-unbox's, of a UNet block's output minus "
-            f"its input, or Concept Steerers', of a text encoder layer's output, and {why}; pass format='sdxl-unbox' or "
-            f"'steerers' (lbdt convert: --from), or keep the name of its run, such as "
+            f"its input, or Concept Steerers', of a text encoder layer's output, and {why}; pass format='sdxl-unbox' "
+            f"or 'steerers' (lbdt convert: --from), or keep the name of its run, such as "
             f"unet.down_blocks.2.attentions.1_k10_hidden5120_..."
         )
     values = read_json(config)
