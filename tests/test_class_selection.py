@@ -99,6 +99,8 @@ REFUSED = {
     ),
     "no number": ({"Cats": {"percentile": "99"}}, "'Cats': percentile: expected a number, got '99'"),
     "two levels": ({"Cats": {"Dogs": {"top_k": 1}}}, "'Cats': .*unknown key Dogs"),
+    "a list": (["top_k"], "selection: expected criteria such as {'top_k': 2}, got list"),
+    "a number": (2, "selection: expected criteria such as .*, got 2"),
     "no criteria": ({"Cats": 3}, "unknown key Cats; expected some of percentile"),
     "wrong for the others": ({"top_k": 0, "Cats": {"top_k": 1}}, "top_k: expected an integer >= 1, got 0"),
 }
@@ -107,10 +109,14 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_wrong_selection_is_refused(case, tmp_path):
     selection, message = REFUSED[case]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         eraser(selection)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         Steering.from_eraser(eraser({}), strength=-1.0, selection=selection)
+    made = eraser({})
+    made.selection = selection
+    with pytest.raises((ValueError, TypeError), match=message):
+        made.save_pretrained(tmp_path)
     eraser({}).save_pretrained(tmp_path)
     path = tmp_path / "eraser.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"selection": selection}))

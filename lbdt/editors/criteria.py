@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lbdt.dictionary.selection import check_criteria
-from lbdt.runs.reading import listed
+from lbdt.runs.reading import brief, listed
 
 if TYPE_CHECKING:
     from lbdt.dictionary import ConceptDictionary
@@ -16,8 +16,9 @@ _CRITERIA = tuple(inspect.signature(check_criteria).parameters)
 
 
 def own_copy(selection: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The selection as dictionaries of its own."""
-    return {n: dict(v) if isinstance(v, Mapping) else v for n, v in (selection or {}).items()}
+    """The selection as dictionaries of its own; TypeError unless it is None or a mapping."""
+    given = _mapping({} if selection is None else selection)
+    return {name: dict(own) if isinstance(own, Mapping) else own for name, own in given.items()}
 
 
 def criteria_of(selection: Mapping[str, Any], concept: str) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def criteria_of(selection: Mapping[str, Any], concept: str) -> dict[str, Any]:
 def check_selection(selection: Mapping[str, Any], dictionary: ConceptDictionary) -> None:
     """ValueError where a key is neither a keyword of `ConceptDictionary.select` nor, with a mapping of these, a
     concept, or a value none of the keyword's."""
-    for name, own in selection.items():
+    for name, own in _mapping(selection).items():
         if not isinstance(own, Mapping):
             continue
         try:
@@ -38,6 +39,12 @@ def check_selection(selection: Mapping[str, Any], dictionary: ConceptDictionary)
         except ValueError as error:
             raise ValueError(f"selection: {name!r}: {error}") from error
     _check(_for_all(selection))
+
+
+def _mapping(selection: Any) -> Mapping[str, Any]:
+    if not isinstance(selection, Mapping):
+        raise TypeError(f"selection: expected criteria such as {{'top_k': 2}}, got {brief(selection)}")
+    return selection
 
 
 def _for_all(selection: Mapping[str, Any]) -> dict[str, Any]:
