@@ -90,7 +90,9 @@ def make_eraser(folder: Path) -> None:
 
 def make_steering(folder: Path) -> None:
     """As `make_eraser`."""
-    Steering.from_eraser(toy.eraser(4, 6), strength={"Cats": -1.0}).save_pretrained(folder)
+    selection = {"top_k": 1, "Cats": {"percentile": 99.0}}
+    made = Steering.from_eraser(toy.eraser(4, 6), strength={"Cats": -1.0}, selection=selection)
+    made.save_pretrained(folder)
     (folder / "digests.json").unlink()
 
 
