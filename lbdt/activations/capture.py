@@ -256,12 +256,13 @@ class _Tap:
         self.call.receiver.take(self.site, x, self.call.sample)
 
 
-def is_compiled(pipe: Any) -> bool:
-    """Whether any component, or a module in it, was given to `torch.compile`."""
-    models = [c for c in pipe.components.values() if isinstance(c, nn.Module)]
+def is_compiled(model: Any) -> bool:
+    """Whether a module, or one in it, was given to `torch.compile`; of a pipeline, any of its components."""
+    models = [model] if isinstance(model, nn.Module) else getattr(model, "components", {}).values()
     return any(
         "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
         for model in models
+        if isinstance(model, nn.Module)
         for module in model.modules()
     )
 

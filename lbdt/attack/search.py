@@ -114,7 +114,9 @@ class PrefixSearch:
         undo = quiet(self.pipe)
         try:
             picture = self._picture(prompt.seed + _REFERENCE, prompt=prompt.text)
-            with self.eraser.attach(self.pipe, [prompt.concept], seed=prompt.seed), frozen(self.pipe):
+            # The loss calls the denoiser itself, with rows of the prompt alone.
+            attached = self.eraser.attach(self.pipe, [prompt.concept], seed=prompt.seed, layout=("cond",))
+            with attached, frozen(self.pipe):
                 return self._attack(prompt, text, picture, progress)
         finally:
             undo()

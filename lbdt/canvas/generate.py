@@ -72,8 +72,8 @@ def _styles(plain: bool) -> list[int | None]:
 
 
 def start_seed(kind: int, number: int, style: int | None) -> int:
-    """The start seed of a picture; `kind`: 0 for one object, 1 for none, 2 for pairs; `number`: `seed * 20` and up to 19,
-    which tells pictures of one seed and style apart; `style`: None for none."""
+    """The start seed of a picture; `kind`: 0 for one object, 1 for none, 2 for pairs; `number`: `seed * 20` and up to
+    19, which tells pictures of one seed and style apart; `style`: None for none."""
     return (kind << 40) + number * (len(STYLES) + 1) + (len(STYLES) if style is None else style)
 
 

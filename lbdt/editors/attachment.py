@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from lbdt.dictionary import Selection
     from lbdt.editors.call_watch import CallWatch
+    from lbdt.editors.exchange import CompiledStand
     from lbdt.hooks.lookup import Denoiser
     from lbdt.hooks.pipeline_calls import PipelineCall
-    from lbdt.hooks.registry import Parked
 
 EXAMPLE = "unet.mid_block.attentions.0"
 BRANCHES = ("uncond", "cond", "image", "perturbed")
@@ -71,7 +71,7 @@ class LatentColumns(NamedTuple):
         )
 
     def padded(self, room: int) -> LatentColumns:
-        """With columns that nothing passes behind the others, `room` in all, or as many as there are."""
+        """The columns, and behind them such as nothing passes: `room` in all, or as many as there are."""
         more = max(0, room - len(self.latents))
         return self._replace(
             latents=F.pad(self.latents, (0, more)),
@@ -103,12 +103,12 @@ class Attachment:
         summary: Callable[[list[Call]], Report],
         texts: tuple[Callable[[int | None, list[str]], None], Callable[[], None]] | None = None,
         calls: CallWatch | None = None,
-        changed: Callable[..., None] | None = None,
-        parked: list[Parked] | None = None,
+        changed: Callable[..., bool] | None = None,
+        stand: CompiledStand | None = None,
     ) -> None:
-        """Registers `hooks` on their modules as `name`, or puts those of `parked` back, and watches the pipeline's calls,
-        and with `texts` what it encodes. `calls`: the checks of a call; `changed`: what `set` does; `parked` gets what
-        `remove` takes off.
+        """Registers `hooks` on their modules as `name`, or puts those of `stand` back, and watches the pipeline's
+        calls, and with `texts` what it encodes. `calls`: the checks of a call; `changed`: what `set` does; `stand`
+        gets back what `remove` takes off.
 
         Whatever was put on before an error comes off again.
         """
@@ -116,24 +116,26 @@ class Attachment:
 
         self.pipe, self.name = pipe, name
         self._recorder, self._summary, self._calls, self._changed = recorder, summary, calls, changed
+        self._stand = stand
         self._undo: list[Callable[[], None]] = []
-        try:
-            before, self._parked = list(parked or ()), parked
-            if parked:
-                parked.clear()
-            put_back = [registry.restore(record) for record in before]
-            for place, (module, hook) in enumerate(hooks):
-                if not (put_back and put_back[place]):
-                    registry.register(module, hook, name)
-                self._undo.append(lambda module=module: self._take_off(module))
-            if texts is not None:
-                self._undo.append(pipeline_calls.watch_texts(pipe, *texts))
-            if calls is not None:
-                self._undo.append(calls.on())
-            self._undo.append(pipeline_calls.watch(pipe, self))
-        except BaseException:
-            self.remove()
-            raise
+        with pipeline_calls.between_calls(pipe):
+            try:
+                records = {} if stand is None else {id(record.module): record for record in stand.parked}
+                if stand is not None:
+                    stand.parked.clear()
+                for module, hook in hooks:
+                    record = records.get(id(module))
+                    if record is None or not registry.restore(record):
+                        registry.register(module, hook, name)
+                    self._undo.append(lambda module=module: self._take_off(module))
+                if texts is not None:
+                    self._undo.append(pipeline_calls.watch_texts(pipe, *texts))
+                if calls is not None:
+                    self._undo.append(calls.on())
+                self._undo.append(pipeline_calls.watch(pipe, self))
+            except BaseException:
+                self.remove()
+                raise
 
     @property
     def is_on(self) -> bool:
@@ -141,16 +143,21 @@ class Attachment:
         return bool(self._undo)
 
     def remove(self) -> None:
-        """Takes every hook off; the pipeline computes bit for bit what it did before."""
-        while self._undo:
-            self._undo.pop()()
+        """Takes every hook off; the pipeline computes bit for bit what it did before. Waits while another thread is
+        within a call of the pipeline."""
+        from lbdt.hooks import pipeline_calls
+
+        with pipeline_calls.between_calls(self.pipe):
+            while self._undo:
+                self._undo.pop()()
 
     def _take_off(self, module: nn.Module) -> None:
         from lbdt.hooks import registry
 
         record = registry.unregister(module, self.name)
-        if self._parked is not None and record is not None:
-            self._parked.insert(0, record)
+        if self._stand is not None and record is not None:
+            self._stand.parked.append(record)
+            self._stand.left()
 
     def keep_calls(self) -> None:
         """Keeps what was recorded, before another attachment writes to the same tensors."""
@@ -164,18 +171,18 @@ class Attachment:
     ) -> None:
         """Exchanges what is erased while the attachment stays on; None: as it is.
 
-        The tensors that the hooks read are written in place, without a host sync: compiled code and captured CUDA graphs
-        go on with the new values. Concepts that need more latents than there is room for (`attach(room=)`) get new
-        tensors, which compiled code is compiled for once more, and a captured graph refuses. A steering's tensors are
-        always new.
+        The tensors that the hooks read are written in place, without a host sync: compiled code and captured CUDA
+        graphs go on with the new values. Concepts that need more latents than there is room for (`attach(room=)`),
+        and those of a steering that need another number, get new tensors: code is compiled for them once more, and a
+        captured graph refuses them. Waits while another thread is within a call of the pipeline.
 
         Args:
             concepts, seed: as in `attach`; lists of as many entries as those that were attached.
-            enabled: False lets every picture pass as it is, without a detection being recorded; True treats them again.
+            enabled: False lets every picture pass as it is, with nothing detected in it; True treats them again.
 
         Raises:
-            ValueError, TypeError: as `attach`; lists of another length than attached; removed already; an attachment of a
-                text encoder.
+            ValueError, TypeError: as `attach`; lists of another length than attached; removed already; an attachment
+                of a text encoder.
         """
         if self._changed is None:
             raise ValueError(
@@ -183,17 +190,31 @@ class Attachment:
             )
         if not self.is_on:
             raise ValueError("set: this attachment was removed; attach again")
-        self._changed(concepts, seed, enabled)
+        from lbdt.hooks import pipeline_calls
+
+        with pipeline_calls.between_calls(self.pipe):
+            on = self._changed(concepts, seed, enabled)
+            if self._calls is not None:
+                self._calls.enabled = on
+
+    def turn(self) -> Any:
+        """See `CallWatch.turn`."""
+        return None if self._calls is None else self._calls.turn()
 
     def begin(self, call: PipelineCall) -> None:
         """A call of the pipeline begins; see `CallWatch.begin`."""
         if self._calls is not None:
             self._calls.begin(call)
 
-    def end(self, call: PipelineCall, failed: bool) -> None:
-        """A call of the pipeline is over; see `CallWatch.end`."""
+    def leave(self, outer: PipelineCall | None) -> None:
+        """A call of the pipeline is over; see `CallWatch.leave`."""
         if self._calls is not None:
-            self._calls.end(call, failed)
+            self._calls.leave(outer)
+
+    def judge(self, call: PipelineCall) -> None:
+        """A call of the pipeline has made its pictures; see `CallWatch.judge`."""
+        if self._calls is not None:
+            self._calls.judge(call)
 
     def report(self) -> Report:
         """What happened under this attachment. Waits for the device."""
@@ -330,7 +351,8 @@ def row_layout(layout: Any) -> tuple[str, ...] | None:
     names = tuple(layout) if isinstance(layout, Sequence) and not isinstance(layout, str) else (None,)
     if not names or not set(names) <= set(BRANCHES) or len(set(names)) < len(names) or "cond" not in names:
         raise ValueError(
-            f"layout: expected the guidance branches in the order of the rows, each once, of {', '.join(BRANCHES)}, with "
+            f"layout: expected the guidance branches in the order of the rows, each once, of {', '.join(BRANCHES)}, "
+            "with "
             f"'cond' among them, e.g. ('uncond', 'cond'); got {layout!r}"
         )
     return names

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ON_FAILURE = ("refuse", "generate")
 _OTHER_TIMES = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler")
 _LOCK = threading.RLock()
-_STATES: weakref.WeakKeyDictionary[nn.Module, list[CallState]] = weakref.WeakKeyDictionary()
+_STATES: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[CallState]] = weakref.WeakKeyDictionary()
 _TURNS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
@@ -52,56 +52,64 @@ class CallWatch:
         """`name`: of the hooks in their registries; `root`: the component that the denoiser is, e.g. "unet";
         `compiled`: whether any of it is compiled, so that calls have to take turns."""
         self.plan, self.state, self.recorder = plan, state, recorder
-        self.on_failure = on_failure
+        self.on_failure, self.enabled = on_failure, True
         self.failures: list[str] = []
-        self._name, self._root, self._denoiser, state.compiled = name, root, denoiser, compiled
+        self._name, self._root, self._denoiser = name, root, denoiser
         self._modules = [module for module, _ in hooks]
-        self._before: torch.Tensor | None = None
+        state.shared = compiled
         state.failed = self.failed if on_failure == "generate" else None
 
     def on(self) -> Callable[[], None]:
         """Counts the attachment among those of its denoiser; returns the undo."""
         with _LOCK:
-            states = _STATES.setdefault(self._denoiser, [])
+            states = _STATES.setdefault(self._denoiser, weakref.WeakSet())
             _TURNS.setdefault(self._denoiser, threading.RLock())
-            states.append(self.state)
+            states.add(self.state)
 
         def undo() -> None:
             with _LOCK:
-                if self.state in states:
-                    states.remove(self.state)
+                states.discard(self.state)
 
         return undo
+
+    def turn(self) -> Any:
+        """The lock of the denoiser, where code of it is compiled: then its calls take turns, whichever pipeline's."""
+        self.state.shared = is_compiled(self._denoiser) or is_compiled(
+            getattr(self.state.pipe, self._root, None)
+        )
+        states = self._siblings()
+        if not any(state.shared for state in states):
+            return None
+        for state in states:
+            state.shared = True
+        return _TURNS[self._denoiser]
 
     def begin(self, call: PipelineCall) -> None:
         """Refuses a call in which the hooks would not run, or could not know rows or timesteps."""
         self._check_modules(call.pipe)
-        _check_scheduler(getattr(call.pipe, "scheduler", None))
-        if call.size is not None and self.state.layout is None:
+        _check_scheduler(getattr(call.pipe, "scheduler", None), self.plan.options.steps is not None)
+        if call.size is not None:
             if call.size.frames > 1:
                 raise ValueError(
-                    f"pipe: a call of {type(call.pipe).__name__} makes {call.size.frames} frames, which are rows of its "
+                    f"pipe: a call of {type(call.pipe).__name__} makes {call.size.frames} frames, which are rows of "
+                    "its "
                     "blocks; erasing from videos is not supported"
                 )
             check_lengths(self.plan, call.size.images, call.size.prompts)
-        self.state.compiled = is_compiled(call.pipe)
         self.state.forget()
-        self._before = self.recorder.written.clone()
-        if self.state.compiled:
-            _TURNS[self._denoiser].acquire()
-            self._announce(call)
+        call.seen[self] = self.recorder.written.clone(), self.state.begun, len(self.failures)
+        self._announce(call)
 
-    def end(self, call: PipelineCall, failed: bool) -> None:
-        """Raises UnprotectedError, or warns, where pictures were not treated as asked. Waits for the device."""
-        if self.state.compiled and self._before is not None:
-            self._announce(None)
-            _TURNS[self._denoiser].release()
-        before, self._before = self._before, None
+    def leave(self, outer: PipelineCall | None) -> None:
+        """A call is over, and `outer` goes on."""
         self.state.forget()
-        if failed or before is None:
-            return
-        for text in self._found(self.recorder.since(before), call):
-            self.failed(text)
+        self._announce(outer)
+
+    def judge(self, call: PipelineCall) -> None:
+        """Raises UnprotectedError, or warns, where pictures were not treated as asked. Waits for the device."""
+        if self in call.seen and self.enabled:
+            for text in self._found(call, *call.seen[self]):
+                self.failed(text)
 
     def failed(self, text: str) -> None:
         """Says that pictures were not treated, and why, by `on_failure`."""
@@ -112,11 +120,14 @@ class CallWatch:
         self.failures.append(text)
         warnings.warn(f"lbdt: {text}", RuntimeWarning, stacklevel=2)
 
-    def _announce(self, call: PipelineCall | None) -> None:
+    def _siblings(self) -> list[CallState]:
         with _LOCK:
-            states = list(_STATES.get(self._denoiser, ()))
-        for state in states:
-            state.announce(call)
+            return list(_STATES.get(self._denoiser, ()))
+
+    def _announce(self, call: PipelineCall | None) -> None:
+        if self.state.shared:
+            for state in self._siblings():
+                state.announce(call)
 
     def _check_modules(self, pipe: Any) -> None:
         present = getattr(pipe, self._root, None)
@@ -128,22 +139,24 @@ class CallWatch:
         for module in self._modules:
             if registry.is_live(module, self._name) is False:
                 raise UnprotectedError(
-                    f"{type(module).__name__}.forward: was overwritten since the editor was attached, so its hook would "
+                    f"{type(module).__name__}.forward: was overwritten since the editor was attached, so its hook "
+                    "would "
                     "not run and nothing would be erased; attach again after whatever overwrote it"
                 )
 
-    def _found(self, rows: list[Row], call: PipelineCall) -> list[str]:
-        if not rows:
-            return [
-                f"hookpoint: its block did not run in this call of {type(call.pipe).__name__}, so nothing was looked at; "
-                "something skips the block (a cache such as DeepCache), or replaced it"
-            ]
-        found = []
+    def _found(self, call: PipelineCall, before: torch.Tensor, begun: int, failures: int) -> list[str]:
+        calls = self.recorder.since(before)
+        rows = [row for rows in calls for row in rows]
+        # A user may break a call off and take what there is; and what a failure has said already needs no second
+        # reason.
+        cut_short = bool(getattr(call.pipe, "_interrupt", False)) or len(self.failures) > failures
+        found = [] if cut_short else self._not_run(call, len(calls), self.state.begun - begun)
         broken = [row for row in rows if row.not_finite]
         if broken:
             images = ", ".join(map(str, sorted({row.image for row in broken})))
             found.append(
-                f"{sum(row.not_finite for row in broken)} patches of the hooked activation were NaN or infinite, where no "
+                f"{sum(row.not_finite for row in broken)} patches of the hooked activation were NaN or infinite, "
+                "where no "
                 f"concept can be detected: images {images} are not protected. Half precision that overflows does this; "
                 "run the denoiser in bfloat16 or float32"
             )
@@ -152,10 +165,23 @@ class CallWatch:
         if far:
             found.append(
                 f"timesteps {', '.join(f'{t:g}' for t in far[:8])} of this call are far from the dictionary's, "
-                f"{min(known):g} to {max(known):g}: no image is protected there; use a scheduler with such timesteps, or "
+                f"{min(known):g} to {max(known):g}: no image is protected there; use a scheduler with such "
+                "timesteps, or "
                 "score a dictionary with this one"
             )
-        return found + self._window(rows, call)
+        return found if cut_short or not rows else found + self._window(rows, call)
+
+    def _not_run(self, call: PipelineCall, recorded: int, begun: int) -> list[str]:
+        """Where the denoiser is compiled, its calls are not counted: then the pipeline's own number of steps counts."""
+        steps = getattr(call.pipe, "_num_timesteps", None)
+        expected = begun or max(1, steps if isinstance(steps, int) and self.state.shared else 1)
+        if recorded >= expected:
+            return []
+        return [
+            f"hookpoint: its block did not run in {expected - recorded} of {expected} denoiser calls of this call of "
+            f"{type(call.pipe).__name__}, so nothing was looked at there; something skips the block (a cache such as "
+            "DeepCache, skipped layers), or replaced it"
+        ]
 
     def _window(self, rows: list[Row], call: PipelineCall) -> list[str]:
         window = self.plan.options.steps
@@ -171,11 +197,16 @@ class CallWatch:
         ]
 
 
-def _check_scheduler(scheduler: Any) -> None:
-    config = getattr(scheduler, "config", None)
+def _check_scheduler(scheduler: Any, windowed: bool) -> None:
+    config, name = getattr(scheduler, "config", None), type(scheduler).__name__
+    if windowed and getattr(scheduler, "order", 1) > 1:
+        raise ValueError(
+            f"steps: {name} calls the denoiser twice at a timestep, so a window of steps cannot be told from the "
+            "timesteps; "
+            "use a scheduler of order 1, or attach without steps"
+        )
     if not isinstance(config, Mapping):
         return
-    name = type(scheduler).__name__
     continuous = (
         config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
     )
@@ -201,5 +232,12 @@ def refuse_others(pipe: Any, block: nn.Module) -> None:
     if others:
         raise ValueError(
             f"an editor is attached to this block of the pipeline already ({', '.join(w.name for w in others)}); "
-            "lbdt.detach(pipe) takes it off, lbdt.attached(pipe) lists it, attach(..., stack=True) puts this one beside it"
+            "lbdt.detach(pipe) takes it off, lbdt.attached(pipe) lists it, attach(..., stack=True) puts this one "
+            "beside it"
         )
+
+
+def runs(pipe: Any) -> bool:
+    """Whether this thread is within a call of the pipeline."""
+    call = pipeline_calls.running()
+    return call is not None and call.pipe is pipe

@@ -122,7 +122,8 @@ class Editor(ABC):
             h.is_on for h in vars(self).get("_handles", ())
         ):
             raise RuntimeError(
-                f"{name}: this {self.KIND} is attached, and what is attached keeps the settings that it was attached with; "
+                f"{name}: this {self.KIND} is attached, and what is attached keeps the settings that it was attached "
+                "with; "
                 "remove the handle (or lbdt.detach(pipe)), change it, and attach again"
             )
         super().__setattr__(name, value)

@@ -164,19 +164,13 @@ class ConceptEraser(UnetEditor):
         return KnownLatents.of(*self._detected(columns, self.dictionary.firing_order()))
 
     def _gate_of(self, columns: LatentColumns) -> Gate | None:
-        """The gate of the columns, which other concepts may take the place of: where any of the dictionary's may have
-        one, there is one."""
-        gate = self._gate(columns.selections)
-        if gate is None and self.min_patches is None and self.dictionary.gate is not None:
-            widths = torch.tensor([len(selection.latents) for selection in columns.selections.values()])
-            least = torch.ones(len(self.dictionary.timesteps), len(widths), dtype=torch.int64)
-            gate = Gate(
-                torch.arange(len(widths)).repeat_interleave(widths), least, self.dictionary.gate.patches
-            )
-        return None if gate is None else gate.padded(len(columns.latents))
+        """The gate of the columns, in whose place those of other concepts may come: there is one where any of them
+        may have one, so that it does not depend on the concepts."""
+        may_have = self.dictionary.gate is not None if self.min_patches is None else self.min_patches > 1
+        return self._gate(columns.selections, always=True).padded(len(columns.latents)) if may_have else None
 
-    def _gate(self, selections: Mapping[str, Selection]) -> Gate | None:
-        """The gate of the selections' columns; None where it is off."""
+    def _gate(self, selections: Mapping[str, Selection], always: bool = False) -> Gate | None:
+        """The gate of the selections' columns; None where it is off, unless `always`."""
         counts, bins = self.dictionary.gate, len(self.dictionary.timesteps)
         least, least_of = torch.ones(bins, len(selections), dtype=torch.int64), 0
         if self.min_patches is not None:
@@ -187,9 +181,11 @@ class ConceptEraser(UnetEditor):
                 # Where a concept is detected otherwise, its counts say nothing.
                 if self._is_counted(counts, selection):
                     least[:, place] = calibrated[self.dictionary.index(name)]
-        if bool((least == 1).all()):
+        if not always and bool((least == 1).all()):
             return None
-        widths = torch.tensor([len(selection.latents) for selection in selections.values()])
+        widths = torch.tensor(
+            [len(selection.latents) for selection in selections.values()], dtype=torch.int64
+        )
         return Gate(torch.arange(len(selections)).repeat_interleave(widths), least, least_of)
 
     def _is_counted(self, counts: PictureCounts, selection: Selection) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Stand:
+class CompiledStand:
     """What an attachment to a compiled denoiser stands on. It outlives the attachment: the next one of the same editor
     with the same options puts it back with other concepts, so that nothing is compiled again."""
 
@@ -35,6 +36,8 @@ class Stand:
     state: CallState
     recorder: Recorder
     hooks: list[tuple[nn.Module, ModelHook]]
+    made_of: tuple
+    """What the encoder's rows came from, kept so that the same address stays the same thing."""
     parked: list[Parked] = field(default_factory=list)
     handle: weakref.ref[Attachment] | None = None
 
@@ -43,6 +46,11 @@ class Stand:
         """Whether all of it was taken off and can be put back."""
         return len(self.parked) == len(self.hooks)
 
+    def left(self) -> None:
+        """Holds no pipeline between attachments."""
+        if self.is_free:
+            self.state.pipe = None
+
     def reuse(self, pipe: Any) -> None:
         """Makes it ready for another attachment, to `pipe`."""
         before = None if self.handle is None else self.handle()
@@ -50,6 +58,36 @@ class Stand:
             before.keep_calls()
         self.recorder.clear()
         self.state.adopt(pipe)
+
+
+class Stands(OrderedDict):
+    """The stands on a denoiser, by editor and options, the last ones used. They are kept on the denoiser itself, so
+    that they go with it; copies of it have none."""
+
+    _MOST = 8
+
+    @classmethod
+    def on(cls, denoiser: nn.Module) -> Stands:
+        """Those of a denoiser."""
+        return vars(denoiser).setdefault("_lbdt_stands", cls())
+
+    def found(self, key: tuple) -> CompiledStand | None:
+        """The stand of a key, if it is free."""
+        stand = self.get(key)
+        return stand if stand is not None and stand.is_free else None
+
+    def keep(self, key: tuple, stand: CompiledStand) -> None:
+        """Keeps a stand, in place of the oldest one if they are many."""
+        self[key] = stand
+        self.move_to_end(key)
+        while len(self) > self._MOST:
+            self.popitem(last=False)
+
+    def __deepcopy__(self, memo: dict) -> Stands:
+        return Stands()
+
+    def __reduce__(self) -> tuple:
+        return Stands, ()
 
 
 MOST_ROOM = 1 << 16
@@ -72,7 +110,8 @@ class Exchange:
         self._sets, self._seeds, self._enabled = sets, seeds, True
         self._selections = dict(selections or {})
 
-    def __call__(self, concepts: Any, seed: Any, enabled: Any) -> None:
+    def __call__(self, concepts: Any, seed: Any, enabled: Any) -> bool:
+        """Returns whether pictures are treated from now on."""
         plan = self._plan
         sets = (
             self._sets
@@ -92,13 +131,16 @@ class Exchange:
                 other.enabled.zero_()
             if other.latents.shape != plan.latents.shape and plan.captured:
                 raise ValueError(
-                    f"set: these concepts need {other.latents.shape[0]} latent columns, and a captured CUDA graph reads the "
-                    f"{plan.latents.shape[0]} of this attachment; attach with room={other.latents.shape[0]} and capture "
+                    f"set: these concepts need {other.latents.shape[0]} latent columns, and a captured CUDA graph "
+                    "reads the "
+                    f"{plan.latents.shape[0]} of this attachment; attach with room={other.latents.shape[0]} and "
+                    "capture "
                     "again"
                 )
             plan.take(other)
         self._sets, self._seeds, self._enabled = sets, seeds, on
         self._blind.concepts = blind.concepts
+        return on
 
 
 def room_of(room: Any, needed: int, compiled: bool) -> int:
@@ -120,7 +162,8 @@ def _as_many(name: str, values: Sequence, is_list: bool, before: Sequence, plan:
     if is_list != was_list or len(values) != len(before):
         kinds = {True: "a list with one entry per prompt or image", False: "one for all"}
         raise ValueError(
-            f"{name}: attached as {kinds[was_list]}, {len(before)} in all, got {kinds[is_list]}, {len(values)} in all; give "
+            f"{name}: attached as {kinds[was_list]}, {len(before)} in all, got {kinds[is_list]}, {len(values)} in "
+            "all; give "
             "as many, or attach again"
         )
     return list(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -26,14 +27,14 @@ from lbdt.editors.attachment import (
     warn_of_blind,
     window,
 )
-from lbdt.editors.call_watch import ON_FAILURE, CallWatch, refuse_others
+from lbdt.editors.call_watch import ON_FAILURE, CallWatch, refuse_others, runs
 from lbdt.editors.criteria import check_selection, criteria_of, own_copy
 from lbdt.editors.edit_report import Blind, summarise
 from lbdt.editors.editor import Editor
 from lbdt.editors.editor_files import EditorFiles
-from lbdt.editors.exchange import Exchange, Stand, room_of
+from lbdt.editors.exchange import CompiledStand, Exchange, Stands, room_of
 from lbdt.editors.site_check import check_site
-from lbdt.hooks import lookup
+from lbdt.hooks import lookup, pipeline_calls
 from lbdt.hooks.call_state import CallState
 from lbdt.hooks.detection_plan import ROWS, DetectionOptions, DetectionPlan
 from lbdt.hooks.recorder import Recorder
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 # With None for what an editor lacks: finished pictures are kept under digests of these, in this order. Padding, source
 # and strength are told apart by themselves.
 _DIGESTED = ("hookpoint", "detect_at", "target", "rule", "error", "where")
+_ATTACHING = threading.RLock()
+"""Held while an editor is attached: two threads would take the same stand."""
 _COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -65,7 +68,6 @@ class UnetEditor(EditorFiles, Editor):
         selection: Mapping[str, Any] | None,
     ) -> None:
         self.dictionary, self.selection = dictionary, own_copy(selection)
-        self._stands: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Stand]] = weakref.WeakKeyDictionary()
         super().__init__(sae, hookpoint)
 
     @property
@@ -99,8 +101,8 @@ class UnetEditor(EditorFiles, Editor):
         """Puts the editor on a pipeline until the returned handle is removed, or its `with` block is left.
 
         Args:
-            pipe: a diffusers pipeline with a UNet, or a transformer of SD3, Flux or PixArt. Its weights and its state_dict
-                are not touched.
+            pipe: a diffusers pipeline with a UNet, or a transformer of SD3, Flux or PixArt. Its weights and its
+                state_dict are not touched.
             concepts: names for all images, or one list of names (which may be empty) per prompt or per image.
             seed: of the eraser's donor draws; a steering draws nothing. An int s stands for s + i for image i; in a
                 list of one per prompt, for s + j for image j of the prompt. An image's draws do not depend on the
@@ -115,8 +117,8 @@ class UnetEditor(EditorFiles, Editor):
             on_failure: where it turns out in a call that images were not protected (activations NaN or infinite, no
                 memory, timesteps far from the dictionary's, a block that did not run): "refuse": the call raises
                 `UnprotectedError` in place of its images | "generate": a warning and the report say so.
-            room: latent columns to keep for other concepts, for `Attachment.set`; None: for an eraser on a compiled UNet
-                up to the next power of two, 16 at least, else what `concepts` need.
+            room: latent columns to keep for other concepts, for `Attachment.set`; None: for an eraser on a compiled
+                UNet up to the next power of two, 16 at least, else what `concepts` need.
             stack: let this editor stand beside another one on the same block of this pipeline: what one has changed is
                 looked at by the next.
 
@@ -124,10 +126,11 @@ class UnetEditor(EditorFiles, Editor):
 
         Raises:
             ValueError, TypeError: before anything is changed: unknown concept or hookpoint, an SAE of another width
-                than the block, a concept without any latent or without a strength, a pipeline without such a denoiser, bad
-                settings, an attachment that is still on, another editor on the block (without `stack`). At the pipeline's call, before anything is generated: a list
-                of neither one entry per prompt nor per image; lists or rows="cond" where it is not known which rows
-                are whose; a scheduler of other timesteps.
+                than the block, a concept without any latent or without a strength, a pipeline without such a
+                denoiser, bad settings, an attachment that is still on, another editor on the block (without `stack`).
+                At the pipeline's call, before anything is generated: a list of neither one entry per prompt nor per
+                image; lists or rows="cond" where it is not known which rows are whose; a scheduler of other
+                timesteps.
             UnprotectedError: at the pipeline's call, see `on_failure`; whatever that is, where the UNet was exchanged
                 or its block's forward overwritten since.
         """
@@ -147,58 +150,54 @@ class UnetEditor(EditorFiles, Editor):
         )
         state = CallState(pipe, row_layout(layout))
         choice("on_failure", on_failure, ON_FAILURE)
-        compiled = is_compiled(pipe)
-        self._refuse_twice(blocks[0])
-        if not stack:
-            refuse_others(pipe, blocks[0])
-        # Tensors made in inference mode could not be written outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            columns = self._columns(sets, selections)
-            room = room_of(room, len(columns.latents), compiled and self._KEEPS_ROOM)
-            key = (
-                options,
-                room,
-                len(sets),
-                len(seeds),
-                state.layout,
-                keep_masks,
-                on_failure,
-                str(self.settings),
-            )
-            stand = self._stands.setdefault(denoiser.module, {}).get(key) if compiled else None
-            if stand is not None and stand.is_free:
-                other, owners = self._exchanged(stand.plan, sets, seeds, selections)
-                blind = warn_of_blind(other, owners)
-                stand.reuse(pipe)
-                stand.plan.take(other)
-            else:
-                stand, blind = self._stand(denoiser, blocks, columns, room, options, seeds, state, keep_masks)
-                if compiled:
-                    self._stands[denoiser.module][key] = stand
-        calls = CallWatch(
-            *(
-                self._name,
-                denoiser.root,
-                denoiser.module,
+        compiled = is_compiled(denoiser.module) or is_compiled(getattr(pipe, denoiser.root))
+        with pipeline_calls.between_calls(pipe), _ATTACHING:
+            self._refuse_twice(blocks[0])
+            if not stack:
+                refuse_others(pipe, blocks[0])
+            # Tensors made in inference mode could not be written outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                columns = self._columns(sets, selections)
+                room = room_of(room, len(columns.latents), compiled and self._KEEPS_ROOM)
+                stands = Stands.on(denoiser.module) if compiled and selections is None else Stands()
+                made_of = (self.sae.encoder.weight, self.sae.W_dec, self.sae.b_dec, self.dictionary)
+                key = (
+                    *(self._name, str(self.settings), options, room, len(sets), len(seeds), state.layout),
+                    *(keep_masks, on_failure, *map(_version, made_of)),
+                )
+                stand = None if runs(pipe) else stands.found(key)
+                if stand is not None:
+                    other, owners = self._exchanged(stand.plan, sets, seeds, selections)
+                    blind = warn_of_blind(other, owners)
+                    stand.reuse(pipe)
+                    stand.plan.take(other)
+                else:
+                    stand, blind = self._stand(
+                        denoiser, blocks, columns, room, options, seeds, state, keep_masks
+                    )
+                    stand.made_of = made_of
+                    if compiled:
+                        stands.keep(key, stand)
+            place = self._name, denoiser.root, denoiser.module, stand.hooks
+            calls = CallWatch(*place, stand.plan, stand.state, stand.recorder, compiled, on_failure)
+            handle = self._put_on(
+                pipe,
                 stand.hooks,
-                stand.plan,
-                stand.state,
                 stand.recorder,
-            ),
-            compiled,
-            on_failure,
-        )
-        handle = self._put_on(
-            pipe,
-            stand.hooks,
-            stand.recorder,
-            partial(summarise, blind=blind, ran=self._ran(), failures=calls.failures),
-            calls=calls,
-            changed=Exchange(self, stand.plan, blind, sets, seeds, selections),
-            parked=stand.parked if compiled else None,
-        )
-        stand.handle = weakref.ref(handle)
-        return handle
+                partial(summarise, blind=blind, ran=self._ran(), failures=calls.failures),
+                calls=calls,
+                changed=Exchange(self, stand.plan, blind, sets, seeds, selections),
+                stand=stand if compiled else None,
+            )
+            stand.handle = weakref.ref(handle)
+            return handle
+
+    def _columns(self, sets: list[list[str]], selections: Mapping[str, Selection] | None) -> LatentColumns:
+        """The columns of the sets' concepts, by `selections` where they are among them."""
+        known = selections or {}
+        names = dict.fromkeys(itertools.chain.from_iterable(sets))
+        chosen = {name: known[name] if name in known else self.select(name) for name in names}
+        return LatentColumns.of(sets, chosen, len(self.dictionary.timesteps))
 
     def _stand(
         self,
@@ -210,7 +209,7 @@ class UnetEditor(EditorFiles, Editor):
         seeds: list[int],
         state: CallState,
         keep_masks: bool,
-    ) -> tuple[Stand, Blind]:
+    ) -> tuple[CompiledStand, Blind]:
         parameter = next(denoiser.module.parameters())
         device = parameter.device if parameter.device.type != "meta" else torch.device("cpu")
         padded = columns.padded(room)
@@ -223,14 +222,7 @@ class UnetEditor(EditorFiles, Editor):
             *around_call(denoiser, self.hookpoint, plan, state),
             *self._hooks(blocks, plan, state, recorder),
         ]
-        return Stand(plan, state, recorder, hooks), blind
-
-    def _columns(self, sets: list[list[str]], selections: Mapping[str, Selection] | None) -> LatentColumns:
-        """The columns of the sets' concepts, by `selections` where they are among them."""
-        known = selections or {}
-        names = dict.fromkeys(itertools.chain.from_iterable(sets))
-        chosen = {name: known[name] if name in known else self.select(name) for name in names}
-        return LatentColumns.of(sets, chosen, len(self.dictionary.timesteps))
+        return CompiledStand(plan, state, recorder, hooks, ()), blind
 
     def digest(self) -> str:
         """SHA-256 of the SAE (as in `lbdt.activations.pipelines`), the settings, every concept's latents and
@@ -286,7 +278,7 @@ class UnetEditor(EditorFiles, Editor):
     ) -> tuple[DetectionPlan, list[str]]:
         """A plan like `plan` of other concepts and seeds, and the concepts that own its columns."""
         columns = self._columns(sets, selections)
-        padded = columns.padded(len(plan.latents))
+        padded = columns.padded(len(plan.latents) if self._KEEPS_ROOM else 0)
         tensors = (
             *self._detected(padded, self.dictionary.firing_order()),
             self.dictionary.timesteps.float(),
@@ -341,3 +333,9 @@ class UnetEditor(EditorFiles, Editor):
         self, blocks: list[nn.Module], plan: DetectionPlan, state: CallState, recorder: Recorder
     ) -> list[tuple[nn.Module, ModelHook]]:
         """The hooks on `_blocks`."""
+
+
+def _version(part: Any) -> tuple[int, int]:
+    """Tells a part of an editor from another one, and a tensor from what it was before it was written to."""
+    written = isinstance(part, Tensor) and not part.is_inference()
+    return id(part), part._version if written else 0

@@ -34,7 +34,9 @@ def generate(
     with contextlib.ExitStack() as stack:
         attachments = [
             stack.enter_context(
-                editor.attach(pipe, concepts=sets, seed=seeds, keep_masks=series.method == "per")
+                editor.attach(
+                    pipe, concepts=sets, seed=seeds, keep_masks=series.method == "per", stack=len(editors) > 1
+                )
             )
             for editor, sets in zip(editors, _sets(series, jobs, len(editors)), strict=True)
         ]

@@ -7,6 +7,7 @@ No host sync and no count of calls: everything follows from the timestep that th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,10 +43,22 @@ class _Hook(ModelHook):
                 "hook a block that keeps one row per image"
             )
         if self.plan.weight.device != x.device or self.plan.weight.dtype != x.dtype:
-            self.plan.to(x.device, x.dtype)
+            self.plan.follow(x.device, x.dtype)
         if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
             self.plan.captured = True
         return x
+
+    def _within_memory(self, now: Now, function: Callable[[], Any]) -> Any:
+        """What `function` returns; None where there is no memory for it, and the call goes on without being treated."""
+        if self.state.failed is None:
+            return function()
+        try:
+            return function()
+        except torch.OutOfMemoryError as error:
+            now.clear()
+            now.acting = False
+            self.state.failed(f"out of memory in the hook ({error}): no image of this UNet call was treated")
+            return None
 
     def _input(self, given: Tensor | None, x: Tensor) -> Tensor | None:
         if given is None:
@@ -60,7 +73,8 @@ class _Hook(ModelHook):
 
 
 class TimestepHook(_Hook):
-    """The hook on what embeds the timesteps: keeps the timestep of every row, and refuses lists that do not fit the batch."""
+    """The hook on what embeds the timesteps: keeps the timestep of every row, and refuses lists that do not fit the
+    batch."""
 
     def __init__(self, plan: DetectionPlan, state: CallState, denoiser: nn.Module) -> None:
         super().__init__(plan, state)
@@ -122,7 +136,7 @@ class DetectHook(_Hook):
         given = self._input(now.looked_input, x)
         now.looked_input = None
         self.plan.add_up(x, given, now)
-        now.mask = self.plan.detect(x, given, now)
+        now.mask = self._within_memory(now, partial(self.plan.detect, x, given, now))
         return output
 
 
@@ -147,17 +161,10 @@ class _TargetHook(_Hook):
         x = self._feature_map(output, now)
         given = self._input(now.target_input, x)
         height, width = feature_maps.grid_of(x, now.grid or self.state.cut_grid())
-        if self.state.failed is None:
-            out, mask, changed = self._edited(x, given, height, width, now)
-        else:
-            try:
-                out, mask, changed = self._edited(x, given, height, width, now)
-            except torch.OutOfMemoryError as error:
-                now.clear()
-                self.state.failed(
-                    f"out of memory in the hook ({error}): no image of this UNet call was treated"
-                )
-                return output
+        edited = self._within_memory(now, partial(self._edited, x, given, height, width, now))
+        if edited is None:
+            return output
+        out, mask, changed = edited
         if self.recorder.rows.device != mask.device:
             self.recorder.to(mask.device)
         rows = self.plan.rows(now)

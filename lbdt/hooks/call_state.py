@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lbdt.hooks import pipeline_calls
 from lbdt.hooks.pipeline_calls import PipelineCall
+from lbdt.hooks.row_layouts import CallSize
 
 if TYPE_CHECKING:
     from lbdt.hooks.detection_plan import CallRows
@@ -86,85 +87,123 @@ class _PerThread(threading.local):
         self.now = Now()
 
 
+class Announced(NamedTuple):
+    """What is known of the call that a denoiser call belongs to."""
+
+    acting: bool = True
+    """Whether the attachment treats it."""
+    name: str = ""
+    """The class of the pipeline; empty: no call was announced."""
+    size: CallSize | None = None
+    branches: Callable[[int], tuple[str, ...] | None] | None = None
+    """The guidance branches by their number."""
+    grid: tuple[int, int] | None = None
+    """The grid of the patches, where the pipeline hands these to its denoiser ready cut."""
+
+    def rows(self, batch: int, layout: tuple[str, ...] | None) -> Branches:
+        """How the rows of a denoiser call are laid out: as is known of the pipeline, or else as `layout` states.
+
+        Raises ValueError where `layout` is needed and does not divide the rows.
+        """
+        if not self.name:
+            why = "no pipeline with this attachment announced this UNet call"
+        elif self.size is None:
+            why = f"the row layout of {self.name} is not known to lbdt"
+        else:
+            prompts, images = self.size.prompts, self.size.images
+            names = self.branches(batch // images) if batch % images == 0 else None
+            if names is not None:
+                return Branches(names, images, prompts)
+            why = f"{batch} rows for {images} images are no layout of {self.name} that lbdt knows"
+        if layout is None:
+            return Branches(None, batch, None, why, announced=bool(self.name))
+        count = len(layout)
+        if batch % count:
+            raise ValueError(
+                f"layout: {', '.join(layout)} is {count} branches, which do not divide the {batch} rows of this UNet "
+                "call; "
+                "attach with the layout of its rows"
+            )
+        return Branches(layout, batch // count, None)
+
+
 class CallState:
-    """Of one attachment: the UNet calls that run, one a thread, and which of them are its own.
+    """The denoiser calls of one attachment: those that run, one a thread, and which of them are its own.
 
     A call belongs to the pipeline that announced it. One that none announced (a denoising loop of one's own, a pipeline
-    that shares the UNet and has no attachment) is treated in the thread that attached, and left alone in others.
+    that shares the denoiser and has no attachment) is treated in the thread that attached, and left alone in others.
     """
 
     def __init__(self, pipe: Any, layout: tuple[str, ...] | None = None) -> None:
         self.pipe, self.layout = pipe, layout
         self.failed: Callable[[str], None] | None = None
         """What is told of a failure in a hook that may go on with its input; None: the failure is an error."""
-        self.overheard = False
-        """Whether a call was left alone as nothing announced it, and another thread made it."""
+        self.begun = 0
+        """How many denoiser calls have begun to be treated, where that is not compiled."""
+        self.shared = False
+        """Whether code of the denoiser is compiled. That knows no threads: calls take turns, and all of them use what
+        `announce` has said."""
         self._thread = threading.get_ident()
         self._threads = _PerThread()
-        self.compiled = False
-        """Whether code of the denoiser is compiled. That reads no thread's own values: calls take turns, and what follows is
-        set at their beginning."""
-        self._traced = Now()
-        self._traced_acting = True
-        self._traced_branches: tuple[tuple[str, ...] | None, ...] | None = None
-        self._traced_size: tuple[int, int] | None = None
-        self._traced_name = ""
-        self._traced_grid: tuple[int, int] | None = None
+        self._only = Now()
+        self._announced = Announced()
 
     def adopt(self, pipe: Any) -> None:
         """Belongs to another attachment, to `pipe` and by this thread."""
-        self.pipe, self.overheard, self._thread = pipe, False, threading.get_ident()
+        self.pipe, self._thread = pipe, threading.get_ident()
 
     def now(self) -> Now:
         """The call that runs in this thread."""
-        return self._traced if self._is_shared() else self._threads.now
+        return self._only if self._is_shared() else self._threads.now
 
     def _is_shared(self) -> bool:
-        return self.compiled or torch.compiler.is_compiling()
+        return self.shared or torch.compiler.is_compiling()
 
     def announce(self, call: PipelineCall | None) -> None:
         """Says which call compiled code will belong to; None: to none that was announced."""
-        self._traced_acting = call is None or call.pipe is self.pipe
-        self._traced_name = "" if call is None else type(call.pipe).__name__
-        size = None if call is None else call.size
-        self._traced_size = None if size is None else (size.prompts, size.images)
-        self._traced_grid = None if call is None else _packed_grid(call)
-        known = None if size is None else tuple(map(call.branches, range(_MOST_BRANCHES + 1)))
-        self._traced_branches = known
+        self._announced = Announced()
+        if call is not None:
+            known = tuple(call.branches(count, running=False) for count in range(_MOST_BRANCHES + 1))
+            self._announced = Announced(
+                call.pipe is self.pipe, type(call.pipe).__name__, call.size, _Known(known), _packed_grid(call)
+            )
 
     def begin(self, timesteps: Tensor) -> Now:
-        """A UNet call begins, at `timesteps` [B].
+        """A denoiser call begins, at `timesteps` [B].
 
-        Raises ValueError where `layout` does not fit it.
+        Raises ValueError where a `layout` that is needed does not fit it.
         """
         now = self.now()
         now.clear()
         now.pipe = self.pipe
-        batch = timesteps.shape[0]
         if self._is_shared():
-            now.acting = self._traced_acting
-            if now.acting:
-                now.branches = self._stated(batch) or self._traced_rows(batch)
+            announced = self._announced
         else:
             call = pipeline_calls.running()
-            now.acting = self._is_own(call)
-            if call is None and not now.acting and not self.overheard:
-                self.overheard = True
+            announced = Announced(self._is_own(call))
+            if call is not None:
+                announced = Announced(announced.acting, type(call.pipe).__name__, call.size, call.branches)
+            elif not announced.acting:
                 warnings.warn(
-                    "lbdt: a denoiser with an attached editor was called from another thread than the one that attached, "
-                    "and by no pipeline that the editor is attached to; such calls are left as they are. Attach in that "
+                    "lbdt: a denoiser with an attached editor was called from another thread than the one that "
+                    "attached, "
+                    "and by no pipeline that the editor is attached to; such calls are left as they are. Attach in "
+                    "that "
                     "thread, or to that pipeline, if they are to be treated",
                     RuntimeWarning,
                     stacklevel=2,
                 )
-            if now.acting:
-                now.branches = self._stated(batch) or self._announced(call, batch)
+        now.acting = announced.acting
+        if now.acting:
+            now.branches = announced.rows(timesteps.shape[0], self.layout)
+            if not torch.compiler.is_compiling():
+                self.begun += 1
         now.timesteps = timesteps
         return now
 
     def treats(self, now: Now) -> bool:
-        """Whether the call that a block runs in is treated. A block may get its hook while another pipeline is within the
-        UNet: then nothing of this attachment has seen the call begin."""
+        """Whether the call that a block runs in is treated. A block may get its hook while another pipeline is within
+        the UNet: then nothing of this attachment has seen the call begin."""
         if now.timesteps is not None or self._is_shared():
             return now.acting
         return self._is_own(pipeline_calls.running())
@@ -175,18 +214,18 @@ class CallState:
     def forget(self) -> None:
         """Drops what a call that was broken off has left in this thread."""
         self._threads.now.clear()
-        self._traced.clear()
+        self._only.clear()
 
     def cut_grid(self) -> tuple[int, int] | None:
-        """The grid of the patches that a transformer works on: as its latents were cut in this call, or where they come cut
-        already (Flux packs 2 x 2 latents) by the size that the pipeline was asked for."""
+        """The grid of the patches that a transformer works on: as its latents were cut in this call, or where they
+        come cut already (Flux packs 2 x 2 latents) by the size that the pipeline was asked for."""
         now = self.now()
         if now.cut is not None:
             return now.cut
-        call = None if self._is_shared() else pipeline_calls.running()
-        if call is None:
-            return self._traced_grid
-        return _packed_grid(call)
+        if self._is_shared():
+            return self._announced.grid
+        call = pipeline_calls.running()
+        return None if call is None else _packed_grid(call)
 
     def steps(self) -> tuple[int, int] | None:
         """The steps [first, last) of the schedule that the running call goes through; None where it does not tell."""
@@ -201,63 +240,20 @@ class CallState:
             first = 0 if ends_early else self.pipe.scheduler.timesteps.shape[0] - count
         return first, first + count
 
-    def _stated(self, batch: int) -> Branches | None:
-        if self.layout is None:
-            return None
-        count = len(self.layout)
-        if batch % count:
-            raise ValueError(
-                f"layout: {', '.join(self.layout)} is {count} branches, which do not divide the {batch} rows of this UNet "
-                "call; attach with the layout of its rows"
-            )
-        call = None if self._is_shared() else pipeline_calls.running()
-        prompts = call.size.prompts if call and call.size and call.size.images == batch // count else None
-        return Branches(self.layout, batch // count, prompts)
 
-    def _announced(self, call: PipelineCall | None, batch: int) -> Branches:
-        if call is None:
-            return _none_announced(batch)
-        if call.size is None:
-            return _unknown(type(call.pipe).__name__, batch)
-        count, rest = batch // call.size.images, batch % call.size.images
-        names = None if rest else call.branches(count)
-        return _laid_out(names, type(call.pipe).__name__, batch, call.size.prompts, call.size.images)
+class _Known(NamedTuple):
+    """Branches by their number, for code that is compiled."""
 
-    def _traced_rows(self, batch: int) -> Branches:
-        if not self._traced_name:
-            return _none_announced(batch)
-        if self._traced_size is None:
-            return _unknown(self._traced_name, batch)
-        prompts, images = self._traced_size
-        count, rest = batch // images, batch % images
-        names = None if rest or count > _MOST_BRANCHES else self._traced_branches[count]
-        return _laid_out(names, self._traced_name, batch, prompts, images)
+    known: tuple[tuple[str, ...] | None, ...]
 
-
-def _none_announced(batch: int) -> Branches:
-    return Branches(None, batch, None, "no pipeline with this attachment announced this UNet call", False)
-
-
-def _unknown(name: str, batch: int) -> Branches:
-    return Branches(None, batch, None, f"the row layout of {name} is not known to lbdt")
-
-
-def _laid_out(names: tuple[str, ...] | None, name: str, batch: int, prompts: int, images: int) -> Branches:
-    if names is None:
-        return Branches(
-            None, batch, None, f"{batch} rows for {images} images are no layout of {name} that lbdt knows"
-        )
-    return Branches(names, images, prompts)
+    def __call__(self, count: int) -> tuple[str, ...] | None:
+        return self.known[count] if count < len(self.known) else None
 
 
 def _packed_grid(call: PipelineCall) -> tuple[int, int] | None:
-    if getattr(call.pipe, "transformer", None) is None:
-        return None
-    scale, size = (
-        getattr(call.pipe, "vae_scale_factor", None),
-        getattr(call.pipe, "default_sample_size", None),
-    )
-    if scale is None or size is None:
+    scale = getattr(call.pipe, "vae_scale_factor", None)
+    size = getattr(call.pipe, "default_sample_size", None)
+    if getattr(call.pipe, "transformer", None) is None or scale is None or size is None:
         return None
     height, width = (call.arguments.get(name) or size * scale for name in ("height", "width"))
     return height // (2 * scale), width // (2 * scale)

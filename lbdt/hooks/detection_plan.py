@@ -68,7 +68,7 @@ class Gate(NamedTuple):
     """The patches of the maps that `least` counts on; 0: of whatever map."""
 
     def padded(self, room: int) -> Gate:
-        """For `room` columns and concepts, or as many as there are."""
+        """The same for `room` columns and concepts, or as many as there are."""
         more = max(0, room - self.owners.shape[0])
         least = F.pad(self.least, (0, max(0, room - self.least.shape[1])), value=1)
         return Gate(F.pad(self.owners, (0, more)), least, self.least_of)
@@ -120,6 +120,11 @@ class DetectionPlan:
         self.thresholds, self.timesteps = thresholds, timesteps
         self.enabled, self.seeds = enabled, seeds
 
+    def follow(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Moves the tensors within a denoiser call, as tensors that may be written outside of inference mode too."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.to(device, dtype)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves the tensors; `dtype` is that of the activations, which the encoder rows take."""
         for name in ("bias", "latents", "thresholds", "timesteps", "enabled", "seeds"):
@@ -132,16 +137,19 @@ class DetectionPlan:
     def take(self, other: DetectionPlan) -> None:
         """The concepts and seeds of another plan of the same editor; written in place where the shapes agree."""
         for name in self.EXCHANGED:
-            value = getattr(other, name)
-            if isinstance(value, Gate) and isinstance(self.gate, Gate):
-                value = Gate(*map(_written, self.gate[:2], value[:2]), value.least_of)
+            mine, value = getattr(self, name), getattr(other, name)
+            if isinstance(mine, Gate) and isinstance(value, Gate):
+                value = Gate(*map(_written, mine[:2], value[:2]), value.least_of)
             elif isinstance(value, Tensor):
-                value = _written(getattr(self, name), value)
+                value = _written(mine, value) if isinstance(mine, Tensor) else value.to(self.weight.device)
+            elif isinstance(value, Gate):
+                device = self.weight.device
+                value = Gate(value.owners.to(device), value.least.to(device), value.least_of)
             setattr(self, name, value)
 
     def check_call(self, now: Now, ran: tuple[int, int] | None) -> None:
-        """ValueError where the lists of sets and seeds, `rows` or the steps do not fit this call or cannot be told in it;
-        reads sizes only. `ran`: the steps of the schedule that the pipeline's call goes through, where known."""
+        """ValueError where the lists of sets and seeds, `rows` or the steps do not fit this call or cannot be told in
+        it; reads sizes only. `ran`: the steps of the schedule that the pipeline's call goes through, where known."""
         branches = now.branches
         if branches.names is None:
             self._refuse_unknown(branches)
@@ -155,7 +163,8 @@ class DetectionPlan:
                 )
             if ran is not None and not (self.options.steps[0] < ran[1] and ran[0] < self.options.steps[1]):
                 raise ValueError(
-                    f"steps={self.options.steps}: this call goes through the steps {ran[0]} to {ran[1] - 1} of its schedule "
+                    f"steps={self.options.steps}: this call goes through the steps {ran[0]} to {ran[1] - 1} of its "
+                    "schedule "
                     "only, so nothing would be treated; attach with a window among them"
                 )
 
@@ -175,7 +184,8 @@ class DetectionPlan:
             asked.append(f"steps={options.steps}")
         if asked:
             raise ValueError(
-                f"{', '.join(asked)}: {branches.why}, so which of its rows belong to which image and step is not known; "
+                f"{', '.join(asked)}: {branches.why}, so which of its rows belong to which image and step is not "
+                "known; "
                 "call the pipeline that the editor is attached to, state the guidance branches by attach(layout=...), "
                 "e.g. layout=('uncond', 'cond'), or attach with one set and one seed for all, rows='all' and no steps"
             )

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 
 def place_of(module: nn.Module) -> int:
-    """Where in a tuple that a block returns its feature map is: some transformer blocks return their text stream first."""
+    """Where in a tuple that a block returns its feature map is: some transformer blocks return their text stream
+    first."""
     if type(module).__module__.startswith("diffusers."):
         from diffusers.hooks._helpers import TransformerBlockRegistry
 
@@ -21,7 +22,8 @@ def place_of(module: nn.Module) -> int:
 
 
 def tensor_of(output: Any, place: int = 0) -> Tensor:
-    """The feature map in what a block returned: a tensor, the one at `place` of a tuple, or a ModelOutput's first field.
+    """The feature map in what a block returned: a tensor, the one at `place` of a tuple, or a ModelOutput's first
+    field.
 
     Raises TypeError for anything else.
     """

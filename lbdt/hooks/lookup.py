@@ -24,8 +24,8 @@ _TRANSFORMERS = {
     "FluxTransformer2DModel": ("time_text_embed", None),
     "PixArtTransformer2DModel": ("adaln_single", "pos_embed"),
 }
-"""Of each transformer that is known: the module that is called with the timesteps of all rows, on the scheduler's scale,
-and the one that makes patches of the latents [B, C, H, W]; None: these come as patches."""
+"""The transformers that are known: of each, the module that is called with the timesteps of all rows, on the
+scheduler's scale, and the one that makes patches of the latents [B, C, H, W]; None: these come as patches."""
 
 
 class Denoiser(NamedTuple):
@@ -89,7 +89,8 @@ def find_denoiser(pipe: object) -> Denoiser:
     if not isinstance(transformer, nn.Module):
         raise ValueError(
             f"pipe: {type(pipe).__name__} has no UNet and no transformer (its components: "
-            f"{', '.join(sorted(components)) or 'none'}); expected a pipeline with a component 'unet' or 'transformer', "
+            f"{', '.join(sorted(components)) or 'none'}); expected a pipeline with a component 'unet' or "
+            "'transformer', "
             "such as StableDiffusionPipeline"
         )
     transformer = unwrap(transformer)

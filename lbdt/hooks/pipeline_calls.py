@@ -3,11 +3,12 @@ text encoder is for the prompts and which for the negative ones."""
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from lbdt.hooks.row_layouts import CallSize, branches, call_size
@@ -31,20 +32,33 @@ class PipelineCall:
     def __init__(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
         self.pipe, self.arguments = pipe, arguments
         self.size: CallSize | None = call_size(pipe, arguments)
+        self.seen: dict[Any, Any] = {}
+        """What watchers keep of this call, by watcher: a call may run within another one of the same pipeline."""
 
-    def branches(self, count: int) -> tuple[str, ...] | None:
-        """The guidance branches of a denoiser call that has `count` of them, in the order of its rows; None: unknown."""
-        return branches(self.pipe, count, self.arguments)
+    def branches(self, count: int, running: bool = True) -> tuple[str, ...] | None:
+        """The guidance branches of a denoiser call that has `count` of them, in the order of its rows; None: unknown.
+
+        `running`: whether the pipeline is in this call, so that its attributes tell of it.
+        """
+        return branches(self.pipe, count, self.arguments, running)
 
 
 class Watcher(Protocol):
     """What is told of a pipeline's calls."""
 
+    name: str
+
+    def turn(self) -> Any:
+        """A lock that the call has to hold, or None."""
+
     def begin(self, call: PipelineCall) -> None:
         """The call begins; an error raised here ends it before anything is generated."""
 
-    def end(self, call: PipelineCall, failed: bool) -> None:
-        """The call is over; an error raised here takes the place of its pictures."""
+    def leave(self, outer: PipelineCall | None) -> None:
+        """The call is over, whatever became of it; `outer` runs in this thread again. Raises nothing."""
+
+    def judge(self, call: PipelineCall) -> None:
+        """The call has made its pictures; an error raised here takes their place."""
 
 
 def running() -> PipelineCall | None:
@@ -56,10 +70,18 @@ def watch(pipe: Any, watcher: Watcher) -> Callable[[], None]:
     """Tells `watcher` of the pipeline's calls; returns its undo.
 
     While there is one, the instance is of a subclass of its class, of the same name, whose `__call__` tells of itself:
-    the one place that every diffusers pipeline enters and leaves, by an exception too. Calls of one pipeline by several
-    threads wait for each other. What is no diffusers pipeline is left alone.
+    the one place that every diffusers pipeline enters and leaves, by an exception too. What is no diffusers pipeline is
+    left alone. Within a call of the pipeline, the watcher is told of that call from here on.
     """
-    return _join(pipe, "watchers", watcher)
+    undo = _join(pipe, "watchers", watcher)
+    try:
+        for call in _RUNNING.calls:
+            if call.pipe is pipe:
+                watcher.begin(call)
+    except BaseException:
+        undo()
+        raise
+    return undo
 
 
 def watch_texts(
@@ -81,23 +103,52 @@ def watchers(pipe: Any) -> tuple[Watcher, ...]:
     return () if found is None else tuple(found.watchers)
 
 
+@contextlib.contextmanager
+def between_calls(pipe: Any) -> Iterator[None]:
+    """Waits until no other thread is within a call of the pipeline: what is put on, taken off or exchanged here is so
+    for whole calls. The thread that is within one itself may go on."""
+    with _LOCK:
+        found = vars(pipe).get(_ATTRIBUTE)
+        if found is None:
+            found = vars(pipe)[_ATTRIBUTE] = _Watch(pipe)
+    _acquire(found.lock, type(pipe).__name__, "used")
+    try:
+        yield
+    finally:
+        with _LOCK:
+            found.update()
+        found.lock.release()
+
+
+def _acquire(lock: Any, name: str, what: str) -> None:
+    # A thread that is within one pipeline's call and waits for another one's could wait for ever.
+    if not lock.acquire(blocking=not _RUNNING.calls):
+        raise RuntimeError(
+            f"{name}: {what} within a pipeline's call, while another thread is within a call of it or of its compiled "
+            "denoiser; do it after the outer call, or from one thread only"
+        )
+
+
 def _join(pipe: Any, group: str, member: Any) -> Callable[[], None]:
     with _LOCK:
         found = vars(pipe).get(_ATTRIBUTE)
         if found is None:
             found = vars(pipe)[_ATTRIBUTE] = _Watch(pipe)
         members = getattr(found, group)
-        members.append(member)
-        found.update()
 
     def undo() -> None:
         with _LOCK:
             if member in members:
                 members.remove(member)
             found.update()
-            if not (found.watchers or found.scopes) and vars(pipe).get(_ATTRIBUTE) is found:
-                del vars(pipe)[_ATTRIBUTE]
 
+    with _LOCK:
+        members.append(member)
+        try:
+            found.update()
+        except BaseException:
+            undo()
+            raise
     return undo
 
 
@@ -111,11 +162,19 @@ class _Watch:
         self._wrapper: Any = None
         self._before: Any = None
 
+    def __deepcopy__(self, memo: dict) -> None:
+        # A copy of the pipeline that copies its attributes itself is watched by nobody.
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
     def update(self) -> None:
         """Puts on the pipeline what its members need, and takes off what none needs any more."""
         if self.watchers and self._base is None and _is_diffusers(self.pipe):
-            self._base = type(self.pipe)
-            object.__setattr__(self.pipe, "__class__", _announcing(self._base))
+            base = _plain(type(self.pipe))
+            object.__setattr__(self.pipe, "__class__", _announcing(base))
+            self._base = base
         if not self.watchers and self._base is not None:
             if type(self.pipe) is _announcing(self._base):
                 object.__setattr__(self.pipe, "__class__", self._base)
@@ -126,6 +185,8 @@ class _Watch:
         if not self.scopes and self._wrapper is not None:
             self.without(vars(self.pipe))
             self._wrapper = self._before = None
+        if not (self.watchers or self.scopes) and vars(self.pipe).get(_ATTRIBUTE) is self:
+            del vars(self.pipe)[_ATTRIBUTE]
 
     def without(self, attributes: dict[str, Any]) -> dict[str, Any]:
         """The instance's `attributes` without what stands among them for its members; changes and returns them."""
@@ -137,24 +198,30 @@ class _Watch:
 
     def call(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The pipeline's call by `function`, with its watchers told."""
-        with self.lock:
+        with contextlib.ExitStack() as stack:
+            turns = [watcher.turn() for watcher in self.watchers]
+            for lock in dict.fromkeys([self.lock, *(turn for turn in turns if turn is not None)]):
+                _acquire(lock, type(self.pipe).__name__, "called")
+                stack.callback(lock.release)
             call = PipelineCall(self.pipe, _bound(function, self.pipe, args, kwargs))
-            told: list[Watcher] = []
-            failed = True
             _RUNNING.calls.append(call)
             try:
                 for watcher in tuple(self.watchers):
-                    told.append(watcher)
                     watcher.begin(call)
                 result = function(self.pipe, *args, **kwargs)
-                failed = False
             finally:
                 _RUNNING.calls.remove(call)
-                if failed:
-                    for watcher in told:
-                        watcher.end(call, True)
-            for watcher in told:
-                watcher.end(call, False)
+                outer = running()
+                for watcher in {*self.watchers, *call.seen}:
+                    watcher.leave(outer)
+            errors = []
+            for watcher in tuple(self.watchers):
+                try:
+                    watcher.judge(call)
+                except Exception as error:
+                    errors.append(error)
+            if errors:
+                raise errors[0]
             return result
 
     def _encoded(self, original: Callable) -> Callable:
@@ -179,6 +246,11 @@ class _Watch:
         return encode_prompt
 
 
+def _plain(kind: type) -> type:
+    """The class of a pipeline as it is without watchers."""
+    return next(c for c in kind.__mro__ if vars(c).get("_lbdt_announces") is not True)
+
+
 def _announcing(base: type) -> type:
     """The subclass of a pipeline's class whose calls tell of themselves; one for each class."""
     if base in _CLASSES:
@@ -187,22 +259,46 @@ def _announcing(base: type) -> type:
     @functools.wraps(base.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = vars(self).get(_ATTRIBUTE)
-        if found is None:
+        if found is None or not found.watchers:
             return base.__call__(self, *args, **kwargs)
         return found.call(base.__call__, args, kwargs)
 
+    @functools.wraps(base.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, *args, **kwargs)
+        # Another pipeline, made by the class of one that is watched.
+        object.__setattr__(self, "__class__", base)
+
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # Copies of every kind are of the pipeline as it was before, and share or copy its modules.
+        plain = object.__new__(base)
+        for name in (n for c in base.__mro__ for n in _slots(c)):
+            if hasattr(self, name):
+                object.__setattr__(plain, name, getattr(self, name))
         attributes = dict(vars(self))
         found = attributes.pop(_ATTRIBUTE, None)
-        if found is not None:
-            attributes = found.without(attributes)
-        return copyreg._reconstructor, (base, object, None), attributes
+        vars(plain).update(attributes if found is None else found.without(attributes))
+        made = base.__reduce_ex__(plain, protocol)
+        if made[0] is copyreg.__newobj__ and len(made[1]) == 1:
+            # pickle takes this one for objects of their own class only.
+            made = (copyreg._reconstructor, (base, object, None), *made[2:])
+        return made
 
-    names = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "_lbdt_announces": True}
+    names = {
+        "__call__": __call__,
+        "__init__": __init__,
+        "__reduce_ex__": __reduce_ex__,
+        "_lbdt_announces": True,
+    }
     kept = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     made = _CLASSES[base] = type(base)(base.__name__, (base,), names | kept)
     return made
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    given = vars(kind).get("__slots__", ())
+    names = (given,) if isinstance(given, str) else tuple(given)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
 def _is_diffusers(pipe: Any) -> bool:

@@ -100,19 +100,27 @@ class Recorder:
         """Patches with NaN or infinity among the kept calls. Waits for the device."""
         return int(self.rows[:, FIELDS].sum())
 
-    def since(self, before: Tensor) -> list[Row]:
-        """The kept rows that were written after `written` was `before` (a clone). Waits for the device."""
+    def since(self, before: Tensor) -> list[list[Row]]:
+        """The kept calls that were written after `written` was `before` (a clone), newest first, row by row. Waits
+        for the device."""
         first, end = int(before[0]), int(self.written[0])
-        first = max(first, end - _ROWS)
+        first = 0 if first > end else max(first, end - _ROWS)
         kept = self.rows[(torch.arange(first, end) % _ROWS).to(self.rows.device)].cpu()
         times = kept[:, 2].to(torch.int32).view(torch.float32).tolist()
-        rows: list[Row] = []
-        place = 0
-        for timestep, row in zip(times, kept.tolist(), strict=True):
-            sizes, batch = divmod(row[3], _SIDE)
-            rows.append(Row(timestep, place % (batch // (sizes % 8)), row[FIELDS]))
-            place = (place + 1) % batch
-        return rows
+        rows, calls = kept.tolist(), []
+        while rows:
+            sizes, batch = divmod(rows[-1][3], _SIDE)
+            if batch > len(rows):
+                break  # partly overwritten
+            images = batch // (sizes % 8)
+            calls.append(
+                [
+                    Row(time, place % images, row[FIELDS])
+                    for place, (time, row) in enumerate(zip(times[-batch:], rows[-batch:], strict=True))
+                ]
+            )
+            del rows[-batch:], times[-batch:]
+        return calls
 
     def read(self) -> list[Call]:
         """The kept calls, oldest first. Waits for the device."""

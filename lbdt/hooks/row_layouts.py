@@ -1,4 +1,5 @@
-"""Which rows of a denoiser call are whose: a table of the diffusers pipelines, read in the source of diffusers 0.42.
+"""The rows of a denoiser call and whose they are: a table of the diffusers pipelines, read in the source of diffusers
+0.42.
 
 A denoiser call has the rows of all its guidance branches, one branch after the other. Those of a branch are the
 images of the pipeline call: all of the first prompt, then all of the second. Where frames are rows too, those of an
@@ -155,12 +156,15 @@ def call_size(pipe: Any, arguments: Mapping[str, Any]) -> CallSize | None:
     return CallSize(prompts, prompts * copies, frames)
 
 
-def branches(pipe: Any, count: int, arguments: Mapping[str, Any]) -> tuple[str, ...] | None:
+def branches(
+    pipe: Any, count: int, arguments: Mapping[str, Any], running: bool = True
+) -> tuple[str, ...] | None:
     """Names of the `count` guidance branches of a denoiser call, in the order of its rows; asked while it runs.
 
     "cond" is the prompt's own; "uncond" has the negative prompt, or nothing; "image" the start image and the negative
     prompt (InstructPix2Pix); "perturbed" is "cond" again, in a denoiser with a part switched off, which guidance
-    leads away from. `arguments` as for `call_size`.
+    leads away from. `arguments` as for `call_size`; `running`: whether the pipeline is in this call, so that it tells
+    whether it guides.
 
     None: the class is not in the table, it has no call of so many branches, or the call may be of several kinds.
     """
@@ -176,6 +180,13 @@ def branches(pipe: Any, count: int, arguments: Mapping[str, Any]) -> tuple[str, 
             layouts = tuple((*layout, "perturbed") for layout in layouts)
     if entry.skips and count == 1 and _skips(pipe, arguments):
         return ("perturbed",)
+    if (
+        running
+        and count == 1
+        and entry.layouts != (_OFF,)
+        and getattr(pipe, "do_classifier_free_guidance", False)
+    ):
+        return None  # the branches come in calls of their own, or a callback took away half of the rows
     return next((layout for layout in layouts if len(layout) == count), None)
 
 

@@ -125,7 +125,7 @@ def test_the_gradient_goes_through_an_attached_unet(make, tmp_path):
 
     length = torch.zeros((), dtype=torch.float64, requires_grad=True)
     without = value(length).detach()
-    with eraser.attach(pipe, ["Cats"]) as attached:
+    with eraser.attach(pipe, ["Cats"], layout=("cond",)) as attached:
         there = value(length)
         (slope,) = torch.autograd.grad(there, length)
         with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Whose a UNet call is: sibling pipelines, loops of one's own, threads, calls that are broken off, failures in a call."""
+"""Whose a UNet call is: sibling pipelines, loops of one's own, threads, calls that are broken off, failures in a
+call."""
 
 import copy
 import random
@@ -139,11 +140,13 @@ def test_a_call_in_another_thread_that_nothing_announced_is_left_and_said(pipe):
         thread.join()
         assert handle.report().steps == ()
     assert repeats(got["images"], base)
-    assert sum("from another thread" in text for text in got["warned"]) == 1
+    assert all("from another thread" in text for text in got["warned"]) and len(got["warned"]) == 3
 
 
 def test_eight_threads_on_four_siblings_make_the_pictures_of_one_thread(pipe):
-    pipes = [sibling(pipe, scheduler=copy.deepcopy(pipe.scheduler)) for _ in range(4)]
+    # Neither schedulers nor fast tokenizers may be shared by threads.
+    own = ("scheduler", "tokenizer")
+    pipes = [sibling(pipe, **{name: copy.deepcopy(getattr(pipe, name)) for name in own}) for _ in range(4)]
     erasers, locks = [toy.eraser() for _ in pipes], [threading.Lock() for _ in pipes]
     draw = random.Random(0)
     sets = ([], ["Cats"], ["Dogs"], ["Cats", "Trees"])
@@ -258,7 +261,11 @@ def skipped(pipe):
 FAILURES = {
     "nothing-near": (far, lambda pipe: None, "far from the dictionary's, 10 to 40"),
     "not-finite": (lambda e: e, not_finite, "NaN or infinite.*images 0, 1 are not protected"),
-    "did-not-run": (lambda e: e, skipped, "its block did not run in this call of StableDiffusionPipeline"),
+    "did-not-run": (
+        lambda e: e,
+        skipped,
+        "its block did not run in 3 of 3 denoiser calls of this call of StableDiffusionPipeline",
+    ),
 }
 
 

@@ -1,5 +1,5 @@
-"""One denoising step of UNets of the published sizes, with random weights in float32: the eraser's masks are those of the
-literal computation. `pytest -m real_size tests/hooks/test_real_size.py`."""
+"""One denoising step of UNets of the published sizes, with random weights in float32: the eraser's masks are those of
+the literal computation. `pytest -m real_size tests/hooks/test_real_size.py`."""
 
 from types import SimpleNamespace
 
@@ -55,7 +55,8 @@ def random_unet(config: dict) -> nn.Module:
 
 
 def random_eraser(hookpoint: str, latents: int, k: int, update: bool, seen: Tensor) -> ConceptEraser:
-    """Of an SAE with random weights; the concept's four latents pass their thresholds in a part of the patches `seen`."""
+    """Of an SAE with random weights; the concept's four latents pass their thresholds in a part of the patches
+    `seen`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         sae = SparseAutoencoder(
