@@ -94,7 +94,7 @@ SMALL = {
     "torchrun --nproc_per_node N -m lbdt evaluate": CANVAS,
     "torchrun --nproc_per_node N -m lbdt evaluate ...": CANVAS,
     "torchrun --nproc_per_node N -m lbdt attack ...": ATTACK,
-    **dict.fromkeys(("lbdt collect", "lbdt convert", "lbdt erase", "lbdt score"), HELP),
+    **dict.fromkeys(("lbdt assemble", "lbdt collect", "lbdt convert", "lbdt erase", "lbdt score"), HELP),
 }
 
 PARSED = (

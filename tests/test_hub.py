@@ -72,6 +72,7 @@ def files(tmp_path_factory):
     fixtures.saeuron(root / HOOK)
     fixtures.saeuron(root / "other")
     fixtures.unbox(root / f"{HOOK}_k3_hidden12" / "final")
+    fixtures.unbox(root / fixtures.RUN / "final")
     (root / "other" / "optimizer.pt").write_bytes(b"gigabytes")
     (root / HOOK / "optimizer.pt").write_bytes(b"gigabytes")
     toy.eraser().save_pretrained(root / "eraser-parts")
@@ -113,6 +114,7 @@ NESTED = f"{HOOK}_k3_hidden12/final"
 CASES = {
     "sae": f"SAE({REPO!r}, hookpoint={HOOK!r}).config.update",
     "nested": f"SAE('{REPO}@old', hookpoint={NESTED!r}).config.update",
+    "steerers": f"SAE({REPO!r}, hookpoint='{fixtures.RUN}/final').config.site",
     "eraser": f"lbdt.ConceptEraser.from_pretrained({REPO!r}).concepts",
     "dictionary": f"lbdt.ConceptDictionary.from_pretrained({REPO!r}).concepts",
     "convert": f"convert({REPO!r}, 'auto')",
@@ -194,6 +196,7 @@ def online(hub, home):
 READ = {
     "sae": False,
     "nested": True,
+    "steerers": "text_encoder.text_model.encoder.layers.9:output",
     "eraser": list(toy.CONCEPTS),
     "dictionary": list(toy.CONCEPTS),
     "convert": ["cfg.json", "sae.safetensors"],

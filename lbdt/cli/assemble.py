@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ from lbdt.donors import AvoidedPatches, DonorSource
 
 if TYPE_CHECKING:
     from lbdt.editors import ConceptEraser
+    from lbdt.formats.class_params import ClassSettings
 
 _BEGUN = ".assembling"
 """What older versions left in a folder while they wrote it."""
@@ -101,6 +103,15 @@ def command(
             help="Share of other concepts' patches above a calibrated threshold.",
         ),
     ] = None,
+    class_params: Annotated[
+        Path | None,
+        typer.Option(
+            "--class-params",
+            metavar="FILE",
+            help="SAeUron's class_params.pth, or .json of lbdt convert: the percentile of each concept in it, and with "
+            "--steering its strength.",
+        ),
+    ] = None,
     steering: Annotated[
         SteeringRule | None, typer.Option(help="Also keep the decoder and this steering baseline.")
     ] = None,
@@ -111,8 +122,12 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Put an SAE, its dictionary and the settings of detection and replacement into one folder: an eraser."""
-    if (steering is None) != (strength is None):
+    if steering is None and strength is not None:
         raise typer.BadParameter("give --steering and --strength together", param_hint="--steering")
+    if steering is not None and (strength is None) == (class_params is None):
+        raise typer.BadParameter(
+            "give --steering together with --strength, or with --class-params", param_hint="--steering"
+        )
     selection = {
         "top_k": top_k,
         "percentile": percentile,
@@ -137,6 +152,7 @@ def command(
         rule=None if steering is None else steering.value,
         strength=strength,
         dtype=dtype.value,
+        class_params=class_params,
     )
     print_result(values, lines, as_json)
 
@@ -150,8 +166,10 @@ def write_eraser(
     rule: str | None,
     strength: float | None,
     dtype: str,
+    class_params: Path | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Writes the eraser to `out`, and with `rule` its steering baseline; `settings`: keywords of `ConceptEraser`.
+    `class_params`: a file of SAeUron's parameters, for the selection of each concept in it, and its strength if `rule`.
 
     An eraser that is there is replaced all at one moment.
 
@@ -172,9 +190,13 @@ def write_eraser(
     ours = (out / _BEGUN).is_file() or (out / ConceptEraser.FILE).is_file()
     if out.exists() and any(out.iterdir()) and not ours:
         raise ValueError(f"--out {out}: holds something else than an eraser; give a new folder")
-    eraser = ConceptEraser(
-        SparseAutoencoder.from_pretrained(sae), ConceptDictionary.from_pretrained(dictionary), **settings
-    )
+    known = ConceptDictionary.from_pretrained(dictionary)
+    if class_params is not None:
+        general = settings.get("selection") or {}
+        given = _of_classes(class_params, known.concepts, rule, general)
+        strength = None if rule is None else given.strength
+        settings = {**settings, "selection": general | given.selection}
+    eraser = ConceptEraser(SparseAutoencoder.from_pretrained(sae), known, **settings)
     _check_score(dictionary, eraser)
     latents = {concept: eraser.select(concept).latents.tolist() for concept in eraser.concepts}
     steering = None if rule is None else Steering.from_eraser(eraser, rule=rule, strength=strength)
@@ -198,9 +220,27 @@ def write_eraser(
         f"source {eraser.source}, avoid {eraser.avoid}",
         f"{'concepts':12}{len(latents)}, {sum(map(len, latents.values()))} latents in all",
     ]
+    if class_params is not None:
+        own = [name for name in eraser.concepts if name in given.selection]
+        lines.append(f"{'parameters':12}of {len(own)} concepts from {class_params}")
     if steering is not None:
         lines.append(f"{'steering':12}rule {rule}, strength {strength}")
     return values, lines
+
+
+def _of_classes(
+    path: Path, concepts: Sequence[str], rule: str | None, selection: dict[str, Any]
+) -> ClassSettings:
+    """The settings of a class_params file; thresholds and their rate as in `selection`, where it says."""
+    from lbdt.formats.class_params import load_class_settings
+
+    given = load_class_settings(path, concepts)
+    if rule not in (None, given.rule):
+        raise ValueError(
+            f"--steering {rule}: the strengths of {path} are of rule {given.rule}; give that rule, or --strength"
+        )
+    limits = {name: selection[name] for name in ("thresholds", "false_positive") if name in selection}
+    return given._replace(selection={name: own | limits for name, own in given.selection.items()})
 
 
 def _check_score(dictionary: str, eraser: ConceptEraser) -> None:

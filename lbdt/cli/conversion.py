@@ -18,7 +18,8 @@ from lbdt.runs.writable import check_out_folder
 from lbdt.sae import SparseAutoencoder, sae_checkpoint, unbox
 from lbdt.sae.model import read_sae
 
-_PICKLES = "cls_latents_dict_*.pkl"
+_PICKLES = ("cls_latents_dict_{}.pkl", "style_latents_dict_{}.pkl")
+"""The pickles of SAeUron's two scripts, over objects and over styles, by hookpoint."""
 _DICTIONARY = (INFO_FILE, TENSORS_FILE)
 _SAE = (sae_checkpoint.CONFIG_FILE, sae_checkpoint.WEIGHTS_FILE)
 _UNBOX = (unbox.CONFIG_FILE, unbox.WEIGHTS_FILE)
@@ -78,7 +79,7 @@ def _kind(source: str) -> str:
         if path.name.startswith("class_params"):
             return "class-params"
     elif path.is_dir() and not any((path / name).exists() for name in (*_SAE, unbox.WEIGHTS_FILE)):
-        if any(path.glob(_PICKLES)):
+        if any(any(path.glob(name.format("*"))) for name in _PICKLES):
             return "latents"
         if (path / class_params.PTH_FILE).exists():
             return "class-params"
@@ -190,12 +191,14 @@ def _pickle(source: str, hookpoint: str | None) -> tuple[Path, Path | None]:
         if hookpoint is not None:
             raise ValueError(f"--hookpoint: {source} is one file already; leave it out")
         return path, None
-    wanted = _PICKLES if hookpoint is None else f"cls_latents_dict_{hookpoint}.pkl"
-    folder = resolve_folder(source, None, marker=wanted, files=(wanted, class_params.PTH_FILE))
-    found = sorted(folder.glob(wanted))
+    wanted = tuple(name.format("*" if hookpoint is None else hookpoint) for name in _PICKLES)
+    folder = resolve_folder(source, None, marker=wanted, files=(*wanted, class_params.PTH_FILE))
+    found = sorted(file for name in wanted for file in folder.glob(name))
     if len(found) != 1:
-        listed = ", ".join(p.name for p in found) or "none"
-        raise ValueError(f"{source}: expected one {wanted}, got {listed}; name the file, or give --hookpoint")
+        # Of a repository the files are in the cache, from where each can be named.
+        listed = ", ".join(p.name if path.is_dir() else str(p) for p in found) or "none"
+        advice = "name the file" if len(found) > 1 and hookpoint else "name the file, or give --hookpoint"
+        raise ValueError(f"{source}: expected one {' or '.join(wanted)}, got {listed}; {advice}")
     beside = folder / class_params.PTH_FILE
     return found[0], beside if beside.exists() else None
 
@@ -222,10 +225,7 @@ def _class_params(source: str, out: Path, force: bool) -> dict[str, Any]:
         )
     params = class_params.load_class_params(path)
     write_files(out, {class_params.JSON_FILE: class_params.class_params_json(params)})
-    settings = {
-        name: {"percentile": given.percentile, "multiplier": given.multiplier}
-        for name, given in params.items()
-    }
+    settings = {name: given.to_json() for name, given in params.items()}
     return _result(path, "class-params", "lbdt", out, names, {}, settings, (), {})
 
 

@@ -28,12 +28,13 @@ def command(
         typer.Argument(
             metavar="SOURCE",
             help="Folder or Hub repository (owner/name, owner/name@revision) of a checkpoint, or a file: "
-            "cls_latents_dict_HOOKPOINT.pkl, class_params.pth.",
+            "cls_latents_dict_HOOKPOINT.pkl, style_latents_dict_HOOKPOINT.pkl, class_params.pth.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
     source_format: Annotated[
-        SourceFormat, typer.Option("--from", help="auto goes by the files; a G-SAE must be named.")
+        SourceFormat,
+        typer.Option("--from", help="auto goes by the files and their folder; a G-SAE must be named."),
     ] = SourceFormat.auto,
     target: Annotated[TargetFormat, typer.Option("--to", help="Whose files to write.")] = TargetFormat.lbdt,
     hookpoint: Annotated[
@@ -91,7 +92,9 @@ def command(
 def _table(values: dict[str, Any]) -> list[str]:
     lines = [f"{'read':12}{values['source']} ({values['from']})"]
     lines += [f"{'tensor':12}{name} {shape}" for name, shape in values["tensors"].items()]
-    lines += [f"{'setting':12}{name} {_shown(value)}" for name, value in values["settings"].items()]
+    lines += [
+        f"{'setting':12}{name} {_shown(value, exact=True)}" for name, value in values["settings"].items()
+    ]
     lines += [f"{'assumed':12}{note}" for note in values["assumptions"]]
     lines += [
         f"{'check':12}{name.replace('_', ' ')} {_shown(value)}" for name, value in values["checks"].items()
@@ -102,13 +105,14 @@ def _table(values: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, exact: bool = False) -> str:
+    """A value in one line; what was set `exact`, what was measured to four digits."""
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return repr(value) if exact else f"{value:.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key} {_shown(inner, exact)}" for key, inner in value.items())
     if isinstance(value, list):
-        shown = [_shown(inner) for inner in value]
+        shown = [_shown(inner, exact) for inner in value]
         return (
             ", ".join(shown)
             if len(shown) <= 8

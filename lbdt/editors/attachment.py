@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,14 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lbdt.dictionary import ConceptDictionary
-from lbdt.dictionary.selection import check_criteria
 from lbdt.editors.edit_report import Blind, Report, StepMask, step_masks
 from lbdt.hooks import lookup
 from lbdt.hooks.call_state import CallState
 from lbdt.hooks.detection_plan import DetectionPlan
 from lbdt.hooks.recorder import Call, Recorder
-from lbdt.runs.reading import brief, listed
+from lbdt.runs.reading import brief
 
 if TYPE_CHECKING:
     from diffusers.hooks import ModelHook
@@ -317,15 +314,6 @@ def check_hookpoint(name: str, value: Any, example: str = EXAMPLE) -> None:
     """TypeError unless it is a name."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected a name such as {example!r}, got {brief(value)}")
-
-
-def check_selection(selection: dict[str, Any]) -> None:
-    """ValueError where a key is no keyword of `ConceptDictionary.select`, or its value none."""
-    known = [name for name in inspect.signature(ConceptDictionary.select).parameters][2:]
-    unknown = sorted(set(selection) - set(known))
-    if unknown:
-        raise ValueError(f"selection: unknown key {listed(unknown)}; expected some of {', '.join(known)}")
-    check_criteria(**selection)
 
 
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:

@@ -57,7 +57,7 @@ class ConceptEraser(UnetEditor):
         *,
         padding: int = 1,
         source: str = "random",
-        selection: dict[str, Any] | None = None,
+        selection: Mapping[str, Any] | None = None,
         target: str = "output",
         detect_at: str | None = None,
         min_patches: int | None = None,
@@ -72,7 +72,8 @@ class ConceptEraser(UnetEditor):
             padding: the mask grows by this Chebyshev distance (patches), >= 0.
             source: donors: "random" undetected patch | "nearest" one | "mean" of the 5 nearest | "row": the nearest
                 of the same row of the grid, or where that has none, of all.
-            selection: keywords of `ConceptDictionary.select`; None: its defaults.
+            selection: keywords of `ConceptDictionary.select`; None: its defaults. Under the name of a concept, keywords
+                of its own stand in place of those: `{"top_k": 1, "Cats": {"percentile": 99.99}}`.
             target: what is replaced: the block's "output" or its "update".
             detect_at: the block that the SAE looks at, if another one, on the same grid and earlier in the UNet.
             min_patches: the gate (METHOD.md, 2.5): an image with fewer detected patches of a concept in a UNet call is

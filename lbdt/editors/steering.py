@@ -17,6 +17,7 @@ from lbdt.editors.editor import Editor
 from lbdt.editors.eraser import ConceptEraser
 from lbdt.editors.steer_plan import Decoder, LatentPlan, SteerPlan, VectorPlan
 from lbdt.editors.unet_editor import UnetEditor
+from lbdt.formats.class_params import load_class_settings
 from lbdt.hooks.call_state import CallState
 from lbdt.hooks.detection_plan import DetectionOptions
 from lbdt.hooks.recorder import Recorder
@@ -108,7 +109,7 @@ class Steering(Strengthened, UnetEditor):
         rule: str = "saeuron",
         strength: float | Mapping[str, float],
         error: str = "corrected",
-        selection: dict[str, Any] | None = None,
+        selection: Mapping[str, Any] | None = None,
         where: str = "all",
     ) -> None:
         """
@@ -123,7 +124,8 @@ class Steering(Strengthened, UnetEditor):
                 code does, with the sign reversed, `decode(z') + (decode(z) - x)`. Beware: that is `2 * x_hat - x`
                 in every patch of a treated row, steered or not, so the error is doubled everywhere. It is there to
                 reproduce their figures.
-            selection: keywords of `ConceptDictionary.select`; None: its defaults.
+            selection: keywords of `ConceptDictionary.select`; None: its defaults. Under the name of a concept, keywords
+                of its own stand in place of those: `{"top_k": 1, "Cats": {"percentile": 99.99}}`.
             where: rules "gsae" and "sdxl": "all" patches, as published | only the "detected" ones, in which one of
                 the image's latents passes its threshold.
 
@@ -141,6 +143,40 @@ class Steering(Strengthened, UnetEditor):
         """
         settings = {"selection": eraser.selection, **settings}
         return cls(eraser.sae, eraser.dictionary, eraser.detect_at or eraser.hookpoint, **settings)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | os.PathLike[str],
+        *,
+        class_params: str | os.PathLike[str] | None = None,
+        **settings: Any,
+    ) -> Steering:
+        """The steering in a folder or repository, as `EditorFiles.from_pretrained` reads it.
+
+        `class_params`: SAeUron's `class_params.pth`, or what `lbdt convert` makes of it, gives the rule, and the
+        strength and selection of each concept that is a class of it; others have no strength, and the selection of
+        `settings` or of the folder.
+
+        Raises:
+            ValueError: as that does, and what `lbdt.formats.class_params.load_class_settings` refuses; a `strength`
+                beside `class_params`, or another rule than the file's.
+        """
+        if class_params is None:
+            return super().from_pretrained(path_or_repo, **settings)
+        if "strength" in settings:
+            raise ValueError("strength: class_params gives one for each concept; leave one of both out")
+        # Any strength will do until the dictionary's concepts are known.
+        made = super().from_pretrained(path_or_repo, **{"strength": cls._STRENGTH, **settings})
+        given = load_class_settings(class_params, made.concepts)
+        rule = settings.get("rule", given.rule)
+        if rule != given.rule:
+            raise ValueError(
+                f"rule: {class_params} is of {given.rule!r}, got {brief(rule)}; leave the rule out, or give strengths"
+            )
+        made.rule, made.strength, made.selection = rule, given.strength, made.selection | given.selection
+        made._check()
+        return made
 
     @property
     def has_gradient(self) -> bool:

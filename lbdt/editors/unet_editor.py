@@ -20,7 +20,6 @@ from lbdt.editors.attachment import (
     Attachment,
     LatentColumns,
     around_call,
-    check_selection,
     choice,
     concept_sets,
     row_layout,
@@ -29,6 +28,7 @@ from lbdt.editors.attachment import (
     window,
 )
 from lbdt.editors.call_watch import ON_FAILURE, CallWatch, refuse_others, runs
+from lbdt.editors.criteria import check_selection, criteria_of, own_copy
 from lbdt.editors.edit_report import Blind, summarise
 from lbdt.editors.editor import Editor
 from lbdt.editors.editor_files import EditorFiles
@@ -65,9 +65,9 @@ class UnetEditor(EditorFiles, Editor):
         sae: SparseAutoencoder,
         dictionary: ConceptDictionary,
         hookpoint: str,
-        selection: dict[str, Any] | None,
+        selection: Mapping[str, Any] | None,
     ) -> None:
-        self.dictionary, self.selection = dictionary, dict(selection or {})
+        self.dictionary, self.selection = dictionary, own_copy(selection)
         super().__init__(sae, hookpoint)
 
     @property
@@ -82,7 +82,7 @@ class UnetEditor(EditorFiles, Editor):
 
     def select(self, concept: str) -> Selection:
         """The latents and thresholds of a concept under this editor's `selection`."""
-        return self.dictionary.select(concept, **self.selection)
+        return self.dictionary.select(concept, **criteria_of(self.selection, concept))
 
     def attach(
         self,
@@ -263,7 +263,7 @@ class UnetEditor(EditorFiles, Editor):
             )
         super()._check()
         check_site(self, "dictionary", dictionary.site)
-        check_selection(self.selection)
+        check_selection(self.selection, dictionary)
 
     @property
     def _published_rows(self) -> str:

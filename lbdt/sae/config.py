@@ -12,6 +12,8 @@ from lbdt.runs.site_names import checked_site, site_name
 ACTIVATIONS = ("topk", "topk_sigmoid", "relu", "jumprelu", "batch_topk")
 _LARGEST = 1 << 24
 RANKED_ACTIVATIONS = ("topk", "topk_sigmoid")
+WIDTH = "width"
+"""What a `cfg.json` calls `d_in` where SAeUron's loader would take the SAE for another one: without `d_in` it fails."""
 MOVED = 'to move this one on purpose, sae.with_site(None) (in its folder: no "site" in cfg.json)'
 """What errors say about an SAE whose site is not the one it is used at."""
 
@@ -133,7 +135,7 @@ class SAEConfig:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The dictionary written to `cfg.json`: SAeUron's keys, then lbdt's; `site` only where it is known."""
+        """The settings by name: SAeUron's, then lbdt's; `site` only where it is known."""
         return {
             "expansion_factor": self.expansion_factor or max(1, self.num_latents // self.d_in),
             "normalize_decoder": self.normalize_decoder,
@@ -151,6 +153,14 @@ class SAEConfig:
             **({} if self.site is None else {"site": self.site}),
         }
 
+    def file_json(self) -> dict[str, Any]:
+        """The dictionary written to `cfg.json`: `to_json`, with the width under a name that SAeUron's loader does not
+        know where that would run the SAE as a TopK one without a word."""
+        values = self.to_json()
+        if self.activation == "topk":
+            return values
+        return {WIDTH if name == "d_in" else name: value for name, value in values.items()}
+
     @classmethod
     def from_json(cls, values: Any, source: str = "cfg.json") -> SAEConfig:
         """A config from a parsed `cfg.json` (SAeUron's or lbdt's). `source` names the file in errors.
@@ -163,6 +173,8 @@ class SAEConfig:
         """
         if not isinstance(values, dict):
             raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}")
+        if WIDTH in values and "d_in" not in values:
+            values = {"d_in" if name == WIDTH else name: value for name, value in values.items()}
         known = list(cls.__dataclass_fields__)
         for key in values:
             if key not in known:

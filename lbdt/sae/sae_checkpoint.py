@@ -44,9 +44,14 @@ _SPARSIFY_OFF = {
 """Keys of EleutherAI's sparsify that change the function, and why only false is read."""
 _SPARSIFY_UNUSED = ("lookup_max_order", "gram_table_hash", "init_b_dec_as_zeros")
 _HOOKPOINT = re.compile(
-    r"(unet\.(?:down_blocks|mid_block|up_blocks)(?:\.(?:[A-Za-z]\w*?|\d+))+)(?:_k\d+_hidden\d+.*)?", re.ASCII
+    r"((?:unet\.(?:down_blocks|mid_block|up_blocks)|text_encoder(?:_\d+)?)(?:\.(?:[A-Za-z]\w*?|\d+))+)"
+    r"(?:_k\d+_hidden\d+.*)?",
+    re.ASCII,
 )
-"""The name of a folder that is a block's, as SAeUron's, or with the settings of the training, as sdxl-unbox's."""
+"""The name of a folder that is a block's, as SAeUron's, or with the settings of the training, as sdxl-unbox's and
+Concept Steerers' (text encoder layers)."""
+_SAELENS = frozenset(("architecture", "hook_name", "hook_point", "d_sae"))
+"""Keys of SAELens's `cfg.json`, of any version some."""
 
 
 def save(
@@ -57,7 +62,7 @@ def save(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Writes an SAE's configuration and tensors to `directory` (made if needed), readable by SAeUron's own loader when
-    the activation is topk.
+    the activation is topk; of other kinds, which it would take for that one, it finds no `d_in`.
 
     `encoder_only` leaves `W_dec` out; `dtype` (float16, bfloat16, float32) casts the weights. A crash leaves no half
     file, and over an earlier SAE no file of one beside a file of the other.
@@ -70,7 +75,7 @@ def save(
     write_folder(
         Path(directory),
         {
-            CONFIG_FILE: json_bytes(config.to_json()),
+            CONFIG_FILE: json_bytes(config.file_json()),
             WEIGHTS_FILE: tensor_bytes(kept, dtype),
         },
     )
@@ -97,11 +102,13 @@ def read(
 ) -> CheckpointFiles:
     """An SAE's files in a folder, or in a Hugging Face repository (`owner/name[@revision]`; offline mode is honoured).
 
-    `hookpoint` names a subfolder (SAeUron keeps one per hook point), or a path of them. `format` is one of
-    `lbdt.formats.FORMATS`; "auto" goes by the files, which cannot tell a G-SAE (its sigmoid) from SAeUron's: name that
-    one. `update`, whether the SAE is one of the block's output minus its input, is known for lbdt's files, sdxl-unbox's
-    (yes) and steerers' (no), and may be given for others (no). The site is lbdt's files', or that of other projects'
-    folders which have the name of a UNet's block. No pickle is run: see `lbdt.formats.pth`.
+    `hookpoint` names a subfolder (SAeUron keeps one per hook point), or a path of them; None: the folder itself, or the
+    only one in it that holds an SAE. `format` is one of `lbdt.formats.FORMATS`; "auto" goes by the files, which cannot
+    tell a G-SAE (its sigmoid) from SAeUron's: name that one. sdxl-unbox's and steerers' are told apart by the name of
+    their folder, a UNet block's or a text encoder layer's; of other names one has to be given. `update`, whether the
+    SAE is one of the block's output minus its input, is known for lbdt's files, sdxl-unbox's (yes) and steerers' (no),
+    and may be given for others (no). The site is lbdt's files', or that of other projects' folders which have the name
+    of a block or layer. No pickle is run: see `lbdt.formats.pth`.
 
     Raises:
         ValueError: anything absent, unreadable, of another shape, NaN or infinite; the text names it and says
@@ -109,8 +116,12 @@ def read(
     """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}; got {format!r}")
-    folder = resolve_folder(path_or_repo, hookpoint, marker=_MARKERS, files=_FILES[format])
+    folder = resolve_folder(path_or_repo, hookpoint, marker=_MARKERS, files=_FILES[format], take_only=True)
     files = _read(folder, format, update)
+    root = Path(path_or_repo)
+    if hookpoint is None and root.is_dir() and folder != root:
+        note = f"the SAE is {folder.relative_to(root)}, the only one there"
+        files = files._replace(assumptions=(*files.assumptions, note))
     block = None if files.format == "lbdt" else _block_of(folder)
     if block is None or files.config.site is not None:
         return files
@@ -122,9 +133,10 @@ def read(
 
 def _read(folder: Path, format: str, update: bool | None) -> CheckpointFiles:
     """`read`, of a folder; no site but one that the files name."""
+    _refuse_others(folder)
     named = format != "auto"
     if not named:
-        format = _detect(folder)
+        format = _detect(folder, update)
     if format in ("sdxl-unbox", "steerers") or (
         format == "saemnesia"
         and not (folder / WEIGHTS_FILE).exists()
@@ -156,25 +168,66 @@ def _read_unbox(folder: Path, format: str, named: bool, update: bool | None) -> 
             )
         update = format == "sdxl-unbox"
         side = "output minus its input" if update else "output"
-        reason = f"as {format}'s are" if named else f"as {format}'s are, by the keys of {unbox.CONFIG_FILE}"
+        told = "auxk_coef in its configuration" if _block_of(folder) is None else "the name of its folder"
+        reason = f"as {format}'s are" if named else f"as {format}'s are, by {told}"
         notes.append(f"the SAE is one of the block's {side}, {reason}")
     return CheckpointFiles(*unbox.read(folder, update), format, folder, tuple(notes))
 
 
 def _block_of(folder: Path) -> str | None:
     """The block whose name the folder has, or the one that sdxl-unbox's "final" is in."""
+    folder = folder.absolute()
     name = folder.parent.name if folder.name == "final" else folder.name
     match = _HOOKPOINT.fullmatch(name)
     return None if match is None else match[1]
 
 
-def _detect(folder: Path) -> str:
-    """The format of a folder, from its files and the keys of its configuration; ValueError where none is readable."""
-    config = folder / "cfg.json"
-    if (folder / unbox.WEIGHTS_FILE).is_file() and not (folder / "sae.safetensors").is_file():
+def _refuse_others(folder: Path) -> None:
+    """ValueError, naming the project, where the files are of one that lbdt does not read."""
+    config, trainer = folder / CONFIG_FILE, folder / unbox.CONFIG_FILE
+    project = None
+    if config.is_file():
+        values = read_json(config)
+        project = "SAELens" if isinstance(values, dict) and _SAELENS & set(values) else None
+    elif trainer.is_file() and not (folder / unbox.WEIGHTS_FILE).is_file():
+        values = read_json(trainer)
+        project = "dictionary_learning" if isinstance(values, dict) and "trainer" in values else None
+    elif (folder / "ae.pt").is_file():
+        project = "dictionary_learning"
+    if project is not None:
+        raise ValueError(
+            f"{folder}: an SAE of {project}, whose files lbdt does not read; expected those of "
+            f"{', '.join(FORMATS[1:])} (lbdt/METHOD.md, 7): write a ReLU or TopK one as {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE} of 7.1, or train one with lbdt train"
+        )
+
+
+def _detect(folder: Path, update: bool | None) -> str:
+    """The format of a folder, from its name, its files and the keys of its configuration; ValueError where none is
+    readable, or more than one possible and `update` does not say which."""
+    config = folder / CONFIG_FILE
+    if (folder / unbox.WEIGHTS_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
         if config.is_file() and not (folder / unbox.CONFIG_FILE).is_file():
             return "saemnesia"
-        return "steerers" if "auxk_coef" in unbox.read_config(folder) else "sdxl-unbox"
+        kinds = {"steerers"} if "auxk_coef" in unbox.read_config(folder) else set()
+        block = _block_of(folder)
+        if block is not None:
+            kinds.add("sdxl-unbox" if block.startswith("unet.") else "steerers")
+        if len(kinds) == 1:
+            return kinds.pop()
+        if update is not None:
+            return "sdxl-unbox" if update else "steerers"
+        why = (
+            "its name is sdxl-unbox's and its auxk_coef Concept Steerers'"
+            if kinds
+            else "its name is no block's"
+        )
+        raise ValueError(
+            f"{folder}: {unbox.CONFIG_FILE} and {unbox.WEIGHTS_FILE} are sdxl-unbox's, of a UNet block's output minus "
+            f"its input, or Concept Steerers', of a text encoder layer's output, and {why}; pass format='sdxl-unbox' "
+            f"or 'steerers' (lbdt convert: --from), or keep the name of its run, such as "
+            f"unet.down_blocks.2.attentions.1_k10_hidden5120_..."
+        )
     values = read_json(config)
     keys = set(values) if isinstance(values, dict) else set()
     if keys & {*_SPARSIFY_OFF, *_SPARSIFY_UNUSED}:

@@ -40,6 +40,31 @@ SPARSIFY = {
     "transcode": False,
     "d_in": D,
 }
+RUN = "text_encoder.text_model.encoder.layers.9_k3_hidden12_auxk4_bs4096_lr0.0004_2025-01-09T21:29:10.453881"
+"""The folder of a run of Concept Steerers, as its training script names it."""
+SAELENS = {
+    "architecture": "standard",
+    "d_in": D,
+    "d_sae": N,
+    "activation_fn_str": "relu",
+    "hook_name": "blocks.8.hook_resid_pre",
+    "hook_layer": 8,
+    "apply_b_dec_to_input": True,
+    "normalize_activations": "none",
+    "dtype": "torch.float32",
+}
+DICTIONARY_LEARNING = {
+    "trainer": {
+        "trainer_class": "TrainerTopK",
+        "dict_class": "AutoEncoderTopK",
+        "activation_dim": D,
+        "dict_size": N,
+        "k": K,
+        "layer": 8,
+        "submodule_name": "resid_post_layer_8",
+    },
+    "buffer": {"d_submodule": D, "ctx_len": 128},
+}
 UNBOX = {"n_dirs_local": N, "d_model": D, "k": K, "auxk": 4, "dead_steps_threshold": 2441}
 
 
@@ -81,6 +106,26 @@ def unbox(folder: Path, config: dict | None = None, name: str = "config.json", w
     for key, tensor in tensors.items():
         state.pop(key) if tensor is None else state.update({key: tensor})
     torch.save({"state_dict": state} if wrap else state, folder / "state_dict.pth")
+    return folder
+
+
+def saelens(folder: Path, config: dict | None = None) -> Path:
+    """SAELens's folder: its decoder and encoder lie the other way round."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cfg.json").write_text(json.dumps(config or SAELENS))
+    w = weights()
+    state = {"W_enc": w["W_enc"].T.contiguous(), "b_enc": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b"]}
+    safetensors.torch.save_file(state, folder / "sae_weights.safetensors")
+    return folder
+
+
+def dictionary_learning(folder: Path, config: dict | None = None) -> Path:
+    """A trainer's folder of dictionary_learning."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config or DICTIONARY_LEARNING))
+    w = weights()
+    state = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T}
+    torch.save({**state, "b_dec": w["b"], "k": torch.tensor(K)}, folder / "ae.pt")
     return folder
 
 
@@ -145,9 +190,10 @@ def _opcodes(value) -> bytes:
     return pickletools.optimize(pickle.dumps(value, 3))[2:-1]
 
 
-def class_params(path: Path) -> Path:
+def class_params(path: Path, key: str = "multiplier") -> Path:
+    """SAeUron's file of the best parameters; G-SAE's has "alpha" for the key."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = {name: {"percentile": p, "multiplier": m} for name, (p, m) in PARAMS.items()}
+    values = {name: {"percentile": p, key: m} for name, (p, m) in PARAMS.items()}
     torch.save(values, path)
     return path
 

@@ -13,9 +13,10 @@ import torch
 def saeuron(folder: Path, x: torch.Tensor, sigmoid: bool = False):
     """`pre = W_enc (x - b_dec) + b_enc`; TopK of its ReLU, or for the diffusion G-SAE the sigmoid of its TopK."""
     config = json.loads((folder / "cfg.json").read_text())
+    d_in = config.pop("d_in")  # the loader's first step, and keys that it does not know are dropped
     state = safetensors.torch.load_file(folder / "sae.safetensors")
     assert set(state) == {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
-    assert state["encoder.weight"].shape == (config["num_latents"], config["d_in"])
+    assert state["encoder.weight"].shape == (config["num_latents"], d_in)
     pre = (x - state["b_dec"]) @ state["encoder.weight"].T + state["encoder.bias"]
     values, indices = pre.topk(config["k"], dim=-1)
     code = torch.zeros_like(pre).scatter(-1, indices, values.sigmoid() if sigmoid else values.relu())

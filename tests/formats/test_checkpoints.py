@@ -12,6 +12,7 @@ from lbdt.sae.model import read_sae
 from lbdt.testing import assert_close
 from tests.formats import fixtures, published
 
+STEERERS = {**fixtures.UNBOX, "auxk_coef": 1 / 32}
 X = torch.randn(7, fixtures.D, generator=torch.Generator().manual_seed(1))
 
 
@@ -30,17 +31,11 @@ def agrees(sae, reference):
         (lambda f: fixtures.saeuron(f), published.saeuron, "auto", "saeuron", False),
         (lambda f: fixtures.saeuron(f), published.saeuron, "saemnesia", "saemnesia", False),
         (lambda f: fixtures.saeuron(f, fixtures.SPARSIFY), published.saeuron, "auto", "sparsify", False),
-        (lambda f: fixtures.unbox(f), published.unbox, "auto", "sdxl-unbox", True),
-        (
-            lambda f: fixtures.unbox(f, {**fixtures.UNBOX, "auxk_coef": 1 / 32}),
-            published.unbox,
-            "auto",
-            "steerers",
-            False,
-        ),
+        (lambda f: fixtures.unbox(f), published.unbox, "sdxl-unbox", "sdxl-unbox", True),
+        (lambda f: fixtures.unbox(f, STEERERS), published.unbox, "auto", "steerers", False),
         (lambda f: fixtures.unbox(f), published.unbox, "steerers", "steerers", False),
     ],
-    ids=["saeuron", "saemnesia", "sparsify", "sdxl-unbox", "steerers-by-key", "steerers-by-name"],
+    ids=["saeuron", "saemnesia", "sparsify", "sdxl-unbox", "steerers-by-key", "steerers-by-option"],
 )
 def test_a_foreign_folder_gives_its_own_loaders_numbers(tmp_path, write, loader, format, kind, update):
     folder = write(tmp_path / "sae")
@@ -61,7 +56,8 @@ def test_a_gsae_has_saeurons_files_and_its_own_activation(tmp_path):
 
 def test_a_state_dict_without_a_wrapper_and_renamed_tensors_are_read(tmp_path):
     reference = published.unbox(fixtures.unbox(tmp_path / "wrapped"), X)
-    agrees(SparseAutoencoder.from_pretrained(fixtures.unbox(tmp_path / "bare", wrap=False)), reference)
+    bare = fixtures.unbox(tmp_path / "bare", wrap=False)
+    agrees(SparseAutoencoder.from_pretrained(bare, format="steerers"), reference)
     w = fixtures.weights()
     renamed = {"b_dec": w["b"], "encoder.bias": w["b_enc"], "W_dec": w["W_dec"]}
     dropped = dict.fromkeys(("pre_bias", "latent_bias", "decoder.weight"))
@@ -134,7 +130,7 @@ def test_what_unbox_files_cannot_hold_is_not_written(tmp_path, change, message):
 )
 def test_wrong_tensors_of_a_state_dict(tmp_path, tensors, message):
     with pytest.raises(ValueError, match=message):
-        SparseAutoencoder.from_pretrained(fixtures.unbox(tmp_path / "sae", **tensors))
+        SparseAutoencoder.from_pretrained(fixtures.unbox(tmp_path / "sae", **tensors), format="sdxl-unbox")
 
 
 @pytest.mark.parametrize(
@@ -149,8 +145,9 @@ def test_wrong_tensors_of_a_state_dict(tmp_path, tensors, message):
     ids=["no-width", "negative", "k", "unknown-key", "huge"],
 )
 def test_wrong_config_of_a_state_dict(tmp_path, change, message):
+    folder = fixtures.unbox(tmp_path / "sae", {**fixtures.UNBOX, **change})
     with pytest.raises(ValueError, match=message):
-        SparseAutoencoder.from_pretrained(fixtures.unbox(tmp_path / "sae", {**fixtures.UNBOX, **change}))
+        SparseAutoencoder.from_pretrained(folder, format="sdxl-unbox")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +170,7 @@ def test_the_language_models_gsae_is_refused(tmp_path):
     folder = fixtures.unbox(tmp_path / "sae")
     torch.save({"models_state_dict": [{"pre_bias": torch.ones(6)}]}, folder / "state_dict.pth")
     with pytest.raises(ValueError, match="original G-SAE .* normalises each input"):
-        SparseAutoencoder.from_pretrained(folder)
+        SparseAutoencoder.from_pretrained(folder, format="steerers")
     config = {**fixtures.SAEURON, "activation": "relu"}
     with pytest.raises(ValueError, match="a G-SAE's is topk_sigmoid, got 'relu'"):
         SparseAutoencoder.from_pretrained(fixtures.saeuron(tmp_path / "b", config), format="gsae")
@@ -184,8 +181,8 @@ def test_nested_subfolders_are_named_and_reached(tmp_path):
     root = tmp_path / "sdxl-unbox"
     name = "unet.up_blocks.1.attentions.1_k3_hidden12/final"
     assert SparseAutoencoder.from_pretrained(root, hookpoint=name).config.update
-    with pytest.raises(ValueError, match=f"pass hookpoint=.*{name}"):
-        SparseAutoencoder.from_pretrained(root)
+    with pytest.raises(ValueError, match=f"pass hookpoint=.*sdxl-unbox/{name}"):
+        SparseAutoencoder.from_pretrained(tmp_path)
     for wrong in ("../saeuron", "a/../../b", "/etc", "a\\b", ".", "a//b", "", "*", "C:/x"):
         with pytest.raises(ValueError, match="expected the name of a subfolder"):
             SparseAutoencoder.from_pretrained(root, hookpoint=wrong)
@@ -207,7 +204,7 @@ def test_half_precision_round_trip_through_unbox_files(tmp_path):
     unbox.save_unbox(sae, tmp_path / "half", dtype=torch.float16)
     state = torch.load(tmp_path / "half" / "state_dict.pth", weights_only=True)["state_dict"]
     assert state["decoder.weight"].dtype == torch.float16
-    back = SparseAutoencoder.from_pretrained(tmp_path / "half")
+    back = SparseAutoencoder.from_pretrained(tmp_path / "half", format="sdxl-unbox")
     assert torch.equal(back.W_dec, sae.W_dec.half().float())
 
 

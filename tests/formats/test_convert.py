@@ -84,7 +84,7 @@ def test_latents_and_the_parameters_beside_them(root, tmp_path):
     assert values["settings"]["timesteps"] == [801, 601, 401, 201, 1]
     assert any("leading" in note for note in values["assumptions"])
     assert ConceptDictionary.from_pretrained(tmp_path / "out").concepts == ("Dogs", "Cats")
-    assert load_class_params(tmp_path / "out")["Cats"].multiplier == -30
+    assert load_class_params(tmp_path / "out")["Cats"].strength == -30
 
 
 def test_a_latents_file_with_timesteps(root, tmp_path):
@@ -101,11 +101,50 @@ def test_a_latents_file_with_timesteps(root, tmp_path):
 
 def test_class_params_alone(root, tmp_path):
     done = convert(root / "torch" / "class_params.pth", tmp_path / "out")
-    assert done.exit_code == 0 and "Cats percentile" in done.stdout
+    assert done.exit_code == 0 and "Cats percentile 99.999, multiplier -30.0" in done.stdout
     assert json.loads((tmp_path / "out" / "class_params.json").read_text())["Dogs"] == {
         "percentile": 99.99,
         "multiplier": -15.0,
     }
+
+
+@pytest.mark.parametrize("suffix", ["pth", "json"])
+def test_a_gsaes_parameters_have_an_alpha(tmp_path, suffix):
+    path = fixtures.class_params(tmp_path / "class_params.pth", "alpha")
+    if suffix == "json":
+        assert convert(path, tmp_path / "json").exit_code == 0
+        path = tmp_path / "json" / "class_params.json"
+    done = convert(path, tmp_path / "out", "--from", "class-params")
+    assert done.exit_code == 0 and "Cats percentile 99.999, alpha -30.0" in done.stdout
+    assert json.loads((tmp_path / "out" / "class_params.json").read_text())["Dogs"] == {
+        "percentile": 99.99,
+        "alpha": -15.0,
+    }
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--concepts", "Dogs"), ("--hookpoint", HOOK), ("--from", "latents")],
+    ids=["by itself", "by hookpoint", "by format"],
+)
+def test_the_pickle_of_the_style_script_is_found(tmp_path, more):
+    fixtures.latents_pickle(tmp_path / "in" / f"style_latents_dict_{HOOK}.pkl", kind="torch")
+    done = convert(tmp_path / "in", tmp_path / "out", *more)
+    assert done.exit_code == 0, done.output
+    assert "Dogs" in ConceptDictionary.from_pretrained(tmp_path / "out").concepts
+
+
+def test_pickles_of_both_scripts_are_listed(tmp_path):
+    names = [f"{kind}_latents_dict_{HOOK}.pkl" for kind in ("cls", "style")]
+    for name in names:
+        fixtures.latents_pickle(tmp_path / "in" / name)
+    for more, advice in (
+        ((), "name the file, or give --hookpoint"),
+        (("--hookpoint", HOOK), "name the file"),
+    ):
+        done = convert(tmp_path / "in", tmp_path / "out", *more)
+        assert done.exit_code == 1 and f"got {names[0]}, {names[1]}; {advice}\n" in done.stderr
+    assert convert(tmp_path / "in" / names[1], tmp_path / "out").exit_code == 0
 
 
 def test_an_earlier_conversion_is_replaced_only_by_force(root, tmp_path):
@@ -124,7 +163,7 @@ def test_an_earlier_conversion_is_replaced_only_by_force(root, tmp_path):
     ("source", "more", "message"),
     [
         ("nowhere", (), "no such folder"),
-        ("saeuron", (), "pass hookpoint=...; subfolders with cfg.json"),
+        (".", (), "pass hookpoint=...; subfolders with cfg.json"),
         ("saeuron", ("--hookpoint", "../gsae"), "expected the name of a subfolder"),
         ("saemnesia", (), "does not say whether"),
         ("steerers", ("--timesteps", "leading"), "--timesteps: does not go with an SAE"),
@@ -134,7 +173,7 @@ def test_an_earlier_conversion_is_replaced_only_by_force(root, tmp_path):
         ("torch", ("--timesteps", "9,x"), "--timesteps: expected leading"),
         ("torch", ("--timesteps", "9,8"), "timesteps: expected 5"),
         ("torch", ("--concepts", "Cats,Birds"), "no class Birds; it has Cats, Dogs, Trees"),
-        ("torch", ("--hookpoint", "unet.mid"), "expected one cls_latents_dict_unet.mid.pkl, got none"),
+        ("torch", ("--hookpoint", "unet.mid"), "style_latents_dict_unet.mid.pkl, got none; name the"),
         ("torch/class_params.pth", ("--to", "sdxl-unbox"), "--to sdxl-unbox: does not go with class-params"),
         ("damaged", (), "sae.safetensors: not a readable safetensors file"),
     ],

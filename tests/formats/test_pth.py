@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lbdt.formats.class_params import ClassParams, class_params_json, load_class_params
+from lbdt.formats.class_params import ClassParams, class_params_json, load_class_params, load_class_settings
 from lbdt.formats.pth import read_pth
 from lbdt.sae import SparseAutoencoder
 from tests.formats import fixtures
@@ -77,7 +77,7 @@ def test_attributes_of_an_ordered_dictionary_are_passed_over(tmp_path, attribute
     """A module's state_dict carries `_metadata`; another name would hide a method."""
     folder = fixtures.unbox(tmp_path / "sae")
     state = torch.load(folder / "state_dict.pth", weights_only=True)["state_dict"]
-    wanted = SparseAutoencoder.from_pretrained(folder).state_dict()
+    wanted = SparseAutoencoder.from_pretrained(folder, format="steerers").state_dict()
     state = OrderedDict(state)
     state._metadata = OrderedDict(version=1)
     if attribute == "__class__":
@@ -91,7 +91,7 @@ def test_attributes_of_an_ordered_dictionary_are_passed_over(tmp_path, attribute
             return reduced
 
     torch.save(Reduced(), folder / "state_dict.pth")
-    got = SparseAutoencoder.from_pretrained(folder).state_dict()
+    got = SparseAutoencoder.from_pretrained(folder, format="steerers").state_dict()
     assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
 
 
@@ -220,15 +220,16 @@ def test_a_folder_with_a_bomb_is_refused_by_name(tmp_path):
         entries = {name: archive.read(name) for name in archive.namelist()}
     zipped(folder / "state_dict.pth", entries, zipfile.ZIP_DEFLATED)
     with pytest.raises(ValueError, match=r"state_dict\.pth: entry .* expected it uncompressed"):
-        SparseAutoencoder.from_pretrained(folder)
+        SparseAutoencoder.from_pretrained(folder, format="sdxl-unbox")
     (folder / "state_dict.pth").unlink()
     with pytest.raises(ValueError, match=r"state_dict\.pth: no such file"):
         SparseAutoencoder.from_pretrained(folder, format="sdxl-unbox")
 
 
-def test_class_params_round_trip(tmp_path):
-    wanted = {name: ClassParams(*numbers) for name, numbers in fixtures.PARAMS.items()}
-    path = fixtures.class_params(tmp_path / "class_params.pth")
+@pytest.mark.parametrize("key", ["multiplier", "alpha"])
+def test_class_params_round_trip(tmp_path, key):
+    wanted = {name: ClassParams(*numbers, key) for name, numbers in fixtures.PARAMS.items()}
+    path = fixtures.class_params(tmp_path / "class_params.pth", key)
     assert load_class_params(path) == wanted == load_class_params(tmp_path)
     (tmp_path / "class_params.json").write_bytes(class_params_json(wanted))
     path.unlink()
@@ -236,12 +237,39 @@ def test_class_params_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("key", "rule"), [("multiplier", "saeuron"), ("alpha", "gsae")], ids=["SAeUron's", "G-SAE's"]
+)
+def test_class_params_are_settings(tmp_path, key, rule):
+    path = fixtures.class_params(tmp_path / "class_params.pth", key)
+    found = load_class_settings(path, ("Dogs", "Cats"))
+    assert (found.rule, found.strength) == (rule, {"Dogs": -15.0, "Cats": -30.0})
+    assert found.selection["Cats"] == {"percentile": 99.999, "thresholds": "published"}
+    assert set(load_class_settings(tmp_path, ("Birds", *fixtures.CLASSES)).strength) == set(fixtures.CLASSES)
+
+
+@pytest.mark.parametrize("concepts", [("Birds",), ("Cats", "dogs")], ids=["none of them", "spelt otherwise"])
+def test_class_params_of_another_dictionary_are_refused(tmp_path, concepts):
+    path = fixtures.class_params(tmp_path / "class_params.pth")
+    with pytest.raises(
+        ValueError, match=rf"class_params\.pth: has no class {concepts[-1]}, but .*Dogs, Trees, which"
+    ):
+        load_class_settings(tmp_path, concepts)
+    assert path.is_file()
+
+
+@pytest.mark.parametrize(
     ("value", "message"),
     [
         ([1], "expected classes .* got list"),
         ({}, "expected classes"),
-        ({"Cats": 3}, "Cats: expected percentile and multiplier, got 3"),
-        ({"Cats": {"percentile": 99.0}}, "Cats: expected percentile and multiplier, got percentile"),
+        ({"Cats": 3}, "Cats: expected percentile and multiplier .G-SAE: alpha., got 3"),
+        ({"Cats": {"percentile": 99.0}}, "Cats: expected percentile and multiplier .*, got percentile"),
+        ({"Cats": {"percentile": 99.0, "multiplier": -1, "alpha": -1}}, "got percentile, multiplier, alpha"),
+        (
+            {"Cats": {"percentile": 99.0, "multiplier": -1}, "Dogs": {"percentile": 99.0, "alpha": -1}},
+            "same keys for every class, got multiplier .* for some and alpha",
+        ),
+        ({"Cats": {"percentile": 99.0, "alpha": float("inf")}}, "alpha: expected a finite number"),
         ({"Cats": {"percentile": 99.0, "multiplier": float("nan")}}, "multiplier: expected a finite number"),
         ({"Cats": {"percentile": 99.0, "multiplier": -(10**400)}}, "an integer of 167 bytes"),
         ({"Cats": {"percentile": 99.0, "multiplier": -1e300}}, "multiplier: expected a finite number"),
@@ -250,7 +278,22 @@ def test_class_params_round_trip(tmp_path):
         ({"Cats": {"percentile": 100, "multiplier": -1}}, "expected a number between 0 and 100, got 100"),
         ({3: {"percentile": 99, "multiplier": -1}}, "expected names of classes, got 3"),
     ],
-    ids=["list", "empty", "number", "missing", "nan", "huge", "float32", "text", "bool", "range", "name"],
+    ids=[
+        *(
+            "list",
+            "empty",
+            "number",
+            "missing",
+            "both-keys",
+            "two-rules",
+            "infinite",
+            "nan",
+            "huge",
+            "float32",
+            "text",
+        ),
+        *("bool", "range", "name"),
+    ],
 )
 def test_wrong_class_params(tmp_path, value, message):
     torch.save(value, tmp_path / "class_params.pth")

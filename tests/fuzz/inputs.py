@@ -48,8 +48,8 @@ def sae(activation: str = "jumprelu", **settings: Any) -> SparseAutoencoder:
     return made.requires_grad_(False)
 
 
-def read_sae(folder: Path) -> None:
-    loaded = SparseAutoencoder.from_pretrained(folder)
+def read_sae(folder: Path, **options: Any) -> None:
+    loaded = SparseAutoencoder.from_pretrained(folder, **options)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in loaded.state_dict().values())
 
 
@@ -90,7 +90,9 @@ def make_eraser(folder: Path) -> None:
 
 def make_steering(folder: Path) -> None:
     """As `make_eraser`."""
-    Steering.from_eraser(toy.eraser(4, 6), strength={"Cats": -1.0}).save_pretrained(folder)
+    selection = {"top_k": 1, "Cats": {"percentile": 99.0}}
+    made = Steering.from_eraser(toy.eraser(4, 6), strength={"Cats": -1.0}, selection=selection)
+    made.save_pretrained(folder)
     (folder / "digests.json").unlink()
 
 
@@ -284,7 +286,7 @@ TARGETS: dict[str, tuple[Any, Any]] = {
     ),
     "SAE of SAeUron": (fixtures.saeuron, read_sae),
     "SAE of sparsify": (lambda folder: fixtures.saeuron(folder, fixtures.SPARSIFY), read_sae),
-    "SAE of sdxl-unbox": (fixtures.unbox, read_sae),
+    "SAE of sdxl-unbox": (fixtures.unbox, lambda folder: read_sae(folder, format="sdxl-unbox")),
     "dictionary": (make_dictionary, read_dictionary),
     "eraser": (make_eraser, ConceptEraser.from_pretrained),
     "eraser with digests": (

@@ -90,14 +90,16 @@ def test_saeuron_folder_trained_with_batch_topk_runs_per_patch(tmp_path):
         "W_dec",
         "b_dec",
     }
-    with pytest.raises(ValueError, match=r"pass hookpoint=.*unet\.up_blocks\.1\.attentions\.1"):
-        SparseAutoencoder.from_pretrained(tmp_path)
+    assert SparseAutoencoder.from_pretrained(tmp_path).config == sae.config
     with pytest.raises(
         ValueError, match="no subfolder 'mid'; subfolders with cfg.json or state_dict.pth: unet.up"
     ):
         SparseAutoencoder.from_pretrained(tmp_path, hookpoint="mid")
     with pytest.raises(ValueError, match="expected the name of a subfolder"):
         SparseAutoencoder.from_pretrained(tmp_path, hookpoint="../elsewhere")
+    make().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"pass hookpoint=.*other, unet\.up_blocks\.1\.attentions\.1"):
+        SparseAutoencoder.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_pickles_are_read_only_as_what_they_must_be(tmp_path):
     (tmp_path / "state_dict.pth").write_bytes(b"")
     (tmp_path / "config.json").write_text('{"n_dirs_local": 12, "d_model": 6, "k": 3}')
     with pytest.raises(ValueError, match=r"state_dict\.pth: not a zip file as torch\.save writes"):
-        SparseAutoencoder.from_pretrained(tmp_path)
+        SparseAutoencoder.from_pretrained(tmp_path, format="steerers")
     with pytest.raises(ValueError, match="format: expected one of auto"):
         SparseAutoencoder.from_pretrained(tmp_path, format="pickle")
 
