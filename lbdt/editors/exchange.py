@@ -129,13 +129,11 @@ class Exchange:
             blind = warn_of_blind(other, owners)
             if not on:
                 other.enabled.zero_()
-            if other.latents.shape != plan.latents.shape and plan.captured:
+            if plan.captured and not plan.fits(other):
                 raise ValueError(
                     f"set: these concepts need {other.latents.shape[0]} latent columns, and a captured CUDA graph "
-                    "reads the "
-                    f"{plan.latents.shape[0]} of this attachment; attach with room={other.latents.shape[0]} and "
-                    "capture "
-                    "again"
+                    f"reads the {plan.latents.shape[0]} of this attachment; attach with "
+                    f"room={other.latents.shape[0] + 1} and capture again"
                 )
             plan.take(other)
         self._sets, self._seeds, self._enabled = sets, seeds, on
@@ -146,7 +144,8 @@ class Exchange:
 def room_of(room: Any, needed: int, compiled: bool) -> int:
     """The number of latent columns of an attachment that needs so many."""
     if room is None:
-        return max(_LEAST, 1 << (needed - 1).bit_length()) if compiled else needed
+        # More than needed, so that the gate has room for any number of concepts too.
+        return max(_LEAST, 1 << needed.bit_length()) if compiled else needed
     if isinstance(room, bool) or not isinstance(room, int):
         raise TypeError(f"room: expected None or an integer, got {brief(room)}")
     if not needed <= room <= MOST_ROOM:

@@ -68,8 +68,11 @@ class Gate(NamedTuple):
     """The patches of the maps that `least` counts on; 0: of whatever map."""
 
     def padded(self, room: int) -> Gate:
-        """The same for `room` columns and concepts, or as many as there are."""
-        more = max(0, room - self.owners.shape[0])
+        """The same for `room` columns, of as many concepts at the most; where there are so many columns, as it is:
+        every concept is counted in every patch."""
+        more = room - self.owners.shape[0]
+        if more <= 0:
+            return self
         least = F.pad(self.least, (0, max(0, room - self.least.shape[1])), value=1)
         return Gate(F.pad(self.owners, (0, more)), least, self.least_of)
 
@@ -146,6 +149,11 @@ class DetectionPlan:
                 device = self.weight.device
                 value = Gate(value.owners.to(device), value.least.to(device), value.least_of)
             setattr(self, name, value)
+
+    def fits(self, other: DetectionPlan) -> bool:
+        """Whether the concepts of another plan of the same editor can be written in place."""
+        gates = [None if plan.gate is None else plan.gate.least.shape for plan in (self, other)]
+        return self.latents.shape == other.latents.shape and gates[0] == gates[1]
 
     def check_call(self, now: Now, ran: tuple[int, int] | None) -> None:
         """ValueError where the lists of sets and seeds, `rows` or the steps do not fit this call or cannot be told in

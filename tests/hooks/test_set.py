@@ -69,7 +69,7 @@ def test_a_captured_graph_is_not_left_behind(pipe):
     with toy.eraser().attach(pipe, ["Cats"]) as handle:
         handle._changed._plan.captured = True
         handle.set(concepts=["Dogs"])
-        with pytest.raises(ValueError, match="need 2 latent columns.*room=2"):
+        with pytest.raises(ValueError, match="need 2 latent columns.*room=3"):
             handle.set(concepts=["Dogs", "Trees"])
 
 
