@@ -352,8 +352,7 @@ def row_layout(layout: Any) -> tuple[str, ...] | None:
     if not names or not set(names) <= set(BRANCHES) or len(set(names)) < len(names) or "cond" not in names:
         raise ValueError(
             f"layout: expected the guidance branches in the order of the rows, each once, of {', '.join(BRANCHES)}, "
-            "with "
-            f"'cond' among them, e.g. ('uncond', 'cond'); got {layout!r}"
+            f"with 'cond' among them, e.g. ('uncond', 'cond'); got {layout!r}"
         )
     return names
 

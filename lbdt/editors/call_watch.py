@@ -92,8 +92,7 @@ class CallWatch:
             if call.size.frames > 1:
                 raise ValueError(
                     f"pipe: a call of {type(call.pipe).__name__} makes {call.size.frames} frames, which are rows of "
-                    "its "
-                    "blocks; erasing from videos is not supported"
+                    "its blocks; erasing from videos is not supported"
                 )
             check_lengths(self.plan, call.size.images, call.size.prompts)
         self.state.forget()
@@ -140,8 +139,7 @@ class CallWatch:
             if registry.is_live(module, self._name) is False:
                 raise UnprotectedError(
                     f"{type(module).__name__}.forward: was overwritten since the editor was attached, so its hook "
-                    "would "
-                    "not run and nothing would be erased; attach again after whatever overwrote it"
+                    "would not run and nothing would be erased; attach again after whatever overwrote it"
                 )
 
     def _found(self, call: PipelineCall, before: torch.Tensor, begun: int, failures: int) -> list[str]:
@@ -156,9 +154,8 @@ class CallWatch:
             images = ", ".join(map(str, sorted({row.image for row in broken})))
             found.append(
                 f"{sum(row.not_finite for row in broken)} patches of the hooked activation were NaN or infinite, "
-                "where no "
-                f"concept can be detected: images {images} are not protected. Half precision that overflows does this; "
-                "run the denoiser in bfloat16 or float32"
+                f"where no concept can be detected: images {images} are not protected. Half precision that "
+                "overflows does this; run the denoiser in bfloat16 or float32"
             )
         known = self.plan.timesteps.tolist()
         far = sorted({row.timestep for row in rows if _is_far(row.timestep, known)})
@@ -202,8 +199,7 @@ def _check_scheduler(scheduler: Any, windowed: bool) -> None:
     if windowed and getattr(scheduler, "order", 1) > 1:
         raise ValueError(
             f"steps: {name} calls the denoiser twice at a timestep, so a window of steps cannot be told from the "
-            "timesteps; "
-            "use a scheduler of order 1, or attach without steps"
+            "timesteps; use a scheduler of order 1, or attach without steps"
         )
     if not isinstance(config, Mapping):
         return

@@ -123,7 +123,6 @@ class Editor(ABC):
         ):
             raise RuntimeError(
                 f"{name}: this {self.KIND} is attached, and what is attached keeps the settings that it was attached "
-                "with; "
-                "remove the handle (or lbdt.detach(pipe)), change it, and attach again"
+                "with; remove the handle (or lbdt.detach(pipe)), change it, and attach again"
             )
         super().__setattr__(name, value)

@@ -162,7 +162,6 @@ def _as_many(name: str, values: Sequence, is_list: bool, before: Sequence, plan:
         kinds = {True: "a list with one entry per prompt or image", False: "one for all"}
         raise ValueError(
             f"{name}: attached as {kinds[was_list]}, {len(before)} in all, got {kinds[is_list]}, {len(values)} in "
-            "all; give "
-            "as many, or attach again"
+            "all; give as many, or attach again"
         )
     return list(values)

@@ -121,8 +121,7 @@ class Announced(NamedTuple):
         if batch % count:
             raise ValueError(
                 f"layout: {', '.join(layout)} is {count} branches, which do not divide the {batch} rows of this UNet "
-                "call; "
-                "attach with the layout of its rows"
+                "call; attach with the layout of its rows"
             )
         return Branches(layout, batch // count, None)
 
@@ -186,10 +185,8 @@ class CallState:
             elif not announced.acting:
                 warnings.warn(
                     "lbdt: a denoiser with an attached editor was called from another thread than the one that "
-                    "attached, "
-                    "and by no pipeline that the editor is attached to; such calls are left as they are. Attach in "
-                    "that "
-                    "thread, or to that pipeline, if they are to be treated",
+                    "attached, and by no pipeline that the editor is attached to; such calls are left as they are. "
+                    "Attach in that thread, or to that pipeline, if they are to be treated",
                     RuntimeWarning,
                     stacklevel=2,
                 )

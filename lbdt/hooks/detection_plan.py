@@ -172,8 +172,7 @@ class DetectionPlan:
             if ran is not None and not (self.options.steps[0] < ran[1] and ran[0] < self.options.steps[1]):
                 raise ValueError(
                     f"steps={self.options.steps}: this call goes through the steps {ran[0]} to {ran[1] - 1} of its "
-                    "schedule "
-                    "only, so nothing would be treated; attach with a window among them"
+                    "schedule only, so nothing would be treated; attach with a window among them"
                 )
 
     def _refuse_unknown(self, branches: Branches) -> None:
@@ -193,8 +192,8 @@ class DetectionPlan:
         if asked:
             raise ValueError(
                 f"{', '.join(asked)}: {branches.why}, so which of its rows belong to which image and step is not "
-                "known; "
-                "call the pipeline that the editor is attached to, state the guidance branches by attach(layout=...), "
+                "known; call the pipeline that the editor is attached to, state the guidance branches by "
+                "attach(layout=...), "
                 "e.g. layout=('uncond', 'cond'), or attach with one set and one seed for all, rows='all' and no steps"
             )
 

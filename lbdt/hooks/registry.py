@@ -167,8 +167,7 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     if mixed or vars(module).get("forward") is not last.lbdt_forward:
         raise TypeError(
             f"{type(module).__name__}: an attached editor's hooks on it are mixed with those of others, so it cannot "
-            "be "
-            "copied or saved as it is; call lbdt.detach(pipe) first"
+            "be copied or saved as it is; call lbdt.detach(pipe) first"
         )
     plain = type(module).__new__(type(module))
     plain.__dict__.update(vars(module))
