@@ -1,6 +1,8 @@
 """What the eraser and the steering baselines have in common: settings, their file, and the digest of both."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -99,3 +101,8 @@ def test_each_kind_is_an_editor_and_says_what_it_is():
     ]
     released = editor("steering", error="released")
     assert [each.has_gradient for each in (made["eraser"], made["steering"], released)] == [True, True, False]
+
+
+def test_looking_at_an_editors_concepts_loads_no_diffusers():
+    code = "import sys, lbdt; lbdt.ConceptEraser; assert 'diffusers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lbdt.activations.capture import is_compiled
-from lbdt.hooks import lookup, pipeline_calls, registry
+from lbdt.hooks import lookup, pipeline_calls
 from lbdt.hooks.call_state import CallState
 from lbdt.hooks.detection_plan import DetectionPlan, check_lengths
 from lbdt.hooks.recorder import Recorder, Row
@@ -74,9 +74,7 @@ class CallWatch:
 
     def turn(self) -> Any:
         """The lock of the denoiser, where code of it is compiled: then its calls take turns, whichever pipeline's."""
-        self.state.shared = is_compiled(self._denoiser) or is_compiled(
-            getattr(self.state.pipe, self._root, None)
-        )
+        self.state.shared = is_compiled(getattr(self.state.pipe, self._root, None))
         states = self._siblings()
         if not any(state.shared for state in states):
             return None
@@ -129,6 +127,8 @@ class CallWatch:
                 state.announce(call)
 
     def _check_modules(self, pipe: Any) -> None:
+        from lbdt.hooks import registry
+
         present = getattr(pipe, self._root, None)
         if not isinstance(present, nn.Module) or lookup.unwrap(present) is not self._denoiser:
             raise UnprotectedError(
@@ -163,8 +163,7 @@ class CallWatch:
             found.append(
                 f"timesteps {', '.join(f'{t:g}' for t in far[:8])} of this call are far from the dictionary's, "
                 f"{min(known):g} to {max(known):g}: no image is protected there; use a scheduler with such "
-                "timesteps, or "
-                "score a dictionary with this one"
+                "timesteps, or score a dictionary with this one"
             )
         return found if cut_short or not rows else found + self._window(rows, call)
 
@@ -224,6 +223,9 @@ def _is_far(timestep: float, known: list[float]) -> bool:
 
 def refuse_others(pipe: Any, block: nn.Module) -> None:
     """ValueError where something is attached to this block of the pipeline."""
+    # Imported here, so that looking at an editor's concepts does not load diffusers.
+    from lbdt.hooks import registry
+
     others = [w for w in pipeline_calls.watchers(pipe) if registry.is_registered(block, w.name)]
     if others:
         raise ValueError(

@@ -140,7 +140,16 @@ class ConceptEraser(UnetEditor):
                 )
         return blocks
 
-    def _plan(self, columns: LatentColumns, options: DetectionOptions, *tensors: Tensor) -> ErasePlan:
+    def _plan(
+        self,
+        columns: LatentColumns,
+        options: DetectionOptions,
+        *tensors: Tensor,
+        like: ErasePlan | None = None,
+    ) -> ErasePlan:
+        known = None if like is None else like.known
+        if like is None and self.avoid == AvoidedPatches.known:
+            known = self._known_latents(columns.selections)
         return ErasePlan(
             options,
             *tensors,
@@ -149,7 +158,7 @@ class ConceptEraser(UnetEditor):
             source=self.source,
             target=self.target,
             gate=self._gate_of(columns),
-            known=self._known_latents(columns.selections) if self.avoid == AvoidedPatches.known else None,
+            known=known,
         )
 
     def _digested(self) -> list[Any]:

@@ -246,7 +246,13 @@ class Steering(Strengthened, UnetEditor):
 
         return [(blocks[0], SteerHook(plan, state, recorder))]
 
-    def _plan(self, columns: LatentColumns, options: DetectionOptions, *tensors: Tensor) -> SteerPlan:
+    def _plan(
+        self,
+        columns: LatentColumns,
+        options: DetectionOptions,
+        *tensors: Tensor,
+        like: SteerPlan | None = None,
+    ) -> SteerPlan:
         sae = self.sae
         device = sae.W_dec.device
         directions = sae.W_dec.detach().float()[columns.latents.to(device)]

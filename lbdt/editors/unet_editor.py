@@ -150,7 +150,7 @@ class UnetEditor(EditorFiles, Editor):
         )
         state = CallState(pipe, row_layout(layout))
         choice("on_failure", on_failure, ON_FAILURE)
-        compiled = is_compiled(denoiser.module) or is_compiled(getattr(pipe, denoiser.root))
+        compiled = is_compiled(getattr(pipe, denoiser.root))
         with pipeline_calls.between_calls(pipe), _ATTACHING:
             self._refuse_twice(blocks[0])
             if not stack:
@@ -285,7 +285,7 @@ class UnetEditor(EditorFiles, Editor):
             padded.enabled,
             torch.tensor(seeds, dtype=torch.int64),
         )
-        return self._plan(padded, plan.options, plan.weight, plan.bias, *tensors), columns.owners
+        return self._plan(padded, plan.options, plan.weight, plan.bias, *tensors, like=plan), columns.owners
 
     def _blocks(self, denoiser: lookup.Denoiser) -> list[nn.Module]:
         """The modules that are hooked; the first one's output is changed."""
@@ -325,8 +325,15 @@ class UnetEditor(EditorFiles, Editor):
         )
 
     @abstractmethod
-    def _plan(self, columns: LatentColumns, options: DetectionOptions, *tensors: Tensor) -> DetectionPlan:
-        """The plan of what is computed in a UNet call; `tensors` are those of `_tensors`."""
+    def _plan(
+        self,
+        columns: LatentColumns,
+        options: DetectionOptions,
+        *tensors: Tensor,
+        like: DetectionPlan | None = None,
+    ) -> DetectionPlan:
+        """The plan of what is computed in a UNet call; `tensors` are those of `_tensors`. `like`: a plan of this
+        editor, from which what does not depend on the columns is taken."""
 
     @abstractmethod
     def _hooks(

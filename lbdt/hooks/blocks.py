@@ -55,8 +55,10 @@ class _Hook(ModelHook):
         try:
             return function()
         except torch.OutOfMemoryError as error:
+            # The blocks to come have to see that this call has begun, and is given up.
+            timesteps, labels = now.timesteps, now.labels
             now.clear()
-            now.acting = False
+            now.timesteps, now.labels, now.acting = timesteps, labels, False
             self.state.failed(f"out of memory in the hook ({error}): no image of this UNet call was treated")
             return None
 

@@ -108,9 +108,7 @@ def between_calls(pipe: Any) -> Iterator[None]:
     """Waits until no other thread is within a call of the pipeline: what is put on, taken off or exchanged here is so
     for whole calls. The thread that is within one itself may go on."""
     with _LOCK:
-        found = vars(pipe).get(_ATTRIBUTE)
-        if found is None:
-            found = vars(pipe)[_ATTRIBUTE] = _Watch(pipe)
+        found = _watch_of(pipe)
     _acquire(found.lock, type(pipe).__name__, "used")
     try:
         yield
@@ -129,11 +127,16 @@ def _acquire(lock: Any, name: str, what: str) -> None:
         )
 
 
+def _watch_of(pipe: Any) -> _Watch:
+    found = vars(pipe).get(_ATTRIBUTE)
+    if found is None:
+        found = vars(pipe)[_ATTRIBUTE] = _Watch(pipe)
+    return found
+
+
 def _join(pipe: Any, group: str, member: Any) -> Callable[[], None]:
     with _LOCK:
-        found = vars(pipe).get(_ATTRIBUTE)
-        if found is None:
-            found = vars(pipe)[_ATTRIBUTE] = _Watch(pipe)
+        found = _watch_of(pipe)
         members = getattr(found, group)
 
     def undo() -> None:

@@ -309,6 +309,20 @@ def test_no_memory_in_the_hook_is_an_error_or_leaves_the_images_and_says_so(pipe
         toy.images(pipe)
 
 
+def test_no_memory_at_an_earlier_block_leaves_the_images_and_says_so(pipe, monkeypatch):
+    from lbdt import ops
+
+    def none(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    base = toy.images(pipe)
+    with toy.eraser(detect_at=toy.DETECT_AT).attach(pipe, ["Cats"], on_failure="generate") as handle:
+        monkeypatch.setattr(ops, "detect_patches", none)
+        with pytest.warns(RuntimeWarning, match="out of memory in the hook"):
+            assert repeats(toy.images(pipe), base)
+        assert len(handle.report().failures) == 3
+
+
 @pytest.mark.parametrize("value", ["ignore", None, 1])
 def test_another_policy_is_refused(pipe, value):
     with pytest.raises(ValueError, match="on_failure: expected one of refuse, generate"):
