@@ -60,10 +60,6 @@ def test_a_call_within_a_call_of_the_same_pipeline_leaves_the_outer_ones_checks(
     if how == "compiled":
         compiled(pipe)
 
-    def inner(pipe):
-        toy.images(pipe, ("tree",), steps=1)
-        spoil(getattr(pipe, "unet", pipe))
-
     def inner_of(p):
         toy.images(p, ("tree",), steps=1)
         block = p.unet._orig_mod if how == "compiled" else p.unet
