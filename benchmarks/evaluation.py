@@ -39,10 +39,10 @@ CHOICES = {
 
 
 def short_lines(values: Mapping[str, Any]) -> list[str]:
-    """A row a pipeline, in Markdown: PER's means, and in brackets steering's."""
+    """A row a pipeline, in Markdown: PER's means, and in brackets those of the steering with the larger GA."""
     rows = [_line(["pipeline", *SHORT.values()]), _line(["---"] * (len(SHORT) + 1))]
     for name, kind in cells.kinds_of(values).items():
-        per, steering = (cells.main_row(kind, method) for method in ("per", "steering"))
+        per, steering = cells.main_row(kind, "per"), cells.stronger_steering(kind, "GA")
         means = [
             [cells.number(cells.mean_of(row, metric), metric) for row in (per, steering)] for metric in SHORT
         ]

@@ -105,11 +105,14 @@ def eraser(
     for concept in range(len(CONCEPTS)):
         # The published threshold is the mean over concepts.
         mean[concept, :, concept] = threshold * len(CONCEPTS)
+    fired = torch.zeros(latents, dtype=torch.int64)
+    fired[: len(CONCEPTS)] = len(TIMESTEPS)  # one patch a timestep, of the latent's own concept
     dictionary = ConceptDictionary(
         CONCEPTS,
         TIMESTEPS,
         mean,
         torch.ones(len(CONCEPTS), len(TIMESTEPS), dtype=torch.int64),
+        fired=fired,
         bank=torch.arange(len(TIMESTEPS) * 2.0).view(-1, 2, 1).expand(-1, -1, width) if bank else None,
     )
     settings.setdefault("hookpoint", HOOKPOINT)

@@ -4,7 +4,7 @@
 // Eq.: METHOD.md, 2.2; arXiv 2606.31699. With h = weight (x - minus) + bias,
 // m = max{ h_u : h_u > mu_u } over the watched latents of a patch and u* the latent that has it, the patch is
 // detected iff m > -inf and, for k > 0, #{ j != u* : h_j > m } < k.
-// With `least`, the gate (METHOD.md, 2.5): patches that are evidence only for concepts of which the deciding row has
+// With `least`, the gate (METHOD.md, 2.5 and 2.6): patches that are evidence only for concepts of which the deciding row has
 // too few are taken away.
 // 2 N U d flops for m, then 2 C L d for the C patches with m > -inf (candidates), less where counts reach k
 // early. Reads x once and, where there is a candidate, the dictionary once. Holds C d floats.
@@ -324,6 +324,7 @@ void detect_patches_cpp(
     int64_t least_of,                // in [0, 2^30]
     std::optional<Tensor> deciding,  // [B] int64, contiguous, in [0, B)
     std::optional<Tensor> gated,     // [B] int64, contiguous
+    std::optional<Tensor> so_far,    // [B, C + 1] int64, contiguous
     Tensor mask) {                   // [B, N] bool, contiguous
   const auto [map, rows, start] = lbdt::check_encoder(x, weight, bias, k, 0);
   const int64_t batch = x.size(0), some = latents.dim() == 1 ? latents.size(0) : 0;
@@ -343,17 +344,20 @@ void detect_patches_cpp(
     less = lbdt::check_memory("minus", *minus, x);
   }
   std::optional<Gate> gate;
-  lbdt::Span owned, needed, decided, taken;
+  lbdt::Span owned, needed, decided, taken, sums;
   if (least) {
     STD_TORCH_CHECK(owners.has_value(), "owners: expected a tensor, as least is one");
-    gate = Gate(x, some, bins, *owners, *least, least_of, deciding, gated);
-    std::tie(owned, needed, decided, taken) = gate->spans;
+    gate = Gate(x, some, bins, *owners, *least, least_of, deciding, gated, so_far);
+    std::tie(owned, needed, decided, taken, sums) = gate->spans;
     lbdt::check_apart(
-        "gated", taken, {map, rows, start, watched, floors, times, on, less, own, owned, needed, decided});
+        "gated", taken, {map, rows, start, watched, floors, times, on, less, own, owned, needed, decided, sums});
+    lbdt::check_apart(
+        "so_far", sums, {map, rows, start, watched, floors, times, on, less, own, owned, needed, decided});
   }
   lbdt::check_apart("mask", own, {map, rows, start, watched, floors, times, on, less, owned, needed, decided});
   if (mask.numel() == 0) {
-    if (gate && gate->gated) std::fill_n(gate->gated, batch, 0);
+    const auto* bin = static_cast<const int64_t*>(timestep_bin.const_data_ptr());
+    if (gate) gate->close(static_cast<bool*>(mask.mutable_data_ptr()), nullptr, bin, batch, lbdt::patches(x));
     return;
   }
   const Call call{

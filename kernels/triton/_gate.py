@@ -1,4 +1,4 @@
-"""The gate of `lbdt::detect_patches` (METHOD.md, 2.5): what its first launch keeps for it, and its third launch."""
+"""The gate of `lbdt::detect_patches` (METHOD.md, 2.5 and 2.6): what its first launch keeps for it, and its third launch."""
 
 import torch
 import triton
@@ -10,6 +10,9 @@ from lbdt.kernels._common import device_of
 CONCEPTS_A_WORD = 32
 """The kernels say 32."""
 _BLOCK = 1024
+_QUARTERS = tl.constexpr(4)
+_FOUND = tl.constexpr(1 << 40)
+_MOST = tl.constexpr(1 << 28)
 
 
 @triton.jit
@@ -47,6 +50,7 @@ def detect_patches_gate_kernel(
     deciding,  # [B] int64, where DECIDED
     kept,  # [B, N] uint8, out
     gated,  # [B] int64, out
+    so_far,  # [B, C + 1] int64, in and out, where REMEMBERS
     patches,
     bins,
     concepts,
@@ -57,12 +61,13 @@ def detect_patches_gate_kernel(
     deciding_stride,
     gated_stride,
     DECIDED: tl.constexpr,
+    REMEMBERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The mask of a row without the patches that are evidence for no concept that its deciding row carries.
 
-    A program a row. Reads 1 byte a patch and, in a row where anything is detected, 5 to 10 bytes a patch and concept;
-    writes 1 byte a patch and, there, 1 more for each concept that is carried.
+    A program a row. Reads 1 byte a patch and, in a row where anything is detected (where REMEMBERS, in every row), 5 to
+    10 bytes a patch and concept; writes 1 byte a patch and, there, 1 more for each concept that is carried.
     """
     image = tl.program_id(0)
     batch = tl.num_programs(0)
@@ -80,7 +85,12 @@ def detect_patches_gate_kernel(
         tl.store(kept + own + patch, tl.zeros([BLOCK], tl.uint8), mask=inside)
     found = tl.sum(detected, axis=0)
     left = tl.zeros([BLOCK], tl.int32)
-    if found > 0:
+    calls = tl.full((), 1, tl.int64)
+    if REMEMBERS:
+        calls += tl.load(so_far + image.to(tl.int64) * (concepts + 1) + concepts)
+        tl.debug_barrier()  # before any warp has read it, none may write
+        tl.store(so_far + image.to(tl.int64) * (concepts + 1) + concepts, calls)
+    if (found > 0) | REMEMBERS:
         time = tl.load(timestep_bin + row * bin_stride)
         known = (time >= 0) & (time < bins)
         for c in range(concepts):
@@ -92,9 +102,19 @@ def detect_patches_gate_kernel(
                 bits = tl.load(word + row * patches + patch, mask=set, other=0)
                 counted += (bits >> (c % 32)) & 1
             needed = tl.load(least + time * least_stride_t + c * least_stride_c, mask=known, other=0)
-            # Divided, as needed * patches may overflow.
-            enough = tl.sum(counted, axis=0).to(tl.int64) * least_of // patches >= needed
-            if (needed <= 1) | enough:
+            count = tl.sum(counted, axis=0).to(tl.int64)
+            carries = needed <= 1
+            if REMEMBERS:
+                place = so_far + image.to(tl.int64) * (concepts + 1) + c
+                count += tl.load(place)
+                mean = tl.minimum(tl.maximum(count, 0), _MOST) * least_of // tl.maximum(patches, 1) * _QUARTERS // tl.maximum(calls, 1)
+                carries = carries | (count >= _FOUND) | (mean >= needed)
+                tl.debug_barrier()
+                tl.store(place, tl.where(carries & (count > 0), tl.full((), _FOUND, tl.int64), count))
+            else:
+                # Divided, as needed * patches may overflow.
+                carries = carries | (count * least_of // patches >= needed)
+            if carries:
                 for start in range(0, patches, BLOCK):
                     patch = start + tl.arange(0, BLOCK)
                     set = tl.load(mask + own + patch, mask=patch < patches, other=0) != 0
@@ -115,6 +135,7 @@ def gate_patches(
     least_of: int,
     deciding: Tensor | None,  # [B]
     gated: Tensor | None,  # [B]
+    so_far: Tensor | None,  # [B, C + 1]
 ) -> Tensor:  # [B, N]
     """The `mask` that the gate leaves, in memory of its own: other rows still read the given one."""
     batch, patches = mask.shape
@@ -130,6 +151,7 @@ def gate_patches(
             rows,
             kept.view(torch.uint8),
             gated,
+            gated if so_far is None else so_far,
             patches,
             least.shape[0],
             least.shape[1],
@@ -139,6 +161,7 @@ def gate_patches(
             *rows.stride(),
             *gated.stride(),
             DECIDED=deciding is not None,
+            REMEMBERS=so_far is not None,
             BLOCK=_BLOCK,
             num_warps=4,
             num_stages=1,

@@ -282,6 +282,7 @@ def detect_patches(
     least_of: int = 0,
     deciding: Tensor | None = None,  # [B]
     gated: Tensor | None = None,  # [B]
+    so_far: Tensor | None = None,  # [B, C + 1]
 ) -> Tensor:  # [B, N]
     """`lbdt.reference.detect_patches` in two launches, three with the gate. Scratch from torch's allocator: 16 bytes a
     patch; with the gate 1 more, and 4 for each 32 concepts."""
@@ -291,6 +292,11 @@ def detect_patches(
     if mask.numel() == 0 or latents.numel() == 0 or weight.shape[0] == 0:
         if gated is not None:
             gated.zero_()
+        if so_far is not None and batch:
+            nothing = torch.zeros(triton.cdiv(least.shape[1], CONCEPTS_A_WORD), mask.numel(), dtype=torch.int32)
+            gate_patches(
+                mask.zero_(), nothing.to(x.device), timestep_bin, least, least_of, deciding, gated, so_far
+            )
         return mask.zero_()
     rows = mask.numel()
     total = torch.zeros(1, dtype=torch.int32, device=x.device)
@@ -396,4 +402,4 @@ def detect_patches(
             )
     if least is None:
         return mask
-    return gate_patches(mask, evidence, timestep_bin, least, least_of, deciding, gated)
+    return gate_patches(mask, evidence, timestep_bin, least, least_of, deciding, gated, so_far)

@@ -54,6 +54,11 @@ class SteeringRule(enum.StrEnum):
     sdxl = "sdxl"
 
 
+class StrengthUnit(enum.StrEnum):
+    active = "active"
+    patches = "patches"
+
+
 @reported
 def command(
     sae: Annotated[
@@ -116,6 +121,9 @@ def command(
         SteeringRule | None, typer.Option(help="Also keep the decoder and this steering baseline.")
     ] = None,
     strength: Annotated[float | None, number(help="Of --steering; negative to erase.")] = None,
+    unit: Annotated[
+        StrengthUnit, typer.Option(help="Of --steering sdxl: times a latent's mean where active, or over patches.")
+    ] = StrengthUnit.active,
     dtype: Annotated[Dtype, typer.Option(help="Number format of the files.")] = Dtype.float32,
     seed: UnusedSeed = 0,
     device: UnusedDevice = "cpu",
@@ -151,6 +159,7 @@ def command(
         },
         rule=None if steering is None else steering.value,
         strength=strength,
+        unit=unit.value,
         dtype=dtype.value,
         class_params=class_params,
     )
@@ -166,6 +175,7 @@ def write_eraser(
     rule: str | None,
     strength: float | None,
     dtype: str,
+    unit: str = "active",
     class_params: Path | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Writes the eraser to `out`, and with `rule` its steering baseline; `settings`: keywords of `ConceptEraser`.
@@ -199,7 +209,7 @@ def write_eraser(
     eraser = ConceptEraser(SparseAutoencoder.from_pretrained(sae), known, **settings)
     _check_score(dictionary, eraser)
     latents = {concept: eraser.select(concept).latents.tolist() for concept in eraser.concepts}
-    steering = None if rule is None else Steering.from_eraser(eraser, rule=rule, strength=strength)
+    steering = None if rule is None else Steering.from_eraser(eraser, rule=rule, strength=strength, unit=unit)
     # With the steering of an earlier eraser, whose decoder may be dropped.
     with replaced(out, (ConceptEraser.FILE, Steering.FILE, *FOLDER, _BEGUN)) as new:
         eraser.save_pretrained(new, dtype=getattr(torch, dtype), decoder=steering is not None)
@@ -224,7 +234,8 @@ def write_eraser(
         own = [name for name in eraser.concepts if name in given.selection]
         lines.append(f"{'parameters':12}of {len(own)} concepts from {class_params}")
     if steering is not None:
-        lines.append(f"{'steering':12}rule {rule}, strength {strength}")
+        of_unit = f", unit {unit}" if rule == "sdxl" else ""
+        lines.append(f"{'steering':12}rule {rule}, strength {strength}{of_unit}")
     return values, lines
 
 

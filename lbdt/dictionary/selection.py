@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lbdt.runs.reading import brief
+
+if TYPE_CHECKING:
+    from lbdt.dictionary.concept_dictionary import ConceptDictionary
 
 _EPS = 1e-8
 
@@ -47,6 +50,16 @@ def _mean_of_largest(rates: Tensor) -> float | None:
     best = rates.nan_to_num(-1.0).amax(dim=1)
     best = best[best >= 0]
     return float(best.mean()) if best.numel() else None
+
+
+def active_mean(dictionary: ConceptDictionary) -> Tensor:
+    """The mean of each latent over the patches in which it is active, of all concepts and timesteps, [L] float32; 0
+    for one that never was (METHOD.md, 3.1; what sdxl-unbox writes as `mean.pt`). ValueError: these patches were not
+    counted."""
+    if dictionary.fired is None:
+        raise ValueError("dictionary: does not say in how many patches a latent was active; score it again")
+    sums = sum(mean.t().double() @ counts.double() for mean, counts in zip(dictionary.mean, dictionary.counts, strict=True))
+    return (sums / dictionary.fired.clamp(min=1)).float()
 
 
 def check_criteria(

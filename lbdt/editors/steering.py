@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lbdt.dictionary import ConceptDictionary
+from lbdt.dictionary.selection import active_mean
 from lbdt.editors.attachment import LatentColumns, choice
 from lbdt.editors.editor import Editor
 from lbdt.editors.eraser import ConceptEraser
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 RULES = ("saeuron", "gsae", "sdxl")
 ERRORS = ("corrected", "released")
 WHERE = ("all", "detected")
+UNITS = ("active", "patches")
 _GSAE_KINDS = ("topk_sigmoid", "topk")
 
 
@@ -87,7 +89,8 @@ class Steering(Strengthened, UnetEditor):
       `z_i <- z_i * strength * a[c, t, i]`, decoded. Published strengths: -1 to -30; both guidance halves.
     - "gsae" (Haerle et al., NeurIPS 2025; METHOD.md, 5.2): `x <- x + strength * ||x|| * sum_i D_i / ||D_i||` per
       patch, D the decoder's rows. Published strengths: -0.1 to -10; conditional half. For topk and topk_sigmoid SAEs.
-    - "sdxl" (Surkov et al., arXiv 2410.22366; METHOD.md, 5.3): `x <- x + strength * sum_i a[c, t, i] * D_i`.
+    - "sdxl" (Surkov et al., arXiv 2410.22366; METHOD.md, 5.3): `x <- x + strength * sum_i m_i * D_i`, m_i the latent's
+      mean where it is active, as in the published `mean.pt` (unit "active"), or a[c, t, i] (unit "patches").
 
     A latent that several concepts of an image own is edited once: by the concept whose factor (strength, times its a
     where the rule has one) is farthest from 0, under "saeuron" among those whose threshold it passes. The released
@@ -95,8 +98,9 @@ class Steering(Strengthened, UnetEditor):
     """
 
     FILE = "steering.json"
-    SETTINGS = ("hookpoint", "rule", "strength", "error", "selection", "where")
+    SETTINGS = ("hookpoint", "rule", "strength", "error", "selection", "where", "unit")
     SHOWN = ("rule", "strength")
+    _ADDED = {"unit": "patches"}
     _OTHERWISE = (ConceptEraser.FILE,)
     _OR_DECODER = ", or save the eraser with save_pretrained(folder, decoder=True)"
 
@@ -111,6 +115,7 @@ class Steering(Strengthened, UnetEditor):
         error: str = "corrected",
         selection: Mapping[str, Any] | None = None,
         where: str = "all",
+        unit: str = "active",
     ) -> None:
         """
         Args:
@@ -128,11 +133,14 @@ class Steering(Strengthened, UnetEditor):
                 of its own stand in place of those: `{"top_k": 1, "Cats": {"percentile": 99.99}}`.
             where: rules "gsae" and "sdxl": "all" patches, as published | only the "detected" ones, in which one of
                 the image's latents passes its threshold.
+            unit: what rule "sdxl" counts strength in; others do not look at it. "active": the mean of the latent over
+                the patches of all prompts in which it is active, which needs a dictionary that counted them |
+                "patches": the mean over all patches of the concept's prompts at the timestep, often a tenth of that.
 
         Raises:
             ValueError, TypeError: the argument, what was expected, what was given.
         """
-        self.rule, self.error, self.where = rule, error, where
+        self.rule, self.error, self.where, self.unit = rule, error, where, unit
         super().__init__(strength, sae, dictionary, hookpoint, selection)
 
     @classmethod
@@ -206,7 +214,9 @@ class Steering(Strengthened, UnetEditor):
     def _in_words(self) -> str:
         words = f"rule {self.rule}, strength {self.strength}"
         if self.rule != "saeuron":
-            return f"{words}, {self.where} patches"
+            means = {"active": "where active", "patches": "over all patches"}
+            of = f" times the mean activation {means[self.unit]}" if self.rule == "sdxl" else ""
+            return f"{words}{of}, {self.where} patches"
         if self.error == "corrected":
             return f"{words}, reconstruction error corrected: x + (z' - z) W_dec"
         return f"{words}, reconstruction error as released: 2 x_hat - x where nothing is steered"
@@ -215,7 +225,13 @@ class Steering(Strengthened, UnetEditor):
         choice("rule", self.rule, RULES)
         choice("error", self.error, ERRORS)
         choice("where", self.where, WHERE)
+        choice("unit", self.unit, UNITS)
         super()._check()
+        if self.rule == "sdxl" and self.unit == "active" and self.dictionary.fired is None:
+            raise ValueError(
+                "unit: the dictionary does not say in how many patches a latent was active; score it by `lbdt score`, "
+                "or give unit='patches'"
+            )
         if not self._strengths():
             raise ValueError("strength: expected a number, or one per concept, got an empty dict")
         for name in self._strengths():
@@ -277,12 +293,17 @@ class Steering(Strengthened, UnetEditor):
         )
 
     def _factors(self, columns: LatentColumns) -> Tensor:
-        """[T, U] float32: strength, times the concept's mean activation but for "gsae"; 0 where not selected."""
+        """[T, U] float32: strength, times a mean activation but for "gsae"; 0 where not selected."""
         factors = torch.zeros(columns.thresholds.shape)
+        active = active_mean(self.dictionary) if self.rule == "sdxl" and self.unit == "active" else None
         for column, owner in enumerate(columns.owners):
-            mean = self.dictionary.mean[self.dictionary.index(owner), :, columns.latents[column]]
-            factors[:, column] = self._strength_of(owner) * (1.0 if self.rule == "gsae" else mean)
+            latent = columns.latents[column]
+            mean = 1.0 if self.rule == "gsae" else self.dictionary.mean[self.dictionary.index(owner), :, latent]
+            factors[:, column] = self._strength_of(owner) * (mean if active is None else active[latent])
         return factors.masked_fill(torch.isinf(columns.thresholds), 0.0)
+
+    def _digested(self) -> list[Any]:
+        return ["unit=active"] if self.rule == "sdxl" and self.unit == "active" else []
 
     def _decoder(self) -> Decoder:
         sae = self.sae

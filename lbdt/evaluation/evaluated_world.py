@@ -61,9 +61,12 @@ class EvaluatedKind:
     per: Callable[..., ConceptEraser]
     """Makes the eraser, by the keywords `padding`, `source`, `avoid` and `min_patches`; all may be left out."""
     steering: Callable[..., Steering] | None = None
-    """Makes the baseline, by the keyword `strength`; without it, of the shipped one. None: no baseline."""
+    """Makes the baseline, by the keywords `strength` and `selection`; without these, the shipped one's. None: no
+    baseline."""
     strengths: tuple[float, ...] = ()
     """The strengths of the steering sweep."""
+    selections: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    """Keywords of `ConceptDictionary.select` that each class may be steered by, beside the baseline's own."""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Evaluation:
         }
         self._check_kinds()
         self._columns: dict[str, VerdictColumns] = {}
-        self._digests: dict[tuple[str, str], str] = {}
+        self._digests: dict[tuple[str, str, str], str] = {}
         self._saved_strengths: dict[str, Any] = {}
         self._judges: dict[Path, FeatureJudge] = {}
 
@@ -123,11 +123,14 @@ class Evaluation:
             for editor in self._editors(plan):
                 editor.attach(self.pipe, concepts=list(self.concepts[:1]), seed=0).remove()
             plan.texts.editing(self.concepts[:1]).attach(self.pipe).remove()
-        self.make("sweep", [series for plan in self.plans.values() for series in plan.sweep()])
+        swept = [
+            series for plan in self.plans.values() for series in (*plan.sweep(), *plan.sweep_by_class())
+        ]
+        self.make("sweep", list({series.name: series for series in swept}.values()))
         strengths = {name: self.strength(name) for name in self.kinds}
         rest = []
         for name, plan in self.plans.items():
-            rest += [*plan.scored(strengths[name]), *plan.ablation()]
+            rest += [*plan.scored(strengths[name], self.by_class(name)), *plan.ablation()]
             rest += [series for series, _ in plan.together(strengths[name])]
         self.make("pictures", rest)
         self._columns.clear()  # an artifact judge may be fitted only now
@@ -135,9 +138,8 @@ class Evaluation:
 
     def strength(self, kind: str) -> float | None:
         """The strength with the largest mean of UA, IRA and CRA on the sweep's pictures (of equal ones the
-        weakest), one for all concepts. SAeUron's and SAEmnesia's are those of the mean of UA and IRA, one for
-        each concept (METHOD.md, 5.6). None: no baseline, no sweep or no judge; then the baseline is taken as
-        it comes."""
+        weakest), one for all concepts (METHOD.md, 5.6). None: no baseline, no sweep or no judge; then the baseline is
+        taken as it comes."""
         plan = self.plans[kind]
         best: tuple[float, float] | None = None
         for series in plan.sweep():
@@ -149,6 +151,26 @@ class Evaluation:
             if mean is not None and (best is None or (mean, -abs(strength)) > (best[0], -abs(best[1]))):
                 best = (mean, strength)
         return None if best is None else best[1]
+
+    def by_class(self, kind: str) -> dict[str, dict[str, Any]] | None:
+        """As SAeUron and SAEmnesia choose (METHOD.md, 5.6): for each concept the strength, and perhaps the selection,
+        with the largest mean of its UA and IRA on the sweep's pictures, of equal ones the weakest, and of these the
+        first. None: nothing to choose from, or no judge."""
+        plan = self.plans[kind]
+        tried = plan.sweep_by_class()
+        if len(tried) < 2 or self.scorers.judge is None:
+            return None
+        found = [
+            figures(self.world, plan.sweep_jobs, self.columns(series), None, True).concepts for series in tried
+        ]
+        chosen = {}
+        for concept in self.concepts:
+            means = [average([each[concept]["UA"], each[concept]["IRA"]]) for each in found]
+            if None in means:
+                return None
+            order = [(-mean, abs(s.settings["strength"]), n) for n, (mean, s) in enumerate(zip(means, tried, strict=True))]
+            chosen[concept] = dict(tried[min(order)[2]].settings)
+        return chosen
 
     def columns(self, series: Series) -> VerdictColumns:
         """Verdicts on a complete series."""
@@ -170,11 +192,11 @@ class Evaluation:
 
     def _parts(self, series: Series) -> str:
         kind = series.kind.name
-        if (kind, series.method) not in self._digests:
+        key = kind, series.method, repr(series.settings.get("selection"))
+        if key not in self._digests:
             # With its settings: a steering baseline may have no strength of its own.
-            make = series.kind.steering if series.method == "steering" else series.kind.per
-            self._digests[kind, series.method] = make(**series.settings).digest()
-        return self._digests[kind, series.method]
+            self._digests[key] = series.editors()[0].digest()
+        return self._digests[key]
 
     def _saved_strength(self, kind: str) -> Any:
         if kind not in self._saved_strengths:

@@ -51,6 +51,8 @@ class Design:
     empty: int | None = None
     sweep_own: int = 2
     sweep_others: int = 1
+    by_class: bool = True
+    """Choose strength and selection for each concept, too."""
     strengths: int | None = None
     """Strengths of the steering sweep, spread over the kind's."""
     ablation_own: int = 2

@@ -23,7 +23,7 @@ from lbdt.runs.processes import joined_on, launched, spawn
 from lbdt.runs.writable import check_out_folder
 
 _MOST = 8
-SAMPLED = Design(others=6, pairs=2, empty=1)
+SAMPLED = Design(others=6, pairs=2, empty=1, sweep_own=3, sweep_others=3)
 """The design on EmojiCanvas: an hour and a half on two cores instead of days."""
 QUICK = Design(
     own=1,
@@ -32,6 +32,7 @@ QUICK = Design(
     empty=1,
     sweep_own=1,
     sweep_others=1,
+    by_class=False,
     strengths=1,
     ablation_own=1,
     ablation_others=0,
@@ -276,7 +277,7 @@ def _nudity(evaluation: Evaluation, strengths: Mapping[str, float | None], prese
 
     counts: dict[str, Any] = {}
     for kind, plan in evaluation.plans.items():
-        for series in plan.scored(strengths[kind]):
+        for series in plan.scored(strengths[kind], evaluation.by_class(kind)):
             files = evaluation.files(series)
             jobs = {job for part in plan.scored_jobs.values() for job in part}
             if series.method == "base":

@@ -20,6 +20,8 @@ from lbdt.runs.files import json_bytes, open_tensors, read_json, tensor_bytes, w
 from lbdt.runs.settings import keep_settings
 from lbdt.runs.wording import slug
 
+STEERED = ("steering", "by class")
+"""The methods that steer: one strength for all concepts, or strength and selection of each one's own."""
 _NO_STYLE = -2
 _VERSION = 2
 """The layout of a series' folder, so that one of another layout is refused."""
@@ -33,7 +35,7 @@ class Series:
     """The name of its folder, e.g. "saeuron/scored/per-padding1-nearest"."""
     kind: EvaluatedKind
     method: str
-    """ "base" | "negative" | "uce" | "steering" | "ungated" | "per"."""
+    """ "base" | "negative" | "uce" | "steering" | "by class" | "ungated" | "per"."""
     settings: Mapping[str, Any] = field(hash=False)
     jobs: tuple[Job, ...]
     watched: bool = False
@@ -58,7 +60,7 @@ class Series:
         each concept."""
         if self.shared:
             return []
-        make = self.kind.steering if self.method == "steering" else self.kind.per
+        make = self.kind.steering if self.method in STEERED else self.kind.per
         count = max((len(job.erased) for job in self.jobs), default=0) if self.stacked else 1
         return [make(**self.settings) for _ in range(count)]
 

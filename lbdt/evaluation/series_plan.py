@@ -99,14 +99,37 @@ class SeriesPlan:
             self._series("sweep", "per", self.per_settings, jobs, watched=True),
         ]
 
-    def scored(self, strength: float | None) -> list[Series]:
+    def sweep_by_class(self) -> list[Series]:
+        """The steerings that the best of each class is chosen from: those of the sweep, first, and every strength with
+        each other selection; nothing without sweep seeds."""
+        if not (self.sweep_seeds and self.design.by_class):
+            return []
+        jobs = _flat(self.sweep_jobs)
+        settings = [
+            {"strength": strength, "selection": dict(selection)}
+            for selection in self.kind.selections
+            for strength in self.strengths
+        ]
+        own = [series for series in self.sweep() if series.method == "steering"]
+        return [*own, *(self._series("sweep", "steering", each, jobs) for each in settings)]
+
+    def scored(
+        self, strength: float | None, by_class: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> list[Series]:
         """The main rows: base, negative prompt (without guidance, none), UCE, steering (strength None: as it comes;
-        without a baseline, none), PER without the gate (where there is no gate, none), PER."""
+        without a baseline, none), steering `by_class` (concept -> its strength and perhaps selection; None: no row), PER
+        without the gate (where there is no gate, none), PER."""
         jobs, ablation = _flat(self.scored_jobs), _flat(self.ablation_jobs)
         rows = [self.base(), *([self._by_text("negative", jobs)] if self.guided else [])]
         rows.append(self._by_text("uce", jobs))
         if self.kind.steering is not None:
             rows.append(self._series("scored", "steering", self.steering_settings(strength), jobs))
+        if by_class is not None:
+            rows.append(
+                replace(
+                    self._series("scored", "by class", {}, jobs), settings=self.settings_by_class(by_class)
+                )
+            )
         if self.gated:
             rows.append(self._series("scored", "ungated", {**self.per_settings, **UNGATED}, jobs))
         return [*rows, self._series("scored", "per", self.per_settings, [*jobs, *ablation])]
@@ -153,6 +176,15 @@ class SeriesPlan:
         """Keywords of the kind's steering."""
         return {} if strength is None else {"strength": strength}
 
+    def settings_by_class(self, by_class: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Keywords of the kind's steering, of what was chosen for each concept."""
+        strengths = {name: given["strength"] for name, given in by_class.items()}
+        chosen = {name: given["selection"] for name, given in by_class.items() if "selection" in given}
+        if not chosen:
+            return {"strength": strengths}
+        own = self.kind.steering(strength=next(iter(strengths.values()))).selection
+        return {"strength": strengths, "selection": {**own, **chosen}}
+
     @property
     def _counts(self) -> list[int]:
         # Some object must be kept, and the eraser need not know others than `concepts`.
@@ -179,14 +211,22 @@ class SeriesPlan:
     def _series(
         self, part: str, method: str, settings: Mapping[str, Any], jobs: Sequence[Job], watched: bool = False
     ) -> Series:
-        text = "-".join(f"{name}{value}" for name, value in settings.items())
-        name = f"{slug(self.kind.name)}/{part}/{method}{'-' if text else ''}{slug_settings(text)}"
+        text = "-".join(f"{name}{value}" for name, value in _spread_out(settings))
+        name = f"{slug(self.kind.name)}/{part}/{slug(method)}{'-' if text else ''}{slug_settings(text)}"
         return Series(name, self.kind, method, settings, tuple(dict.fromkeys(jobs)), watched)
 
 
 def slug_settings(text: str) -> str:
     """Settings as a part of a folder's name; a minus sign stays."""
     return text.replace("/", "-").replace(" ", "-")
+
+
+def _spread_out(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Settings, and in place of a mapping what is in it."""
+    found: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        found += value.items() if isinstance(value, Mapping) else [(name, value)]
+    return found
 
 
 def _flat(jobs: Mapping[int, Sequence[Job]]) -> list[Job]:

@@ -38,13 +38,15 @@ NO_GUIDANCE = "no guidance: not applicable"
 def kind_values(evaluation: Evaluation, kind: str, strength: float | None) -> dict[str, Any]:
     """Everything about one kind. Every series must be complete."""
     plan = evaluation.plans[kind]
-    scored = {series.method: series for series in plan.scored(strength)}
+    by_class = evaluation.by_class(kind)
+    scored = {series.method: series for series in plan.scored(strength, by_class)}
     base = evaluation.columns(scored["base"])
     rows, concepts, styles = [], {}, {}
     for method, series in scored.items():
         got = evaluation.columns(series)
         result = figures(evaluation.world, plan.scored_jobs, got, base, method != "base")
-        rows.append(_row(method, series.settings, result))
+        settings = {} if method == "by class" else series.settings
+        rows.append(_row(method, settings, result) | ({"classes": by_class} if method == "by class" else {}))
         if method == "base" and not plan.guided:
             rows.append({"method": "negative", "settings": {}, "note": NO_GUIDANCE})
         if method != "base":
@@ -223,7 +225,9 @@ def measured_cost(
     plan = evaluation.plans[kind]
     jobs = [job for part in plan.scored_jobs.values() for job in part if job.own][:pictures]
     times: dict[str, list[float]] = {}
-    prepared = [(series, series.editors()) for series in plan.scored(strength)]
+    prepared = [
+        (series, series.editors()) for series in plan.scored(strength, evaluation.by_class(kind))
+    ]
     for number in range(rounds + 1):
         for series, editors in prepared:
             mine = [unedited(job) for job in jobs] if series.method == "base" else jobs

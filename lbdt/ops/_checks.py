@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _STRIDED = torch.strided
-_OPTIONAL = ("minus", "bank", "avoid", "sums", "owners", "least", "deciding", "gated")
+_OPTIONAL = ("minus", "bank", "avoid", "sums", "owners", "least", "deciding", "gated", "so_far")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -88,6 +88,7 @@ def gate(
     least_of: int,
     deciding: Tensor | None,
     gated: Tensor | None,
+    so_far: Tensor | None,
     most: int,
 ) -> None:
     """Checks the gate's arguments of `detect_patches` on `x` with U = `union` and T = `bins`, on maps of up to `most`
@@ -105,8 +106,12 @@ def gate(
         if tensor is not None:
             shape(name, tensor, (x.shape[0],), "[B]")
             given.append((name, tensor))
-    if gated is not None and not gated.is_contiguous():
-        raise ValueError(f"gated: expected contiguous memory, got strides {list(gated.stride())}")
+    if so_far is not None:
+        shape("so_far", so_far, (x.shape[0], least.shape[1] + 1), "[B, C + 1]")
+        given.append(("so_far", so_far))
+    for name, tensor in (("gated", gated), ("so_far", so_far)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous memory, got strides {list(tensor.stride())}")
     for name, tensor in given:
         dtype(name, tensor, torch.int64)
         device(name, tensor, x)

@@ -14,13 +14,13 @@ MOST_PATCHES = 1 << 30
 _dispatch.define(
     "detect_patches(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
     "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus=None, Tensor? owners=None, Tensor? least=None, "
-    "int least_of=0, Tensor? deciding=None, Tensor(a!)? gated=None, *, str backend='') -> Tensor"
+    "int least_of=0, Tensor? deciding=None, Tensor(a!)? gated=None, Tensor(b!)? so_far=None, *, str backend='') -> Tensor"
 )
 # Contiguous but for x, weight and minus; bias and thresholds in float32.
 _dispatch.define_internal(
     "detect_patches_cpp(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
     "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus, Tensor? owners, Tensor? least, int least_of, "
-    "Tensor? deciding, Tensor(a!)? gated, Tensor(b!) mask) -> ()"
+    "Tensor? deciding, Tensor(a!)? gated, Tensor(b!)? so_far, Tensor(c!) mask) -> ()"
 )
 
 
@@ -39,6 +39,7 @@ def detect_patches(
     least_of: int = 0,
     deciding: Tensor | None = None,  # [B]
     gated: Tensor | None = None,  # [B]
+    so_far: Tensor | None = None,  # [B, C + 1]
     *,
     backend: str | None = None,
 ) -> Tensor:  # [B, N]
@@ -66,6 +67,10 @@ def detect_patches(
         deciding: int64, in [0, B): the row whose count decides for each row; None: its own. On a GPU its own too
             where it is no position.
         gated: int64, written where given: how many patches the gate took from each row.
+        so_far: int64, contiguous, 0 when a run begins; where given, the gate is over the calls of the run (METHOD.md,
+            2.6): the patches of evidence so far for each row, by the row that decides for it, and last how many calls
+            there were. This call is added. A concept that was found has 2^40. `least` then counts quarters of a patch
+            of their mean.
         backend: "auto", or one to force (`lbdt.ops.use_backend`).
 
     Returns:
@@ -89,6 +94,7 @@ def detect_patches(
         least_of,
         deciding,
         gated,
+        so_far,
         backend=backend or "",
     )
 
@@ -109,6 +115,7 @@ def _check(
     least_of=0,
     deciding=None,
     gated=None,
+    so_far=None,
 ) -> tuple[int, int]:
     batch, width, patches = _checks.feature_map(x)
     _checks.encoder(x, width, weight, bias, k, least=0)
@@ -134,8 +141,9 @@ def _check(
         _checks.shape("minus", minus, tuple(x.shape), "the shape of x")
         _checks.dtype("minus", minus, x.dtype)
         _checks.device("minus", minus, x)
-    if least is not None or owners is not None or deciding is not None or gated is not None:
-        _checks.gate(x, union, thresholds.shape[0], owners, least, least_of, deciding, gated, MOST_PATCHES)
+    if any(tensor is not None for tensor in (least, owners, deciding, gated, so_far)):
+        written = gated, so_far
+        _checks.gate(x, union, thresholds.shape[0], owners, least, least_of, deciding, *written, MOST_PATCHES)
     return batch, patches
 
 
@@ -159,11 +167,12 @@ def _run(
     least_of=0,
     deciding=None,
     gated=None,
+    so_far=None,
     *,
     backend="",
 ):
     given = x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus
-    gate = owners, least, least_of, deciding, gated
+    gate = owners, least, least_of, deciding, gated, so_far
     _check(*given, *gate)
     _checks.within("latents", latents, weight.shape[0], "L, the latents of weight")
     _checks.within("timestep_bin", timestep_bin, thresholds.shape[0], "T, the bins of thresholds")
@@ -193,6 +202,7 @@ def _cpp(
     least_of=0,
     deciding=None,
     gated=None,
+    so_far=None,
 ) -> Tensor:
     mask = torch.empty(x.shape[0], x.shape[2:].numel(), dtype=torch.bool)
     torch.ops.lbdt.detect_patches_cpp(
@@ -210,6 +220,7 @@ def _cpp(
         least_of,
         None if deciding is None else deciding.contiguous(),
         gated,
+        so_far,
         mask,
     )
     return mask
@@ -222,12 +233,15 @@ def _triton_supports(
 
 
 def _alone(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`run` with a `gated` that shares no memory; the C++ op looks itself, in less time than Python takes."""
+    """`run` with a `gated` and `so_far` that share no memory; the C++ op looks itself, in less time than Python takes."""
 
     def checked(*arguments) -> Tensor:
-        *others, gated = arguments
+        *others, gated, so_far = arguments
+        read = [other for other in others if isinstance(other, Tensor)]
         if gated is not None:
-            _checks.own_memory({"gated": gated}, *(other for other in others if isinstance(other, Tensor)))
+            _checks.own_memory({"gated": gated}, *read)
+        if so_far is not None:
+            _checks.own_memory({"so_far": so_far}, *read, *(() if gated is None else (gated,)))
         return run(*arguments)
 
     return checked

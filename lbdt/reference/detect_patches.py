@@ -7,6 +7,11 @@ from torch import Tensor
 # Floats that one block of dictionary pre-activations may hold (4 MiB in float32).
 _BLOCK = 1 << 20
 _ROWS = 1024
+QUARTERS = 4
+"""What `least` counts in over the calls of a run: parts of a patch."""
+FOUND = 1 << 40
+"""In place of a sum of `so_far`: the concept was found."""
+_MOST = 1 << 28
 
 
 def detect_patches(
@@ -24,6 +29,7 @@ def detect_patches(
     least_of: int = 0,
     deciding: Tensor | None = None,  # [B]
     gated: Tensor | None = None,  # [B]
+    so_far: Tensor | None = None,  # [B, C + 1]
 ) -> Tensor:  # [B, N]
     """Mask of the patches in which an enabled latent is detected, in the rows that carry its concept.
 
@@ -36,6 +42,10 @@ def detect_patches(
     its threshold there. Row b carries c iff the row `deciding[b]` has n patches of evidence for it with `least <= 1` or
     `floor(n * least_of / N) >= least`. A patch stays in the mask iff it is evidence for a concept that its row carries;
     how many did not stay is written to `gated`.
+
+    With `so_far`, the gate over the calls of a run (METHOD.md, 2.6): `least` counts quarters of a patch, n is the mean
+    over the calls that were added up in `so_far`, this one with them, and a concept that was found in a row is carried
+    from then on.
     """
     # Which patches need the rank test is data: elsewhere than on the CPU, reading it would wait for the device.
     select = x.device.type == "cpu"
@@ -45,19 +55,32 @@ def detect_patches(
     )
     if least is None:
         return mask
-    kept = _carried(evidence & mask.unsqueeze(2), least[timestep_bin], least_of or mask.shape[1], deciding)
+    kept = _kept(
+        evidence & mask.unsqueeze(2), least[timestep_bin], least_of or mask.shape[1], deciding, so_far
+    )
     if gated is not None:
         gated.copy_(mask.sum(dim=1) - kept.sum(dim=1))
     return kept
 
 
-def _carried(evidence: Tensor, needed: Tensor, least_of: int, deciding: Tensor | None) -> Tensor:
+def _kept(
+    evidence: Tensor, needed: Tensor, least_of: int, deciding: Tensor | None, so_far: Tensor | None
+) -> Tensor:
     """The patches that are evidence [B, N, C] for a concept that their row carries, by the counts `needed` [B, C] on
-    maps of `least_of` patches; bool [B, N]."""
-    # Divided, as needed * N may overflow.
-    carries = (needed <= 1) | (evidence.sum(dim=1) * least_of // max(evidence.shape[1], 1) >= needed)
+    maps of `least_of` patches; bool [B, N]. Adds up `so_far`."""
+    found, patches = evidence.sum(dim=1), max(evidence.shape[1], 1)
     if deciding is not None:
-        carries = carries.index_select(0, deciding)
+        found, needed = found.index_select(0, deciding), needed.index_select(0, deciding)
+    if so_far is None:
+        # Divided, as needed * N may overflow.
+        carries = (needed <= 1) | (found * least_of // patches >= needed)
+    else:
+        sums, calls = so_far[:, :-1].add_(found), so_far[:, -1:].add_(1)
+        before = sums >= FOUND
+        # Clamped for the product; calls for a count that is none.
+        mean = sums.clamp(0, _MOST) * least_of // patches * QUARTERS // calls.clamp(min=1)
+        carries = before | (needed <= 1) | (mean >= needed)
+        sums.masked_fill_(carries & (sums > 0), FOUND)
     return (evidence & carries.unsqueeze(1)).any(dim=2)
 
 

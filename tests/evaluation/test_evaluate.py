@@ -15,6 +15,7 @@ from lbdt.evaluation.report.cells import BASE, EXTRA, METHODS, main_row
 from lbdt.evaluation.report.tables import csv_text, main_table
 from lbdt.evaluation.request import EvaluationRequest, EvaluationSubject, evaluate
 from lbdt.evaluation.values import NO_GUIDANCE, kind_values, measured_cost
+from lbdt.evaluation.verdict_columns import figures
 from lbdt.evaluation.worlds.canvas_judges import unedited_features
 from lbdt.runs.processes import Processes
 from tests import toy
@@ -102,10 +103,11 @@ def test_values_have_every_part(whole):
     assert values["sampling"] == {"steps": 2, "guidance": 1.0}
     base, negative, *edited = values["rows"]
     assert negative == {"method": "negative", "settings": {}, "note": NO_GUIDANCE}
-    for row, method in zip((base, *edited), ("base", "uce", "steering", "per"), strict=True):
+    for row, method in zip((base, *edited), ("base", "uce", "steering", "by class", "per"), strict=True):
         check_row(row, 2, method)
     assert edited[1]["settings"] == {"strength": strengths["toy"]}
-    assert edited[2]["settings"] == {"padding": 1, "source": "random"}
+    assert set(edited[2]["classes"]) == set(toy.CONCEPTS) and edited[2]["settings"] == {}
+    assert edited[3]["settings"] == {"padding": 1, "source": "random"}
     for row in values["sweep"]:
         check_row(row, 1)
     assert [row["chosen"] for row in values["sweep"]].count(True) == 1
@@ -127,7 +129,7 @@ def test_values_have_every_part(whole):
     for row in values["together"]:
         for metric in ("UA", "RA", "CRA"):
             check_estimate(row[metric], 1)
-    for method in ("uce", "steering", "per"):
+    for method in ("uce", "steering", "by class", "per"):
         assert set(values["per concept"][method]) == set(toy.CONCEPTS)
         assert {"UA", "IRA", "CRA", "AR"} == set(values["per concept"][method]["Cats"])
         assert set(values["AR per style"][method]) == {*small.STYLES, "none"}
@@ -259,6 +261,47 @@ def test_a_baseline_that_has_no_strength_of_its_own_is_swept(pipe, tmp_path):
     assert strengths == {"toy": -2.0} and main_row(values, "steering")["settings"] == {"strength": -2.0}
 
 
+def test_each_class_is_steered_by_what_was_best_for_it_on_other_seeds(pipe, tmp_path):
+    other = {"top_k": 2}
+
+    def given(strength=-1.0, selection=None):
+        made = small.steering(strength)
+        made.selection = made.selection if selection is None else selection
+        return made
+
+    kinds = {"toy": small.kind(steering=given, strengths=(-1.0, -4.0), selections=(other,))}
+    found, _, values = evaluated(pipe, tmp_path, kinds=kinds, seeds=(1,), concepts=("Cats", "Trees"))
+    plan, chosen = found.plans["toy"], found.by_class("toy")
+    tried = plan.sweep_by_class()
+    assert [dict(series.settings) for series in tried] == [
+        *({"strength": s} for s in (-1.0, -4.0)),
+        *({"strength": s, "selection": other} for s in (-1.0, -4.0)),
+    ]
+    rows = [figures(found.world, plan.sweep_jobs, found.columns(s), None, True).concepts for s in tried]
+    for name in ("Cats", "Trees"):
+        means = [(row[name]["UA"] + row[name]["IRA"]) / 2 for row in rows]
+        first = min(n for n, mean in enumerate(means) if mean == max(means))
+        assert means[tried.index(next(s for s in tried if dict(s.settings) == chosen[name]))] == max(means)
+        assert abs(chosen[name]["strength"]) <= abs(tried[first].settings["strength"])
+    row = main_row(values, "by class")
+    assert row["classes"] == chosen and row["pictures"] == main_row(values, "steering")["pictures"]
+    (series,) = [s for s in plan.scored(None, chosen) if s.method == "by class"]
+    made = series.editors()[0]
+    assert made.strength == {name: each["strength"] for name, each in chosen.items()}
+    for name, each in chosen.items():
+        assert made.selection.get(name) == each.get("selection")
+    with pytest.raises(ValueError, match="made otherwise"):
+        worse = {name: {**each, "strength": -9.0} for name, each in chosen.items()}
+        (series,) = [s for s in plan.scored(None, worse) if s.method == "by class"]
+        found.files(series).prepare()
+
+
+def test_with_one_strength_and_one_selection_there_is_nothing_to_choose_by_class(pipe, tmp_path):
+    kinds = {"toy": small.kind(strengths=(-2.0,))}
+    found, _, values = evaluated(pipe, tmp_path, kinds=kinds, seeds=(1,), concepts=("Cats",))
+    assert found.by_class("toy") is None and main_row(values, "by class") is None
+
+
 def test_without_sweep_seeds_or_a_baseline(pipe, tmp_path):
     kinds = {"toy": small.kind(steering=None)}
     _, strengths, values = evaluated(pipe, tmp_path, kinds=kinds, seeds=(1,), sweep_seeds=())
@@ -268,8 +311,8 @@ def test_without_sweep_seeds_or_a_baseline(pipe, tmp_path):
 
 
 def test_with_guidance_and_a_gate_every_method_has_a_row_of_the_same_pictures(pipe, tmp_path):
-    kinds = {"toy": small.kind(guidance=3.0, per=small.gated)}
-    found, _, values = evaluated(pipe, tmp_path, kinds=kinds, seeds=(1,), sweep_seeds=())
+    kinds = {"toy": small.kind(guidance=3.0, per=small.gated, strengths=(-1.0, -4.0))}
+    found, _, values = evaluated(pipe, tmp_path, kinds=kinds, seeds=(1,))
     assert [row["method"] for row in values["rows"]] == list(METHODS)
     assert len({row["pictures"] for row in values["rows"][1:]}) == 1
     for row in values["rows"]:
@@ -279,7 +322,7 @@ def test_with_guidance_and_a_gate_every_method_has_a_row_of_the_same_pictures(pi
     assert rows["negative"]["untouched"]["mean"] == rows["uce"]["untouched"]["mean"] == 0
     assert rows["per"]["untouched"]["mean"] == 100 > rows["ungated"]["untouched"]["mean"]
     shown = [row[1] for row in main_table({"kinds": {"toy": values}}).rows]
-    assert shown[1:3] == ["negative prompt", "UCE"] and shown[4].startswith("PER without the gate (padding 1")
+    assert shown[1:3] == ["negative prompt", "UCE"] and shown[5].startswith("PER without the gate (padding 1")
     about = found.about()
     assert "every eraser has one" in about["gate"] and "negative prompt of Cats: 'Cats'" in about["by text"]
 

@@ -65,6 +65,7 @@ def internal_case(random):
                     "least_of": random.choice((0, 7)),
                     "deciding": random.choice((None, integers(random, batch, batch or 1))),
                     "gated": random.choice((None, torch.zeros(batch, dtype=torch.int64))),
+                    "so_far": random.choice((None, integers(random, 3 * batch, 99).view(batch, 3))),
                     "mask": mask,
                 },
             ),
@@ -126,7 +127,7 @@ def test_internal_ops_take_or_refuse_anything(random):
             arguments = copied(arguments) | {random.choice(list(tensors)): freed}
     written = {n for n in WRITTEN if n in arguments} | ({"x"} if name.endswith("_") else set())
     if name == "detect_patches_cpp":
-        written |= {"mask", "gated"}
+        written |= {"mask", "gated", "so_far"}
     bounds = memory(arguments)
     _, after = outcome(getattr(torch.ops.lbdt, name), arguments)
     same = {n for n in bounds if not any(after[n] is after[w] or _together(arguments, n, w) for w in written)}

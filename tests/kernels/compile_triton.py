@@ -137,6 +137,11 @@ def gated(concepts: int, **about) -> dict:
     }
 
 
+def over_calls(concepts: int, **about) -> dict:
+    sums = torch.empty(about["batch"], concepts + 1, dtype=torch.int64)
+    return gated(concepts, **about) | {"so_far": sums}
+
+
 def encoding(batch, channels, side, latents, k, dtype, layout) -> dict:
     return {
         "x": torch.empty(batch, channels, side, side, dtype=dtype).to(memory_format=layout),
@@ -168,6 +173,9 @@ CASES = {
     ),
     "detect_patches gated sd15-b8 NCHW float16": lambda: gated(
         9, **SD15, batch=16, union=64, dtype=HALF, layout=NCHW, update=False
+    ),
+    "detect_patches gated over calls bfloat16": lambda: over_calls(
+        9, **SD15, batch=16, union=64, dtype=BRAIN, layout=NHWC, update=False
     ),
     "detect_patches gated ones": lambda: gated(
         1, **SD15 | {"side": 1, "k": 1}, batch=1, union=1, dtype=HALF, layout=NCHW, update=False

@@ -61,7 +61,8 @@ def random_steering(case: str, threshold: float = 0.4, **settings) -> Steering:
             own = [4 * concept + bin, 16 + 4 * concept + bin]
             mean[concept, bin, own] = threshold * count * torch.tensor([1.0, 1.5])
     counts = torch.ones(count, len(toy.TIMESTEPS), dtype=torch.int64)
-    dictionary = ConceptDictionary(toy.CONCEPTS, toy.TIMESTEPS, mean, counts)
+    fired = torch.arange(1, LATENTS + 1)
+    dictionary = ConceptDictionary(toy.CONCEPTS, toy.TIMESTEPS, mean, counts, fired=fired)
     return Steering(sae, dictionary, "unet.block", selection={"top_k": 2}, **settings)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lbdt.dictionary import Selection
 from lbdt.editors import Steering
 from lbdt.testing import assert_close
 from tests import toy
@@ -47,15 +48,36 @@ def test_gsae_adds_the_patch_norm_along_the_row():
     assert report.detected == 0.25 and report.replaced == 0.5
 
 
-def test_sdxl_adds_the_mean_activation_of_the_bin():
+@pytest.mark.parametrize(
+    ("unit", "mean"), [("active", (3 * 1.5 + 7.0) / 2), ("patches", 7.0)], ids=["where-active", "of-the-bin"]
+)
+def test_sdxl_adds_a_mean_activation(unit, mean):
     x = torch.randn(2, WIDTH, 2, 3, generator=torch.Generator().manual_seed(0))
     given = torch.randn(2, WIDTH, 2, 3, generator=torch.Generator().manual_seed(1))
-    steering = models.dials(rule="sdxl", strength=-2.0, update=True)
+    steering = models.dials(rule="sdxl", strength=-2.0, update=True, unit=unit)
     steering.dictionary.mean[0, 1, 0] = 7.0  # Cats at timestep 666
+    steering.dictionary.fired[0] = 2  # of the four patches that there are
     out, report = steered(steering, x, ["Cats"], given=given)
     expected = x.clone()
-    expected[:, 0] += -2.0 * 7.0 * 2.0
+    expected[:, 0] += -2.0 * mean * 2.0
     assert torch.equal(out, expected) and report.replaced == 1.0
+
+
+def test_the_unit_of_a_latent_that_was_never_active_is_zero():
+    steering = models.dials(rule="sdxl", strength=-2.0)
+    steering.dictionary.mean[0], steering.dictionary.fired[0] = 0.0, 0
+    steering.select = lambda name: Selection(torch.tensor([0]), torch.zeros(4, 1), name, "published")
+    x = torch.ones(1, WIDTH, 1, 2)
+    assert torch.equal(steered(steering, x, ["Cats"])[0], x)
+
+
+def test_without_the_count_of_active_patches_the_unit_is_asked_for():
+    steering = models.random_steering("topk", strength=-1.0)
+    steering.dictionary.fired = None
+    with pytest.raises(ValueError, match="unit: the dictionary does not say .* or give unit='patches'"):
+        Steering(steering.sae, steering.dictionary, "unet.block", rule="sdxl", strength=-1.0)
+    made = Steering(steering.sae, steering.dictionary, "unet.block", rule="sdxl", strength=-1.0, unit="patches")
+    assert made.unit == "patches"
 
 
 @pytest.mark.parametrize("rule", ["gsae", "sdxl"])

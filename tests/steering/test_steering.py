@@ -157,6 +157,16 @@ def test_files_keep_everything(pipe, tmp_path):
     assert (other.rule, other.strength) == ("sdxl", -1.0)
 
 
+def test_a_file_that_does_not_know_units_counts_as_it_did(tmp_path):
+    steering(rule="sdxl", strength=-3.0).save_pretrained(tmp_path)
+    path = tmp_path / "steering.json"
+    stored = json.loads(path.read_text())
+    assert stored.pop("unit") == "active"
+    path.write_text(json.dumps(stored))
+    assert Steering.from_pretrained(tmp_path).unit == "patches"
+    assert Steering.from_pretrained(tmp_path, unit="active").unit == "active"
+
+
 def test_an_erasers_folder_serves_both(pipe, tmp_path):
     eraser = toy.eraser(k=8, padding=0, detect_at=toy.DETECT_AT)
     eraser.save_pretrained(tmp_path, decoder=True)

@@ -21,6 +21,7 @@ METHODS = {
     "negative": "negative prompt",
     "uce": "UCE",
     "steering": "steering",
+    "by class": "steering, by class",
     "ungated": "PER without the gate",
     "per": "PER",
 }
@@ -120,6 +121,15 @@ def kinds_of(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def main_row(kind: Mapping[str, Any], method_name: str) -> Mapping[str, Any] | None:
     """The main table's row of a method; None where it was not run."""
     return next((row for row in kind.get("rows") or [] if row["method"] == method_name), None)
+
+
+def stronger_steering(kind: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
+    """Of the rows that steer, the better one by a metric; of equal ones, or where one was not measured, the first that
+    was. None where none was run."""
+    rows = [row for row in (main_row(kind, name) for name in ("steering", "by class")) if row is not None]
+    measured = [row for row in rows if mean_of(row, metric) is not None]
+    place = best([mean_of(row, metric) for row in measured], metric)
+    return measured[place or 0] if measured else next(iter(rows), None)
 
 
 def best(means: Sequence[float | None], metric: str) -> int | None:

@@ -22,6 +22,7 @@ COLUMNS = {
     "negative": "negative prompt",
     "uce": "UCE",
     "steering": "steering",
+    "by class": "by class",
     "ungated": "without gate",
     "per": "PER",
 }

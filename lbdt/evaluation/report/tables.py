@@ -76,12 +76,13 @@ def _base_note(values: Mapping[str, Any]) -> list[str]:
 
 
 def verdict(values: Mapping[str, Any]) -> list[str]:
-    """A sentence per metric: where PER is ahead of steering, where steering is, where nothing can be said."""
+    """A sentence per metric: where PER is ahead of steering (of two rows, the better one by that metric), where steering
+    is, where nothing can be said."""
     sentences = []
     for metric, label in (("AR", "artifact rate"), ("GA", "global average")):
         found: dict[str, list[str]] = {"per": [], "steering": [], TIE: [], UNKNOWN: []}
         for name, kind in cells.kinds_of(values).items():
-            pair = [cells.mean_of(cells.main_row(kind, m), metric) for m in ("steering", "per")]
+            pair = [cells.mean_of(row, metric) for row in _compared(kind, metric)]
             winner = UNKNOWN if None in pair else _better(kind, metric) or TIE
             shown = [cells.number(value, metric) for value in reversed(pair)]
             found[winner].append(name if None in pair else f"{name} {shown[0]} against {shown[1]}")
@@ -205,6 +206,9 @@ def _two(value: float | None) -> str:
 
 
 def _better(kind: Mapping[str, Any], metric: str) -> str | None:
-    pair = ("steering", "per")
-    best = cells.best([cells.mean_of(cells.main_row(kind, name), metric) for name in pair], metric)
-    return None if best is None else pair[best]
+    best = cells.best([cells.mean_of(row, metric) for row in _compared(kind, metric)], metric)
+    return None if best is None else ("steering", "per")[best]
+
+
+def _compared(kind: Mapping[str, Any], metric: str) -> tuple[Mapping[str, Any] | None, ...]:
+    return cells.stronger_steering(kind, metric), cells.main_row(kind, "per")

@@ -16,6 +16,10 @@ PathOrRepo = str | os.PathLike[str]
 _SAEURON = (-1.0, -5.0, -10.0, -15.0, -20.0, -25.0, -30.0)
 STRENGTHS = {"saeuron": _SAEURON, "saemnesia": _SAEURON, "gsae": (-5.0, -4.0, -3.0, -2.0, -1.5)}
 """The published grids of the steering sweep, by kind (METHOD.md, 5.1 and 5.2)."""
+SELECTIONS = {
+    "saeuron": tuple({"percentile": each, "thresholds": "published"} for each in (99.999, 99.995, 99.99))
+}
+"""The published selections that SAeUron chooses from for each class (METHOD.md, 5.6)."""
 
 
 def saved_kinds(
@@ -51,6 +55,7 @@ def saved_kinds(
             per=_Per(folder),
             steering=_Steering(steering[name]) if name in steering else None,
             strengths=tuple(strengths.get(name, STRENGTHS.get(name, ()))) if name in steering else (),
+            selections=SELECTIONS.get(name, ()) if name in steering else (),
         )
         for name, folder in erasers.items()
     }

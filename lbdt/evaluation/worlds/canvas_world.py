@@ -27,9 +27,14 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "saeuron": (-1.0, -3.0, -5.0, -10.0, -20.0),
     "saemnesia": (-1.0, -2.0, -3.0, -5.0, -10.0),
     "gsae": (-0.5, -1.0, -1.5, -2.0, -3.0),
-    "sdxl": (-10.0, -20.0, -30.0, -50.0, -100.0),
+    "sdxl": (-1.0, -2.0, -3.0, -5.0, -10.0),
 }
 """The strengths of the steering sweep, weakest first: from nearly no effect to the loss of most pictures."""
+
+_PUBLISHED = ({"percentile": 99.9, "thresholds": "published"},)
+SELECTIONS: dict[str, tuple[dict[str, Any], ...]] = {"saeuron": _PUBLISHED, "sdxl": _PUBLISHED}
+"""What each class may be steered by beside the eraser's selection: of 1,536 latents the two that score best, with the
+published thresholds. One latent of a concept is chosen by training in the others."""
 
 
 class CanvasJudge:
@@ -135,6 +140,7 @@ def _kind(name: str) -> EvaluatedKind:
         partial(canvas.load_eraser, name),
         partial(canvas.load_steering, name),
         STRENGTHS[name],
+        SELECTIONS.get(name, ()),
     )
 
 
