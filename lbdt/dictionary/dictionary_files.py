@@ -19,10 +19,12 @@ from lbdt.runs.settings import plain
 
 INFO_FILE = "dictionary.json"
 TENSORS_FILE = "dictionary.safetensors"
-_VERSION = 5
+_VERSION = 6
 _KEYS = ("version", "concepts", "timesteps", "num_latents", "peak", "calibrated", "bank")
 _SINCE = {2: {"fired"}, 3: {"assigned"}, 4: {"gate"}, 5: {"site"}}
-_GATE_KEYS = {"patches", "selection", "false_positive"}
+_GATE_KEYS = {"patches", "selection", "false_positive", "over"}
+_GATE_ADDED = {6: {"over": "call"}}
+"""What the gates of older versions lack, and what they meant."""
 
 
 def save(
@@ -110,6 +112,9 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None) -> tuple[P
         if not isinstance(info.get(name, False), bool):
             raise ValueError(f"{path}: {name}: expected true or false, got {brief(info[name])}")
     gate = info.get("gate")
+    for since, added in _GATE_ADDED.items():
+        if since > version and isinstance(gate, dict) and not set(gate) & set(added):
+            gate = gate | added
     if gate is not None and (not isinstance(gate, dict) or set(gate) != _GATE_KEYS):
         raise ValueError(
             f"{path}: gate: expected null or an object of {', '.join(sorted(_GATE_KEYS))}, got {brief(gate)}"

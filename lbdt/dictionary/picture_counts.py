@@ -17,6 +17,10 @@ from lbdt.runs.reading import brief
 
 MOST_COUNTED = 64
 """Patches of a picture that are told apart; a gate beyond would hide whole objects."""
+OVER = ("call", "run")
+LATE = 0.15
+"""The share of a run's calls from which on `LEAST_KEPT` binds a gate over the run. Before, little is known of a picture,
+and little is lost where it is left."""
 LEAST_KEPT = 0.99
 """The share of a concept's own pictures, of those detected at a timestep, that a gate lets pass whatever else it
 should do."""
@@ -36,6 +40,8 @@ class PictureCounts:
     """The keywords of `ConceptDictionary.select` under which they were detected."""
     false_positive: float
     """The share of other concepts' pictures that may pass the gate, in (0, 1]."""
+    over: str = "call"
+    """What was counted: the patches of a "call", or quarters of their mean over the calls of the "run" up to it."""
 
     def check(self, concepts: int, bins: int) -> None:
         """ValueError unless the shapes are those of a dictionary, and the values such as `score` writes."""
@@ -53,6 +59,8 @@ class PictureCounts:
                 f"gate patches: expected an integer in [1, {MOST_PATCHES}], got {brief(self.patches)}"
             )
         check_rate(self.false_positive)
+        if self.over not in OVER:
+            raise ValueError(f"gate over: expected one of {', '.join(OVER)}, got {brief(self.over)}")
         if not isinstance(self.selection, Mapping):
             raise ValueError(f"gate selection: expected keywords of select, got {brief(self.selection)}")
         unknown = sorted(set(self.selection) - set(inspect.signature(check_criteria).parameters))
@@ -63,7 +71,8 @@ class PictureCounts:
     def least(self) -> Tensor:
         """The gate: [C, T] int64, the least number of patches that at most a share `false_positive` of the other
         concepts' pictures reaches, but never more than a share `LEAST_KEPT` of the concept's own pictures has, of those
-        in which anything is detected: what is to be erased goes before what is to be left."""
+        in which anything is detected: what is to be erased goes before what is to be left. Over a run that holds from a
+        share `LATE` of its timesteps on, where these are four or more."""
         reach = [
             h.flip(-1).cumsum(-1).flip(-1) for h in (self.on, self.off)
         ]  # pictures with so many patches, or more
@@ -72,6 +81,9 @@ class PictureCounts:
         # At least one: with no own picture, or none detected, nothing is known against it.
         needed = (reach[0][..., 1:2] * LEAST_KEPT).ceil()
         most = ((reach[0][..., 1:] >= needed) & (reach[0][..., 1:] > 0)).sum(-1).clamp(min=1)
+        if self.over == "run":
+            early = torch.arange(self.on.shape[1]) < round(LATE * self.on.shape[1])
+            most = torch.where(early.unsqueeze(0), wanted, most)
         return torch.minimum(wanted, most)
 
     def passing(self) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from lbdt.activations.shuffle import mix
 from lbdt.dictionary.calibration import Calibration
 from lbdt.dictionary.encoding import Encoder, detected, labels_of, rows_by_label, rows_of
 from lbdt.dictionary.statistics import ConceptStatistics
+from lbdt.reference.detect_patches import QUARTERS
 
 if TYPE_CHECKING:
     from lbdt.activations import Site, Source
@@ -175,8 +176,8 @@ class BankPass:
 
 
 class GatePass:
-    """`PictureCounts`: pictures by the number of patches in which each label is detected; none of a label without a
-    selection."""
+    """`PictureCounts` over the run: pictures by the mean number of patches in which each label is detected, over the
+    timesteps up to each one, in quarters; none of a label without a selection."""
 
     name = "gate"
 
@@ -207,11 +208,13 @@ class GatePass:
         known = label >= 0
         most = self.counts.shape[-1]
         self._sampled += int((shard.patches.cpu() != torch.arange(shard.x.shape[2])).any())
+        sums = torch.zeros(len(self._selections), len(label), dtype=torch.int64)
         for bin, code in enumerate(self._encoder.codes(shard.x)):
             for place, selection in enumerate(self._selections):
                 if selection is None:
                     continue
-                found = detected(code, selection, bin, self._latents).sum(-1).clamp(max=most - 1)  # [P]
+                sums[place] += detected(code, selection, bin, self._latents).sum(-1)
+                found = (sums[place] * QUARTERS // (bin + 1)).clamp(max=most - 1)  # [P]
                 for group, pictures in enumerate((label == place, known & (label != place))):
                     self.counts[group, place, bin] += found[pictures].bincount(minlength=most)
 

@@ -23,6 +23,7 @@ from lbdt.dictionary.picture_counts import MOST_COUNTED, PictureCounts, check_ra
 from lbdt.dictionary.score_passes import BankPass, CalibrationPass, GatePass, Pass, StatisticsPass, run_pass
 from lbdt.dictionary.score_state import Finished, ScoreState
 from lbdt.dictionary.selection import check_criteria
+from lbdt.reference.detect_patches import QUARTERS
 from lbdt.runs.digests import marked, sha256
 from lbdt.runs.files import json_bytes, read_json, write_files
 from lbdt.runs.folder import held
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from lbdt.sae import SparseAutoencoder
 
 DONE_FILE = "score.json"
-_VERSION = 1
+_VERSION = 2
 _BINS = 256
 _SUMMED = ("version", "processes", "sae", "site", "by", "source")
 _COUNTED = (*_SUMMED, "candidates", "assigned")
@@ -231,7 +232,7 @@ class _Work:
                     chosen = [self._selected(dictionary, name) for name in self.names]
             if gated:
                 patches = self.source.patches(self.site)
-                seen = GatePass(*place, encoder, chosen, latents, min(patches, MOST_COUNTED))
+                seen = GatePass(*place, encoder, chosen, latents, min(QUARTERS * patches, MOST_COUNTED))
                 over(seen, shards)
                 if seen.sampled:
                     warnings.warn(
@@ -240,7 +241,9 @@ class _Work:
                         stacklevel=3,
                     )
                 else:
-                    gate = PictureCounts(*seen.counts, patches, self.selection, self.picture_false_positive)
+                    gate = PictureCounts(
+                        *seen.counts, patches, self.selection, self.picture_false_positive, over="run"
+                    )
                     dictionary = dictionary.replaced(gate=gate)
             if self.bank:
                 drawn = BankPass(*place, encoder, self.bank_site, chosen, latents, self.bank, self.seed)

@@ -197,6 +197,12 @@ class Attachment:
             if self._calls is not None:
                 self._calls.enabled = on
 
+    def begin_run(self) -> None:
+        """Says that the next denoiser call begins other pictures, for a denoising loop of one's own: what the gate has
+        counted of those before is forgotten (METHOD.md, 2.6). Calls of the pipeline do so, and timesteps that rise."""
+        if self._calls is not None:
+            self._calls.state.begin_run()
+
     def turn(self) -> Any:
         """See `CallWatch.turn`."""
         return None if self._calls is None else self._calls.turn()

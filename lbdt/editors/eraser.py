@@ -164,6 +164,7 @@ class ConceptEraser(UnetEditor):
     def _digested(self) -> list[Any]:
         gate = self._gate({name: self.select(name) for name in self.concepts})
         parts = [] if gate is None else ["gate", gate.least, str(gate.least_of)]
+        parts += [] if gate is None or not gate.over_run else ["over the calls of a run"]
         return parts if self.avoid == AvoidedPatches.erased else [*parts, f"avoid={self.avoid}"]
 
     def _known_latents(self, selections: Mapping[str, Selection]) -> KnownLatents:
@@ -181,11 +182,11 @@ class ConceptEraser(UnetEditor):
     def _gate(self, selections: Mapping[str, Selection], always: bool = False) -> Gate | None:
         """The gate of the selections' columns; None where it is off, unless `always`."""
         counts, bins = self.dictionary.gate, len(self.dictionary.timesteps)
-        least, least_of = torch.ones(bins, len(selections), dtype=torch.int64), 0
+        least, least_of, over_run = torch.ones(bins, len(selections), dtype=torch.int64), 0, False
         if self.min_patches is not None:
             least.fill_(self.min_patches)
         elif counts is not None:
-            calibrated, least_of = counts.least(), counts.patches
+            calibrated, least_of, over_run = counts.least(), counts.patches, counts.over == "run"
             for place, (name, selection) in enumerate(selections.items()):
                 # Where a concept is detected otherwise, its counts say nothing.
                 if self._is_counted(counts, selection):
@@ -195,7 +196,8 @@ class ConceptEraser(UnetEditor):
         widths = torch.tensor(
             [len(selection.latents) for selection in selections.values()], dtype=torch.int64
         )
-        return Gate(torch.arange(len(selections)).repeat_interleave(widths), least, least_of)
+        owners = torch.arange(len(selections)).repeat_interleave(widths)
+        return Gate(owners, least, least_of, over_run)
 
     def _is_counted(self, counts: PictureCounts, selection: Selection) -> bool:
         """Whether the gate's pictures were counted under these latents and thresholds."""

@@ -101,12 +101,13 @@ class Exchange:
         self,
         editor: UnetEditor,
         plan: DetectionPlan,
+        state: CallState,
         blind: Blind,
         sets: list[list[str]],
         seeds: list[int],
         selections: Mapping[str, Selection] | None,
     ) -> None:
-        self._editor, self._plan, self._blind = editor, plan, blind
+        self._editor, self._plan, self._state, self._blind = editor, plan, state, blind
         self._sets, self._seeds, self._enabled = sets, seeds, True
         self._selections = dict(selections or {})
 
@@ -136,6 +137,8 @@ class Exchange:
                     f"room={other.latents.shape[0] + 1} and capture again"
                 )
             plan.take(other)
+            if plan.gate is not None and plan.gate.over_run:
+                self._state.remember(plan.gate.least.shape[1], plan.weight.device)
         self._sets, self._seeds, self._enabled = sets, seeds, on
         self._blind.concepts = blind.concepts
         return on

@@ -186,7 +186,7 @@ class UnetEditor(EditorFiles, Editor):
                 stand.recorder,
                 partial(summarise, blind=blind, ran=self._ran(), failures=calls.failures),
                 calls=calls,
-                changed=Exchange(self, stand.plan, blind, sets, seeds, selections),
+                changed=Exchange(self, stand.plan, stand.state, blind, sets, seeds, selections),
                 stand=stand if compiled else None,
             )
             stand.handle = weakref.ref(handle)
@@ -217,6 +217,8 @@ class UnetEditor(EditorFiles, Editor):
         blind = warn_of_blind(plan, columns.owners)
         # A guess: both follow the activations, which storage in half precision or on other devices does not tell.
         plan.to(device, parameter.dtype if parameter.dtype in _COMPUTED else torch.float32)
+        if plan.gate is not None and plan.gate.over_run:
+            state.remember(plan.gate.least.shape[1], device)
         recorder = Recorder(device, masks=keep_masks, gated=plan.gate is not None)
         hooks = [
             *around_call(denoiser, self.hookpoint, plan, state),

@@ -14,6 +14,7 @@ from torch import Tensor
 from lbdt.hooks import pipeline_calls
 from lbdt.hooks.pipeline_calls import PipelineCall
 from lbdt.hooks.row_layouts import CallSize
+from lbdt.hooks.run_memory import RunMemory
 
 if TYPE_CHECKING:
     from lbdt.hooks.detection_plan import CallRows
@@ -63,6 +64,8 @@ class Now:
     """[B, N], of what is looked at."""
     gated: Tensor | None = None
     """[B], patches that the gate took."""
+    memory: RunMemory | None = None
+    """What a gate over the calls of a run has counted; None where there is none."""
     grid: tuple[int, int] | None = None
     cut: tuple[int, int] | None = None
     """The grid that the latents were cut into; it is known before the call's timesteps are."""
@@ -78,6 +81,7 @@ class Now:
     def clear(self) -> None:
         """Drops everything but whether this call is treated and its rows: nothing may be met by the next call."""
         self.timesteps = self.rows = self.mask = self.avoid = self.sums = self.gated = self.grid = None
+        self.memory = None
         self.looked_input = self.target_input = None
         self.labels = False
 
@@ -85,6 +89,7 @@ class Now:
 class _PerThread(threading.local):
     def __init__(self) -> None:
         self.now = Now()
+        self.memory: RunMemory | None = None
 
 
 class Announced(NamedTuple):
@@ -146,6 +151,39 @@ class CallState:
         self._threads = _PerThread()
         self._only = Now()
         self._announced = Announced()
+        self._concepts, self._device = 0, torch.device("cpu")
+        self._only_memory: RunMemory | None = None
+
+    def remember(self, concepts: int, device: torch.device) -> None:
+        """Keeps what a gate over the calls of a run counts of so many concepts, from here on."""
+        if self._concepts != concepts:
+            self._concepts, self._device = concepts, device
+            self._only_memory = RunMemory(concepts, device, whole_calls=False)
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        """The next denoiser call of this thread begins a run."""
+        call = pipeline_calls.running()
+        memories = [self._only_memory, self._threads.memory, None if call is None else call.kept.get(self)]
+        for memory in memories:
+            if memory is not None:
+                memory.begin()
+
+    def _memory(self) -> RunMemory | None:
+        if not self._concepts:
+            return None
+        if self._is_shared():
+            self._only_memory.whole_calls = bool(self._announced.name)
+            return self._only_memory
+        call = pipeline_calls.running()
+        memory = self._threads.memory if call is None else call.kept.get(self)
+        if memory is None or memory.concepts != self._concepts:
+            memory = RunMemory(self._concepts, self._device, whole_calls=call is not None)
+            if call is None:
+                self._threads.memory = memory
+            else:
+                call.kept[self] = memory
+        return memory
 
     def adopt(self, pipe: Any) -> None:
         """Belongs to another attachment, to `pipe` and by this thread."""
@@ -161,6 +199,8 @@ class CallState:
     def announce(self, call: PipelineCall | None) -> None:
         """Says which call compiled code will belong to; None: to none that was announced."""
         self._announced = Announced()
+        if self._only_memory is not None:
+            self._only_memory.begin()
         if call is not None:
             known = tuple(call.branches(count, running=False) for count in range(_MOST_BRANCHES + 1))
             self._announced = Announced(
@@ -193,6 +233,7 @@ class CallState:
         now.acting = announced.acting
         if now.acting:
             now.branches = announced.rows(timesteps.shape[0], self.layout)
+            now.memory = self._memory()
             if not torch.compiler.is_compiling():
                 self.begun += 1
         now.timesteps = timesteps

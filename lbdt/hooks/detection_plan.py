@@ -66,6 +66,8 @@ class Gate(NamedTuple):
     """[T, C] int64."""
     least_of: int
     """The patches of the maps that `least` counts on; 0: of whatever map."""
+    over_run: bool = False
+    """Whether `least` counts quarters of the mean over the calls of a run (METHOD.md, 2.6), not patches of one call."""
 
     def padded(self, room: int) -> Gate:
         """The same for `room` columns, of as many concepts at the most; where there are so many columns, as it is:
@@ -74,7 +76,11 @@ class Gate(NamedTuple):
         if more <= 0:
             return self
         least = F.pad(self.least, (0, max(0, room - self.least.shape[1])), value=1)
-        return Gate(F.pad(self.owners, (0, more)), least, self.least_of)
+        return self._replace(owners=F.pad(self.owners, (0, more)), least=least)
+
+    def to(self, device: torch.device) -> Gate:
+        """The same on a device."""
+        return self._replace(owners=self.owners.to(device), least=self.least.to(device))
 
 
 class KnownLatents(NamedTuple):
@@ -134,20 +140,19 @@ class DetectionPlan:
             setattr(self, name, getattr(self, name).to(device))
         self.weight = self._exact_weight.to(device, dtype)
         if self.gate is not None:
-            owners, least, least_of = self.gate
-            self.gate = Gate(owners.to(device), least.to(device), least_of)
+            self.gate = self.gate.to(device)
 
     def take(self, other: DetectionPlan) -> None:
         """The concepts and seeds of another plan of the same editor; written in place where the shapes agree."""
         for name in self.EXCHANGED:
             mine, value = getattr(self, name), getattr(other, name)
             if isinstance(mine, Gate) and isinstance(value, Gate):
-                value = Gate(*map(_written, mine[:2], value[:2]), value.least_of)
+                owners, least = map(_written, mine[:2], value[:2])
+                value = value._replace(owners=owners, least=least)
             elif isinstance(value, Tensor):
                 value = _written(mine, value) if isinstance(mine, Tensor) else value.to(self.weight.device)
             elif isinstance(value, Gate):
-                device = self.weight.device
-                value = Gate(value.owners.to(device), value.least.to(device), value.least_of)
+                value = value.to(self.weight.device)
             setattr(self, name, value)
 
     def fits(self, other: DetectionPlan) -> bool:
@@ -203,8 +208,12 @@ class DetectionPlan:
         enabled = self.enabled_in(now)
         gate: tuple[Any, ...] = ()
         if self.gate is not None:
-            now.gated = torch.empty_like(self.rows(now).bins)
-            gate = (*self.gate, self.rows(now).deciding, now.gated)
+            rows = self.rows(now)
+            now.gated = torch.empty_like(rows.bins)
+            so_far = None
+            if self.gate.over_run:
+                so_far = now.memory.rows(rows.timesteps, self._inside(now))
+            gate = (*self.gate[:3], rows.deciding, now.gated, so_far)
         return ops.detect_patches(
             x,
             self.weight,
@@ -232,15 +241,22 @@ class DetectionPlan:
         """The latents that count for each row of this call, [B, U] bool: by its set, the window and its half."""
         rows = self.rows(now)
         enabled = rows.enabled
-        if self.options.steps is not None:
-            schedule = now.schedule.to(rows.timesteps.device)
-            # The nearest entry, not equality: a pipeline may round the timesteps to half precision.
-            step = (rows.timesteps.unsqueeze(1) - schedule.to(torch.float32)).abs().argmin(1)
-            inside = (step >= self.options.steps[0]) & (step < self.options.steps[1])
+        inside = self._inside(now)
+        if inside is not None:
             enabled = enabled & inside.unsqueeze(1)
         if self.options.rows == "cond" and rows.treated is not None:
             enabled = enabled & rows.treated.unsqueeze(1)
         return enabled
+
+    def _inside(self, now: Now) -> Tensor | None:
+        """The rows whose timestep lies in the window of steps, [B] bool; None: there is none."""
+        if self.options.steps is None:
+            return None
+        timesteps = self.rows(now).timesteps
+        schedule = now.schedule.to(timesteps.device)
+        # The nearest entry, not equality: a pipeline may round the timesteps to half precision.
+        step = (timesteps.unsqueeze(1) - schedule.to(torch.float32)).abs().argmin(1)
+        return (step >= self.options.steps[0]) & (step < self.options.steps[1])
 
     def rows(self, now: Now) -> CallRows:
         """What the plan says of each row of this UNet call, worked out once a call: every small operation counts."""

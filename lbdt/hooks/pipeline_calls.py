@@ -34,6 +34,8 @@ class PipelineCall:
         self.size: CallSize | None = call_size(pipe, arguments)
         self.seen: dict[Any, Any] = {}
         """What watchers keep of this call, by watcher: a call may run within another one of the same pipeline."""
+        self.kept: dict[Any, Any] = {}
+        """What hooks keep from one denoiser call of this call to the next, by whose it is."""
 
     def branches(self, count: int, running: bool = True) -> tuple[str, ...] | None:
         """The guidance branches of a denoiser call that has `count` of them, in the order of its rows; None: unknown.

@@ -68,7 +68,7 @@ def test_a_wrong_label_does_not_hide_a_concept():
     x, concept, _ = made(0, 150)
     x[(concept == 1).nonzero()[0], :, :5, 0] += 4
     gate = score(in_memory(150, 50, x=x), SITE, make_sae(), progress=False).gate
-    assert (gate.passing()[0][0] > 0.9).all() and gate.off[0, :, 5].sum() > 0
+    assert (gate.passing()[0][0] > 0.9).all() and gate.off[0, :, 4 * 5].sum() > 0
 
 
 def test_the_shares_that_pass():
@@ -87,14 +87,15 @@ def test_score_counts_every_labelled_picture(scored):
     x = torch.cat([source.shard(i, SITE).x for i in range(15)]).float()
     assert (gate.patches, gate.selection, gate.false_positive) == (PATCHES, {}, 0.2)
     for place, name in enumerate(CONCEPTS):
-        chosen = scored.select(name)
+        chosen, sums = scored.select(name), torch.zeros(60, dtype=torch.int64)
         for bin in range(len(TIMESTEPS)):
             z = torch.zeros(60, PATCHES, scored.num_latents)
             code = make_sae().encode(x[:, bin])
             z.scatter_(-1, code.indices.long(), code.values)
-            found = (z[..., chosen.latents] > chosen.thresholds[bin]).any(-1).sum(-1)
+            sums += (z[..., chosen.latents] > chosen.thresholds[bin]).any(-1).sum(-1)
+            found = sums * 4 // (bin + 1)  # quarters of the mean so far
             for group, pictures in ((gate.on, label == place), (gate.off, (label >= 0) & (label != place))):
-                assert group[place, bin].tolist() == found[pictures].bincount(minlength=PATCHES + 1).tolist()
+                assert group[place, bin].tolist() == found[pictures].bincount(minlength=4 * PATCHES + 1).tolist()
 
 
 def test_no_gate_where_none_is_asked_for_or_there_is_nothing_to_tell_apart():
@@ -154,7 +155,29 @@ def test_files(scored, tmp_path, dtype):
     back = ConceptDictionary.from_pretrained(tmp_path).gate
     assert torch.equal(back.on, scored.gate.on) and torch.equal(back.off, scored.gate.off)
     assert torch.equal(back.least(), scored.gate.least()) and back.is_for({})
-    assert (back.patches, back.false_positive) == (PATCHES, 0.2)
+    assert (back.patches, back.false_positive, back.over) == (PATCHES, 0.2, "run")
+
+
+def test_a_gate_of_an_older_file_counts_a_call(scored, tmp_path):
+    scored.save_pretrained(tmp_path)
+    path = tmp_path / "dictionary.json"
+    info = json.loads(path.read_text())
+    info["version"] = 5
+    del info["gate"]["over"]
+    path.write_text(json.dumps(info))
+    assert ConceptDictionary.from_pretrained(tmp_path).gate.over == "call"
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "late"), [(1, 0), (3, 0), (4, 1), (20, 3), (50, 8)], ids=lambda value: str(value)
+)
+def test_over_a_run_its_own_pictures_come_first_but_at_its_beginning(timesteps, late):
+    on, off = ([[values] * timesteps] for values in ([0, 1000, 0, 0], [10, 0, 0, 90]))
+    gate = PictureCounts(torch.tensor(on), torch.tensor(off), 16, {}, 0.005, "run")
+    assert gate.least().tolist() == [[4] * late + [1] * (timesteps - late)]
+
+
+GATE = {"patches": 6, "selection": {}, "false_positive": 0.1, "over": "run"}
 
 
 @pytest.mark.parametrize(
@@ -163,15 +186,16 @@ def test_files(scored, tmp_path, dtype):
         ([], "gate: expected null or an object"),
         (
             {"patches": 6, "selection": {}},
-            "gate: expected null or an object of false_positive, patches, selection",
+            "gate: expected null or an object of false_positive, over, patches, selection",
         ),
-        ({"patches": 0, "selection": {}, "false_positive": 0.1}, "gate patches: expected an integer in"),
-        ({"patches": 6, "selection": {"x": 1}, "false_positive": 0.1}, "gate selection: unknown key 'x'"),
-        ({"patches": 6, "selection": [], "false_positive": 0.1}, "gate selection: expected keywords"),
-        ({"patches": 6, "selection": {"top_k": 0}, "false_positive": 0.1}, "top_k: expected an integer >= 1"),
-        ({"patches": 6, "selection": {}, "false_positive": 0}, "picture_false_positive: expected a share"),
+        ({**GATE, "patches": 0}, "gate patches: expected an integer in"),
+        ({**GATE, "selection": {"x": 1}}, "gate selection: unknown key 'x'"),
+        ({**GATE, "selection": []}, "gate selection: expected keywords"),
+        ({**GATE, "selection": {"top_k": 0}}, "top_k: expected an integer >= 1"),
+        ({**GATE, "false_positive": 0}, "picture_false_positive: expected a share"),
+        ({**GATE, "over": "day"}, "gate over: expected one of call, run"),
     ],
-    ids=["list", "keys", "patches", "unknown", "selection", "criteria", "rate"],
+    ids=["list", "keys", "patches", "unknown", "selection", "criteria", "rate", "over"],
 )
 def test_bad_files(scored, tmp_path, change, message):
     scored.save_pretrained(tmp_path)
