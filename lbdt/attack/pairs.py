@@ -58,9 +58,9 @@ class AttackRequest:
     world: str = "canvas"
     """ "canvas": EmojiCanvas, or `model` with prompts of its own. "unlearncanvas": the published pairs and sampling."""
     task: str = "object"
-    """Of UnlearnCanvas."""
+    """What is erased of UnlearnCanvas: "object" | "style"."""
     classifier: str | None = None
-    """Of UnlearnCanvas, the judge."""
+    """UnlearnCanvas' judge: the classifier's file or folder."""
 
     @property
     def method(self) -> str:

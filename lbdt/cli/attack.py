@@ -30,7 +30,7 @@ _PANEL = "The search"
 
 
 class AttackWorld(enum.StrEnum):
-    """Whose pairs are attacked."""
+    """The world whose pairs are attacked."""
 
     canvas = "canvas"
     unlearncanvas = "unlearncanvas"
@@ -44,7 +44,7 @@ class AttackTask(enum.StrEnum):
 
 
 class PrefixPosition(enum.StrEnum):
-    """Where the tokens are."""
+    """Places of the tokens in the prompt."""
 
     prefix = "prefix"
     suffix = "suffix"
@@ -239,7 +239,7 @@ def _table(values: dict[str, Any]) -> list[str]:
     outcomes = [AttackOutcome.from_dict(pair) for pair in values["pairs"]]
     if not outcomes:
         return []
-    known = values["world"] == "unlearncanvas"
+    other = "another world" if values["world"] == "canvas" else "reference pictures of its data set"
     attack, width = values["attack"], max(8, *(len(printable(name)) for name in values["concepts"]))
     how = f"{attack['iterations']} iterations at each of {attack['timesteps']} timesteps"
     if attack["search"] == "random":
@@ -280,8 +280,7 @@ def _table(values: dict[str, Any]) -> list[str]:
         )
     lines += [
         "",
-        f"published on UnlearnCanvas ({'reference pictures of its data set' if known else 'another world'}: 1000 pairs, "
-        "512 px): UA before, after, effectiveness",
+        f"published on UnlearnCanvas ({other}: 1000 pairs, 512 px): UA before, after, effectiveness",
     ]
     lines += [f"{name:15}  {a:.2f}  {b:.2f}  {c:.2f}" for name, a, b, c in PUBLISHED]
     each = values["seconds_per_pair"]

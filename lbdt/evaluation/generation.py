@@ -31,11 +31,11 @@ def generate(
 
     `noise`: what the pictures start from; None: each from its prompt's seed, which donors are drawn by then too.
 
-    Tensors: `seeds` int64 [P], of the donors; `digests` int64 [P], of the pictures' bytes; with hooks `changed` int64 [P], how many
-    patches were changed, over all steps, halves and attachments; for PER by one attachment `timesteps` [steps], the
-    places `own` int64 [M] of pictures whose prompt names the one erased concept, and their `cells` uint8 [M, steps, H,
-    W] (bit 0 detected, bit 1 replaced, conditional half); for a watched series `watched` [rows, d] of the block
-    `hookpoint`.
+    Tensors: `seeds` int64 [P], of the donors; `digests` int64 [P], of the pictures' bytes; with hooks `changed` int64
+    [P], how many patches were changed, over all steps, halves and attachments; for PER by one attachment `timesteps`
+    [steps], the places `own` int64 [M] of pictures whose prompt names the one erased concept, and their `cells` uint8
+    [M, steps, H, W] (bit 0 detected, bit 1 replaced, conditional half); for a watched series `watched` [rows, d] of the
+    block `hookpoint`.
     """
     seeds = [job.prompt.seed if noise is None else noise.donor_seed(job.prompt) for job in jobs]
     watch = None

@@ -221,7 +221,7 @@ def _one(
 def _frechet(
     world: EvaluatedWorld, others: Sequence[Job], got: VerdictColumns, base: VerdictColumns
 ) -> float | None:
-    """From the unedited pictures of the same prompts; None: too few that are compared."""
+    """The distance from the unedited pictures of the same prompts; None: too few that are compared."""
     if world.compared is not None:
         others = [job for job in others if job.prompt.style in world.compared]
     if len(others) < 2:

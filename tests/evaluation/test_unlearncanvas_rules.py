@@ -1,4 +1,5 @@
-"""How UnlearnCanvas is scored where that is a choice: JPEG files, CRA of erased styles, what the Frechet distance has."""
+"""How UnlearnCanvas is scored where that is a choice: JPEG files, CRA of erased styles, what the Frechet distance is
+of."""
 
 import dataclasses
 import io
