@@ -23,7 +23,10 @@ def rows(work: Path) -> list[dict[str, Any]]:
     for folder in sorted(path.parent for path in work.glob("*/attack.json")):
         settings = read_json(folder / "attack.json")
         row = found.setdefault(
-            (settings["method"], *(settings["attack"][name] for name in ("search", "position", "judged"))),
+            (
+                settings["method"],
+                *(settings["attack"].get(name, "") for name in ("search", "position", "judged")),
+            ),
             {"eraser": settings["eraser"], "attack": settings["attack"], "seeds": [], "outcomes": []},
         )
         row["seeds"].append(settings["seed"])

@@ -95,7 +95,7 @@ class EvaluatedWorld:
     scheduler: Callable[[Any], Any] | None = None
     """Pipeline -> the scheduler that the protocol demands; None: the pipeline's own."""
     cra: str = "named"
-    """Whose pictures CRA is of: "named", of prompts that name an object, "unnamed", of those of `empty`, or "all"."""
+    """What CRA is of: "named", pictures of prompts that name an object, "unnamed", of those of `empty`, or "all"."""
     compared: tuple[str, ...] | None = None
     """The styles whose pictures the Frechet distance is of; None: every picture of another object."""
     rules: str | None = None

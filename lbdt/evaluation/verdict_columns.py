@@ -260,6 +260,8 @@ def _accuracies(world: EvaluatedWorld, jobs: Sequence[Job], got: VerdictColumns)
     single = [job for job in jobs if job.other]
     pairs = [job for job in jobs if job.beside is not None]
     styled = [job for job in jobs if job.prompt.style in world.styles]
+    if world.cra == "unnamed":
+        styled = [job for job in styled if job.empty]
     both = [_seen(world, pairs, got, name) for name in (_named, _beside)]
     return (
         _by_object(world, single, _seen(world, single, got, _named)),

@@ -13,6 +13,7 @@ from PIL import Image
 from lbdt.evaluation.evaluated_world import Verdicts
 from lbdt.evaluation.jobs import Job, unedited
 from lbdt.evaluation.metrics.feature_distances import frechet_distance
+from lbdt.evaluation.request import EvaluationSubject
 from lbdt.evaluation.verdict_columns import VerdictColumns, figures
 from lbdt.evaluation.worlds import unlearncanvas as uc
 from lbdt.evaluation.worlds.jpeg import JpegJudge, through_jpeg
@@ -76,6 +77,15 @@ def test_the_published_rules_are_the_defaults_and_the_report_says_which(settings
     found = world(**settings)
     assert (found.cra, found.compared, found.noise.name) == (cra, compared, "run") and words in found.rules
     assert world(**settings, noise="prompt").noise is None
+
+
+def test_the_command_line_s_names_reach_the_world():
+    subject = EvaluationSubject("unlearncanvas", model="m", erasers={"saeuron": "e"}, task="style")
+    assert subject.load().rules == world(task="style").rules and subject.load().noise is not None
+    given = {"noise": "prompt", "judged": "png", "cra": "all", "compared": "others"}
+    changed = dataclasses.replace(subject, **given).load()
+    assert changed.noise is None and changed.cra == "all"
+    assert changed.rules == world(task="style", **given).rules != subject.load().rules
 
 
 @pytest.mark.parametrize(
@@ -155,6 +165,9 @@ def test_cra_of_an_erased_style(cra, wanted):
     bare = list(dict.fromkeys(map(unedited, jobs)))
     base = figures(subject, {188: jobs}, columns(bare, seen, 50), None, False)
     assert base.by_seed[0]["CRA"] == pytest.approx(wanted)
+    # The base's row shows this under CRA: every unedited picture once.
+    styled = {"unnamed": 50.0}.get(cra, 100 * 30 / 1020)
+    assert base.by_seed[0]["style seen"] == pytest.approx(styled)
 
 
 def test_without_a_picture_that_names_no_style_there_is_no_such_cra():
