@@ -17,12 +17,16 @@ from lbdt.runs.files import json_bytes, read_json, write_files
 
 
 def rows(work: Path) -> list[dict[str, Any]]:
-    """One row for each method and search, over all its seeds. ValueError where there is none."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    """One row for each method, search, position and judged prompt, over all its seeds. ValueError where there is
+    none."""
+    found: dict[tuple[str, str, str, str], dict[str, Any]] = {}
     for folder in sorted(path.parent for path in work.glob("*/attack.json")):
         settings = read_json(folder / "attack.json")
         row = found.setdefault(
-            (settings["method"], settings["attack"]["search"]),
+            (
+                settings["method"],
+                *(settings["attack"].get(name, "") for name in ("search", "position", "judged")),
+            ),
             {"eraser": settings["eraser"], "attack": settings["attack"], "seeds": [], "outcomes": []},
         )
         row["seeds"].append(settings["seed"])
@@ -39,7 +43,7 @@ def rows(work: Path) -> list[dict[str, Any]]:
             "outcomes": [outcome.to_dict() for outcome in row["outcomes"]],
         }
         | {"summary": summarise(row["outcomes"]).to_dict()}
-        for (method, search), row in sorted(found.items())
+        for (method, search, *_), row in sorted(found.items())
     ]
 
 
@@ -52,6 +56,10 @@ def lines(table: list[dict[str, Any]]) -> list[str]:
             row["method"]
         ]
         kind = {"gradient": "learned prefix", "random": "random prefixes"}[row["search"]]
+        # A run that names neither is of prefixes, judged by token ids.
+        position = row["attack"].get("position", "prefix")
+        kind = kind.replace("prefix", {"middle": "insert"}.get(position, position))
+        kind += ", typed" * (row["attack"].get("judged") == "typed")
         figures = [f"{got[key]:.1f}" for key in ("before", "after", "effectiveness")]
         text.append(f"| {' | '.join([label, kind, str(got['pairs']), *figures])} |")
     return text

@@ -88,6 +88,8 @@ SMALL = {
     "lbdt concepts --eraser DIR": "",
     "lbdt attack": ATTACK,
     "lbdt attack --quick": ATTACK,
+    "lbdt attack --world unlearncanvas --model style50 --eraser DIR --classifier style50_cls.pth": "--quick --concept "
+    "Cats --style Joy --tokens 1 --steps 2 --iterations 1 --timesteps 1 --device cpu",
     "lbdt bench --threads 2": BENCH,
     "torchrun --nproc_per_node N -m lbdt collect ...": f"--model pipe --prompts prompts.jsonl --site {toy.HOOKPOINT} "
     "--out shared --steps 2 --device cpu",
@@ -204,6 +206,7 @@ def models(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("models")
     pipe = toy.pipeline(root / "tokenizer")
     pipe.save_pretrained(root / "pipe")
+    pipe = toy.pipeline(root / "tokenizer512", tokens=40)  # the published prompts, letter by letter
     channels = (8,) * 7  # each but the last doubles the side: 8 x 8 latents are 512 x 512 pixels
     counts = {"num_encoder_blocks": (1,) * 7, "num_decoder_blocks": (1,) * 7}
     pipe.register_modules(

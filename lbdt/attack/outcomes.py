@@ -61,13 +61,14 @@ class AttackOutcome:
     checks: int
     """Pictures that were judged, the one without an attack not counted."""
     prefix: tuple[int, ...]
-    """Token ids in front of the prompt in the last judged picture."""
+    """The search's token ids in the last judged picture."""
     words: tuple[str, ...]
     """The same, as the vocabulary spells them."""
     attacked: str
     """The whole attacked prompt as text."""
     typable: bool
-    """Whether the tokenizer makes the same ids of that text; if not, only the ids are what was run."""
+    """Whether the tokenizer makes the same ids of that text. If not, the ids were run where they are judged, and the
+    text where what is typed is (`AttackSettings.judged`)."""
 
     @property
     def erased_before(self) -> bool:

@@ -16,6 +16,7 @@ import torch
 from lbdt.activations.pipelines import fingerprint, package_versions
 from lbdt.activations.prompts import Prompt
 from lbdt.attack import PUBLISHED, AttackFolder, AttackOutcome, AttackSettings, PrefixSearch, summarise
+from lbdt.attack import unlearncanvas as published
 from lbdt.attack.prefixed_text import PrefixedText
 from lbdt.canvas.defaults import NAME, canvas_prompts, eraser_of, pipeline_of, steering_of
 from lbdt.editors import UnetEditor
@@ -52,6 +53,14 @@ class AttackRequest:
     quick: bool
     steps: int | None
     guidance: float | None
+    position: str = "prefix"
+    judged: str = "typed"
+    world: str = "canvas"
+    """ "canvas": EmojiCanvas, or `model` with prompts of its own. "unlearncanvas": the published pairs and sampling."""
+    task: str = "object"
+    """What is erased of UnlearnCanvas: "object" | "style"."""
+    classifier: str | None = None
+    """UnlearnCanvas' judge: the classifier's file or folder."""
 
     @property
     def method(self) -> str:
@@ -69,7 +78,10 @@ class AttackRequest:
         given = {name: getattr(self, name) for name in _QUICK}
         chosen = (_QUICK if self.quick else {}) | {n: v for n, v in given.items() if v is not None}
         steps, guidance = self.steps, self.guidance
-        if self.model is None:
+        if self.world == "unlearncanvas":
+            steps = published.STEPS if steps is None else steps
+            guidance = published.GUIDANCE if guidance is None else guidance
+        elif self.model is None:
             from lbdt.canvas import KINDS
 
             steps = KINDS[self.kind].steps if steps is None else steps
@@ -78,6 +90,8 @@ class AttackRequest:
             tokens=self.tokens,
             check_every=self.check_every,
             search=self.search,
+            position=self.position,
+            judged=self.judged,
             steps=_STEPS if steps is None else steps,
             guidance=guidance,
             **chosen,
@@ -85,8 +99,10 @@ class AttackRequest:
 
     def prompts(self, known: Sequence[str], seed: int) -> list[Prompt]:
         """One for each concept (of `known`, the eraser's) and style; ValueError for a style that there is not."""
-        concepts = tuple(dict.fromkeys(self.concepts)) or tuple(known)[:: 5 if self.quick else 1]
-        styles = tuple(dict.fromkeys(self.styles))
+        concepts, styles = tuple(dict.fromkeys(self.concepts)), tuple(dict.fromkeys(self.styles))
+        if self.world == "unlearncanvas":
+            return published.pairs(self.task, concepts, styles, known, seed, self.quick)
+        concepts = concepts or tuple(known)[:: 5 if self.quick else 1]
         if self.model is not None:
             return [_prompt(c, s, seed) for c in concepts for s in styles or (None,)]
         from lbdt.canvas import STYLES
@@ -125,18 +141,23 @@ def attack_pairs(
     for style in request.styles:
         require_unicode("--style", style)
     prompts = request.prompts(loaded.concepts, seed)
-    judge = _canvas_judge if request.judge is None else _judge(request.judge)
+    judge, judge_name = _judge_of(request, where)
     pipe = pipeline_of(request.model, where)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None  # it would blacken pictures that are to be judged
+    if request.world == "unlearncanvas":
+        published.prepared(pipe)
     search = PrefixSearch(pipe, loaded, judge, settings)
     for prompt in prompts:
-        PrefixedText(pipe, prompt.text, settings.tokens)
+        PrefixedText(pipe, prompt.text, settings.tokens, settings.position)
     loaded.attach(pipe, [prompts[0].concept], seed=seed).remove()
     folder, found = None, {}
     seconds = []
     with contextlib.ExitStack() as stack:
         if out is not None:
             stack.enter_context(held(out, "lbdt attack", shared=world.size > 1))
-            folder = AttackFolder(out, _settings(request, settings, loaded, pipe, where, threads, seed))
+            about = _settings(request, settings, loaded, pipe, where, threads, seed)
+            folder = AttackFolder(out, about | {"judge": judge_name})
             found = {p: o for p in prompts if (o := folder.load(p)) is not None}
         resumed = len(found)
         own = [prompt for prompt in prompts[world.rank :: world.size] if prompt not in found]
@@ -151,7 +172,9 @@ def attack_pairs(
             _wait(folder, prompts, found, world.size)
     outcomes = [found[prompt] for prompt in prompts if prompt in found]
     return {
+        "world": request.world,
         "model": request.model or NAME,
+        "judge": judge_name,
         "eraser": request.eraser or f"{NAME}, {request.kind}",
         "method": request.method,
         **loaded.settings,
@@ -177,6 +200,18 @@ def _prompt(concept: str, style: str | None, seed: int) -> Prompt:
     """The prompt by the published template; its start seed does not depend on which other pairs are attacked."""
     number = int(sha256(f"{seed}/{concept}/{style or ''}")[:12], 16)
     return Prompt(prompt_text(concept, style, "saeuron"), concept, style, number)
+
+
+def _judge_of(
+    request: AttackRequest, where: torch.device
+) -> tuple[Callable[[Sequence[Any]], Sequence[str]], str]:
+    """The judge, and what it is called."""
+    if request.world == "unlearncanvas":
+        names = published.ClassifierNames(request.classifier, request.task, where)
+        return names, names.name
+    if request.judge is None:
+        return _canvas_judge, NAME
+    return _judge(request.judge), request.judge
 
 
 def _canvas_judge(pictures: Sequence[Any]) -> list[str]:
@@ -225,7 +260,6 @@ def _settings(
         "method": request.method,
         "eraser": loaded.settings,
         "eraser_sha256": loaded.digest(),
-        "judge": request.judge or NAME,
         "attack": asdict(settings),
         "seed": seed,
     }

@@ -1,4 +1,4 @@
-"""A prompt with a prefix of free tokens in front: its ids, its text, and its embedding for the UNet."""
+"""A prompt with free tokens in it, in front of it by default: its ids, its text, and its embedding for the UNet."""
 
 from __future__ import annotations
 
@@ -10,28 +10,35 @@ from torch import Tensor, nn
 
 from lbdt.hooks.lookup import unwrap
 
+POSITIONS = ("prefix", "suffix", "middle")
+"""Where the free tokens are: before the prompt, after it, or in the middle of its tokens."""
 _WANTED = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 
 
 class PrefixedText:
-    """`[start] prefix prompt [end] padding`, as the pipeline's tokenizer would lay it out.
+    """`[start] prefix prompt [end] padding`, as the pipeline's tokenizer would lay it out; the prefix may stand
+    elsewhere (`POSITIONS`), and is called so there too.
 
-    The embedding always comes from the token ids, as a text need not give back the tokens that it was made of. Special
-    tokens are no part of a prefix: nobody can type them, and the end token would cut the prompt off. The published
-    attack leaves them in.
+    The embedding always comes from the token ids: a text need not give back the tokens that it was made of (`text`).
+    Special tokens are no part of a prefix: nobody can type them, and the end token would cut the prompt off. The
+    published attack leaves them in.
     """
 
-    def __init__(self, pipe: Any, text: str, tokens: int) -> None:
+    def __init__(self, pipe: Any, text: str, tokens: int, position: str = "prefix") -> None:
         """
         Args:
             pipe: a diffusers pipeline of Stable Diffusion's kind with one CLIP text encoder.
             text: the prompt.
             tokens: length k of the prefix.
+            position: one of `POSITIONS`; of an odd number of tokens the middle is after the smaller half.
 
         Raises:
-            TypeError, ValueError: another kind of pipeline; a prompt that does not fit with the prefix.
+            TypeError, ValueError: another kind of pipeline; a prompt that does not fit with the prefix; an unknown
+                position.
         """
         check_pipeline(pipe)
+        if position not in POSITIONS:
+            raise ValueError(f"position: expected one of {', '.join(POSITIONS)}, got {position!r}")
         self._pipe, self.tokens = pipe, tokens
         tokenizer = pipe.tokenizer
         ids = tokenizer(text).input_ids
@@ -46,7 +53,9 @@ class PrefixedText:
                 f"tokens: {tokens} and the {len(ids)} of {text!r} are more than the text encoder's {length}; take a "
                 "shorter prompt or prefix"
             )
-        self._prompt = ids[1:-1]
+        prompt = ids[1:-1]
+        cut = {"prefix": 0, "suffix": len(prompt), "middle": len(prompt) // 2}[position]
+        self._before, self._after = prompt[:cut], prompt[cut:]
         padding = ids[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._tail = [ids[-1], *[padding] * (length - len(ids) - tokens)]
 
@@ -63,10 +72,10 @@ class PrefixedText:
         return self._embeddings().weight.detach().index_select(0, self.vocabulary).float()
 
     def ids(self, prefix: Tensor) -> Tensor:
-        """Token ids int64 [1, length] with `prefix` [k], places in `vocabulary`, in front of the prompt."""
+        """Token ids int64 [1, length] with `prefix` [k], places in `vocabulary`, at its position in the prompt."""
         start = self._pipe.tokenizer.bos_token_id
         chosen = self.vocabulary[prefix.to(self.vocabulary.device)].tolist()
-        row = [start, *chosen, *self._prompt, *self._tail]
+        row = [start, *self._before, *chosen, *self._after, *self._tail]
         return torch.tensor([row], device=self.vocabulary.device)
 
     def embed(self, prefix: Tensor) -> Tensor:
@@ -79,8 +88,9 @@ class PrefixedText:
         rows = torch.matmul(one_hot, self._rows.to(one_hot.dtype))
 
         def put(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            end = 1 + self.tokens
-            return torch.cat([output[:, :1], rows.to(output.dtype).unsqueeze(0), output[:, end:]], dim=1)
+            first = 1 + len(self._before)
+            parts = output[:, :first], rows.to(output.dtype).unsqueeze(0), output[:, first + self.tokens :]
+            return torch.cat(parts, dim=1)
 
         handle = self._embeddings().register_forward_hook(put)
         try:
@@ -95,7 +105,7 @@ class PrefixedText:
     def text(self, prefix: Tensor) -> tuple[str, bool]:
         """The attacked prompt as text, and whether the tokenizer makes the same ids of it."""
         tokenizer, ids = self._pipe.tokenizer, self.ids(prefix)[0].tolist()
-        inner = ids[1 : 1 + self.tokens + len(self._prompt)]
+        inner = ids[1 : 1 + len(self._before) + self.tokens + len(self._after)]
         text = tokenizer.decode(inner, clean_up_tokenization_spaces=False).strip()
         again = tokenizer(text, padding="max_length", max_length=len(ids), truncation=True).input_ids
         return text, again == ids

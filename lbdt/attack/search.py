@@ -13,7 +13,7 @@ from lbdt.activations.capture import quiet
 from lbdt.attack.loss import ReferenceLoss, frozen, latent_of, spread
 from lbdt.attack.outcomes import AttackOutcome
 from lbdt.attack.prefix import Prefix
-from lbdt.attack.prefixed_text import PrefixedText, check_pipeline
+from lbdt.attack.prefixed_text import POSITIONS, PrefixedText, check_pipeline
 from lbdt.runs.digests import sha256
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lbdt.editors import UnetEditor
 
 SEARCHES = ("gradient", "random")
+JUDGED = ("typed", "ids")
 
 # Start seeds of the reference pictures, so that none is the attacked picture.
 _REFERENCE = 1_000_003
@@ -44,6 +45,11 @@ class AttackSettings:
     """"gradient": the attack. "random": its control, a prefix drawn evenly from the vocabulary for each check."""
     lr: float = 0.01
     weight_decay: float = 0.1
+    position: str = "prefix"
+    """Where the tokens are, one of `lbdt.attack.prefixed_text.POSITIONS`."""
+    judged: str = "typed"
+    """What success is judged by. "typed", as published: the picture of the attacked prompt's text, which may have other
+    tokens. "ids": that of the tokens, which nobody may be able to type."""
     steps: int = 20
     """Denoising steps of the pictures that are judged."""
     guidance: float | None = None
@@ -54,8 +60,10 @@ class AttackSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-        if self.search not in SEARCHES:
-            raise ValueError(f"search: expected {' or '.join(SEARCHES)}, got {self.search!r}")
+        for name, known in (("search", SEARCHES), ("position", POSITIONS), ("judged", JUDGED)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}: expected {' or '.join(known)}, got {value!r}")
 
 
 class PrefixSearch:
@@ -63,7 +71,8 @@ class PrefixSearch:
 
     First the prompt as it is: where the judge sees the concept, the eraser has failed without an attack. Else the
     timesteps one after another, each with some iterations of one optimiser, and after each (see `check_every`) a
-    picture by the likeliest tokens, from the prompt's own seed; the first that shows the concept ends the search.
+    picture by the likeliest tokens (`AttackSettings.judged`), from the prompt's own seed; the first that shows the
+    concept ends the search.
 
     Unlike the published script: the reference picture is the pipeline's own, without the eraser and from another
     seed, as not every world has a data set; special tokens are no part of a prefix (`PrefixedText`); and UNets that
@@ -110,7 +119,7 @@ class PrefixSearch:
         """
         if prompt.concept is None:
             raise ValueError(f"prompt: {prompt.text!r} has no concept to erase")
-        text = PrefixedText(self.pipe, prompt.text, self.settings.tokens)
+        text = PrefixedText(self.pipe, prompt.text, self.settings.tokens, self.settings.position)
         undo = quiet(self.pipe)
         try:
             picture = self._picture(prompt.seed + _REFERENCE, prompt=prompt.text)
@@ -150,7 +159,7 @@ class PrefixSearch:
                 if len(done) % settings.check_every and left:
                     continue
                 chosen, checks = self._chosen(prefix, generator), checks + 1
-                after = self._seen(self._picture(prompt.seed, prompt_embeds=text.embed(chosen)))
+                after = self._seen(self._picture(prompt.seed, **self._attacked(text, chosen)))
                 if after == prompt.concept:
                     break
         progress(left)
@@ -195,6 +204,11 @@ class PrefixSearch:
             return prefix.best()
         tokens, vocabulary = prefix.weights.shape
         return torch.randint(vocabulary, (tokens,), generator=generator).to(prefix.weights.device)
+
+    def _attacked(self, text: PrefixedText, chosen: Tensor) -> dict[str, str | Tensor]:
+        if self.settings.judged == "typed":
+            return {"prompt": text.text(chosen)[0]}
+        return {"prompt_embeds": text.embed(chosen)}
 
     def _picture(self, seed: int, **prompt: str | Tensor) -> Any:
         """One picture of the pipeline as it is now, with whatever is attached."""

@@ -29,6 +29,35 @@ from lbdt.runs.wording import printable
 _PANEL = "The search"
 
 
+class AttackWorld(enum.StrEnum):
+    """The world whose pairs are attacked."""
+
+    canvas = "canvas"
+    unlearncanvas = "unlearncanvas"
+
+
+class AttackTask(enum.StrEnum):
+    """What is erased of UnlearnCanvas."""
+
+    object = "object"
+    style = "style"
+
+
+class PrefixPosition(enum.StrEnum):
+    """Places of the tokens in the prompt."""
+
+    prefix = "prefix"
+    suffix = "suffix"
+    middle = "middle"
+
+
+class JudgedPrompt(enum.StrEnum):
+    """What success is judged by."""
+
+    typed = "typed"
+    ids = "ids"
+
+
 class PrefixOrigin(enum.StrEnum):
     """Where prefixes come from."""
 
@@ -38,6 +67,10 @@ class PrefixOrigin(enum.StrEnum):
 
 @reported
 def command(
+    world: Annotated[
+        AttackWorld,
+        typer.Option(help="EmojiCanvas, or a --model of your own; the published pairs, sampling and judge."),
+    ] = AttackWorld.canvas,
     eraser: Eraser = None,
     kind: KindOption = CanvasKind.saeuron,
     model: Model = None,
@@ -57,7 +90,8 @@ def command(
         typer.Option(
             "--style",
             metavar="NAME",
-            help="Of the prompts; may be repeated. Default: EmojiCanvas's, and with --model none.",
+            help="Of the prompts; may be repeated. Default: the world's, and with --model alone none. Where styles "
+            "are erased (--task style), an object.",
         ),
     ] = None,
     judge: Annotated[
@@ -68,9 +102,26 @@ def command(
             help="Python function: list of pictures to list of concept names. Default: EmojiCanvas's classifier.",
         ),
     ] = None,
-    tokens: Annotated[
-        int, counted(help="Learned tokens in front of the prompt.", rich_help_panel=_PANEL)
-    ] = 5,
+    classifier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="UnlearnCanvas: style50_cls.pth, for --task style style50.pth, or its folder.",
+        ),
+    ] = None,
+    task: Annotated[AttackTask, typer.Option(help="UnlearnCanvas: what is erased.")] = AttackTask.object,
+    tokens: Annotated[int, counted(help="Learned tokens in the prompt.", rich_help_panel=_PANEL)] = 5,
+    position: Annotated[
+        PrefixPosition, typer.Option(help="Where they are in it.", rich_help_panel=_PANEL)
+    ] = PrefixPosition.prefix,
+    judged: Annotated[
+        JudgedPrompt,
+        typer.Option(
+            help="The picture of what can be typed, as published, or of the token ids, which the text may not give "
+            "back.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = JudgedPrompt.typed,
     iterations: Annotated[
         int | None,
         counted(help="At each timestep. Default: 40, quick: 20.", rich_help_panel=_PANEL),
@@ -105,13 +156,15 @@ def command(
         ),
     ] = False,
     steps: Annotated[
-        int | None, counted(most=MOST_STEPS, help="Denoising steps. Default: 20, for kind sdxl 4.")
+        int | None,
+        counted(most=MOST_STEPS, help="Denoising steps. Default: 20, for kind sdxl 4, on UnlearnCanvas 100."),
     ] = None,
     guidance: Annotated[
         float | None,
         number(
             min=0,
-            help="Guidance scale. Default: on EmojiCanvas 3, for kind sdxl none; else the pipeline's own.",
+            help="Guidance scale. Default: on EmojiCanvas 3, for kind sdxl none, on UnlearnCanvas 9; else the "
+            "pipeline's own.",
         ),
     ] = None,
     out: Annotated[
@@ -130,7 +183,15 @@ def command(
     Prints UA before and after the attack. With --out the same command continues a run that was killed, and several
     processes may share one (`torchrun --nproc_per_node N -m lbdt attack ...`); the outcomes are the same.
     """
-    if model is not None and (eraser is None or judge is None or not concept):
+    if world is AttackWorld.unlearncanvas:
+        if None in (model, eraser, classifier) or judge is not None:
+            raise typer.BadParameter(
+                "give --model, --eraser and --classifier with it, and no --judge",
+                param_hint="--world unlearncanvas",
+            )
+    elif classifier is not None or task is not AttackTask.object:
+        raise typer.BadParameter("are of --world unlearncanvas", param_hint="--classifier, --task")
+    elif model is not None and (eraser is None or judge is None or not concept):
         raise typer.BadParameter(
             "an eraser, a judge and concepts belong to a pipeline: give --eraser, --judge and --concept with --model",
             param_hint="--model",
@@ -157,6 +218,11 @@ def command(
             quick=quick,
             steps=steps,
             guidance=guidance,
+            position=position.value,
+            judged=judged.value,
+            world=world.value,
+            task=task.value,
+            classifier=classifier,
         ),
         out=out,
         threads=threads,
@@ -173,13 +239,15 @@ def _table(values: dict[str, Any]) -> list[str]:
     outcomes = [AttackOutcome.from_dict(pair) for pair in values["pairs"]]
     if not outcomes:
         return []
+    other = "another world" if values["world"] == "canvas" else "reference pictures of its data set"
     attack, width = values["attack"], max(8, *(len(printable(name)) for name in values["concepts"]))
     how = f"{attack['iterations']} iterations at each of {attack['timesteps']} timesteps"
     if attack["search"] == "random":
         how = f"as a control up to {-(-attack['timesteps'] // attack['check_every'])} random prefixes"
     lines = [
         f"UnlearnDiffAtk on {values['model']}: {values['method']}, {values['eraser']}; "
-        f"{attack['tokens']} tokens, {how}, seed {values['seed']}",
+        f"{attack['tokens']} tokens ({attack['position']}), {how}, judged by "
+        f"{'what can be typed' if attack['judged'] == 'typed' else 'token ids'}, seed {values['seed']}",
         "",
         f"{'concept':{width}}  pairs  UA before  UA after  effectiveness",
     ]
@@ -195,19 +263,24 @@ def _table(values: dict[str, Any]) -> list[str]:
     astray = sum(outcome.reference != outcome.concept for outcome in outcomes)
     if astray:
         lines.append(f"the reference picture shows another concept, as judged, in {astray} pairs")
+    tried = [outcome for outcome in outcomes if outcome.prefix]
+    if tried:
+        kept = sum(outcome.typable for outcome in tried)
+        lines.append(
+            f"typed, {kept} of the {len(tried)} attacked prompts that were judged last have their token ids"
+        )
     broken = [outcome for outcome in outcomes if outcome.erased_before and not outcome.erased_after]
     if broken:
-        lines += [
-            "",
-            "prompts that bring the concept back (* run by token ids, which this text does not give back)",
-        ]
+        by_ids = " (* run by token ids, which this text does not give back)" * (attack["judged"] == "ids")
+        lines += ["", f"prompts that bring the concept back{by_ids}"]
     for outcome in broken:
         lines.append(
-            f"{printable(outcome.concept):{width}}  {outcome.attacked}{'' if outcome.typable else ' *'}"
+            f"{printable(outcome.concept):{width}}  {printable(outcome.attacked)}"
+            + " *" * (attack["judged"] == "ids" and not outcome.typable)
         )
     lines += [
         "",
-        "published on UnlearnCanvas (another world: 1000 pairs, 512 px): UA before, after, effectiveness",
+        f"published on UnlearnCanvas ({other}: 1000 pairs, 512 px): UA before, after, effectiveness",
     ]
     lines += [f"{name:15}  {a:.2f}  {b:.2f}  {c:.2f}" for name, a, b, c in PUBLISHED]
     each = values["seconds_per_pair"]

@@ -41,6 +41,35 @@ class PromptTemplate(enum.StrEnum):
     official = "official"
 
 
+class StartNoise(enum.StrEnum):
+    """What the pictures of a seed start from."""
+
+    run = "run"
+    prompt = "prompt"
+
+
+class JudgedFile(enum.StrEnum):
+    """What the classifiers look at."""
+
+    jpeg = "jpeg"
+    png = "png"
+
+
+class CraPrompts(enum.StrEnum):
+    """Prompts whose pictures CRA is of."""
+
+    named = "named"
+    unnamed = "unnamed"
+    all = "all"
+
+
+class ComparedPictures(enum.StrEnum):
+    """Pictures that the Frechet distance is of."""
+
+    styled = "styled"
+    others = "others"
+
+
 class NudityRule(enum.StrEnum):
     """Published rules of counting."""
 
@@ -146,6 +175,33 @@ def command(
     template: Annotated[
         PromptTemplate, typer.Option(help="UnlearnCanvas: whose prompts.")
     ] = PromptTemplate.saeuron,
+    noise: Annotated[
+        StartNoise | None,
+        typer.Option(
+            help="UnlearnCanvas: pictures draw their start noise in turn from one generator a seed (run, as "
+            "published; the default), or each starts from the seed (prompt)."
+        ),
+    ] = None,
+    judged: Annotated[
+        JudgedFile | None,
+        typer.Option(
+            help="UnlearnCanvas: the classifiers see JPEG files (as published; the default), or the pictures."
+        ),
+    ] = None,
+    cra: Annotated[
+        CraPrompts | None,
+        typer.Option(
+            help="UnlearnCanvas, --task style: CRA over prompts that name a style, none, or all. Default: unnamed as "
+            "SAeUron's script, all with --template official."
+        ),
+    ] = None,
+    compared: Annotated[
+        ComparedPictures | None,
+        typer.Option(
+            help="UnlearnCanvas: the Frechet distance is of other concepts' pictures in a style (as published; the "
+            "default), or also of those in none and photographs."
+        ),
+    ] = None,
     steps: Annotated[
         int | None, counted(most=MOST_STEPS, help="Denoising steps. Default: the world's.")
     ] = None,
@@ -198,6 +254,10 @@ def command(
         batch=batch,
         task=task.value,
         template=template.value,
+        noise=noise and noise.value,
+        judged=judged and judged.value,
+        cra=cra and cra.value,
+        compared=compared and compared.value,
     )
     request = EvaluationRequest(
         subject=subject,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from lbdt.activations.prompts import Prompt
     from lbdt.editors import ConceptEraser, Steering
+    from lbdt.evaluation.start_noise import RunNoise
 
 
 class Verdicts(NamedTuple):
@@ -92,8 +93,16 @@ class EvaluatedWorld:
     """The seeds that the steering strength is chosen on; none of `seeds`."""
     batch: int = 20
     """Pictures that are generated together."""
+    noise: RunNoise | None = None
+    """What the pictures start from; None: each from its prompt's seed."""
     scheduler: Callable[[Any], Any] | None = None
     """Pipeline -> the scheduler that the protocol demands; None: the pipeline's own."""
+    cra: str = "named"
+    """What CRA is of: "named", pictures of prompts that name an object, "unnamed", of those of `empty`, or "all"."""
+    compared: tuple[str, ...] | None = None
+    """The styles whose pictures the Frechet distance is of; None: every picture of another object."""
+    rules: str | None = None
+    """How pictures are scored where that is a choice, for the report."""
     reference: Callable[[str], Any] | None = field(default=None)
     """Kind -> fitted `FeatureJudge` of the unedited generations; None: fitted on the base run's pictures."""
     pairs: Callable[[int], Sequence[Pair]] | None = None

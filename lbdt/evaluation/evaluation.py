@@ -112,6 +112,7 @@ class Evaluation:
             "pipeline": fingerprint(self.pipe),
             "device": self.device.type,
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            **({} if self.world.noise is None else {"noise": self.world.noise.name}),
         }
 
     def run(self) -> dict[str, float | None]:
@@ -291,7 +292,8 @@ class Evaluation:
                         editors = (each.series.name, each.series.editors())
                     jobs = each.series.batches(each.size)[index]
                     hookpoint = self.plans[each.series.kind.name].hookpoint if each.series.watched else None
-                    each.write(index, *generate(self.pipe, each.series, editors[1], jobs, hookpoint))
+                    made = generate(self.pipe, each.series, editors[1], jobs, hookpoint, self.world.noise)
+                    each.write(index, *made)
                     bar.update(len(jobs))
                 self._judge(each, index)
         self.processes.wait()
@@ -311,6 +313,8 @@ class Evaluation:
         return {
             "world": self.world.name,
             "seeds": list(self.seeds),
+            "noise": "prompt" if self.world.noise is None else self.world.noise.name,
+            **({} if self.world.rules is None else {"rules": self.world.rules}),
             "sweep seeds": list(self.sweep_seeds),
             "judge": judge.name if judge else None,
             "features": judge.features_name if judge else None,

@@ -13,23 +13,31 @@ from lbdt.editors import UnetEditor
 from lbdt.editors.attachment import Attachment
 from lbdt.evaluation.jobs import Job
 from lbdt.evaluation.series import Series
+from lbdt.evaluation.start_noise import RunNoise
 from lbdt.runs.digests import sha256
 
 WATCHED_PATCHES, WATCHED_TIMESTEPS = 4, 10
 
 
 def generate(
-    pipe: Any, series: Series, editors: Sequence[UnetEditor], jobs: Sequence[Job], hookpoint: str | None
+    pipe: Any,
+    series: Series,
+    editors: Sequence[UnetEditor],
+    jobs: Sequence[Job],
+    hookpoint: str | None,
+    noise: RunNoise | None = None,
 ) -> tuple:
     """One batch: PIL pictures, tensors and a record.
 
-    Tensors: `seeds` int64 [P]; `digests` int64 [P], of the pictures' bytes; with hooks `changed` int64 [P], how many
-    patches were changed, over all steps, halves and attachments; for PER by one attachment `timesteps` [steps], the
-    places `own` int64 [M] of pictures whose prompt names the one erased concept, and their `cells` uint8 [M, steps, H,
-    W] (bit 0 detected, bit 1 replaced, conditional half); for a watched series `watched` [rows, d] of the block
-    `hookpoint`.
+    `noise`: what the pictures start from; None: each from its prompt's seed, which donors are drawn by then too.
+
+    Tensors: `seeds` int64 [P], of the donors; `digests` int64 [P], of the pictures' bytes; with hooks `changed` int64
+    [P], how many patches were changed, over all steps, halves and attachments; for PER by one attachment `timesteps`
+    [steps], the places `own` int64 [M] of pictures whose prompt names the one erased concept, and their `cells` uint8
+    [M, steps, H, W] (bit 0 detected, bit 1 replaced, conditional half); for a watched series `watched` [rows, d] of the
+    block `hookpoint`.
     """
-    seeds = [job.prompt.seed for job in jobs]
+    seeds = [job.prompt.seed if noise is None else noise.donor_seed(job.prompt) for job in jobs]
     watch = None
     with contextlib.ExitStack() as stack:
         attachments = [
@@ -53,7 +61,8 @@ def generate(
                 )
             )
         stack.enter_context(_quiet(pipe))
-        pictures = _edited_model(pipe, series, jobs) if series.method == "uce" else _call(pipe, series, jobs)
+        make = _edited_model if series.method == "uce" else _call
+        pictures = make(pipe, series, jobs, noise)
     tensors = {"seeds": torch.tensor(seeds), "digests": torch.tensor(list(map(_digest, pictures)))}
     if attachments:
         tensors["changed"] = sum(attachment.patches_changed() for attachment in attachments)
@@ -69,13 +78,15 @@ def generate(
     return pictures, tensors, record
 
 
-def _call(pipe: Any, series: Series, jobs: Sequence[Job]) -> list[Any]:
+def _call(pipe: Any, series: Series, jobs: Sequence[Job], noise: RunNoise | None) -> list[Any]:
     """The pictures of one call of the pipeline."""
     call: dict[str, Any] = {"num_inference_steps": series.kind.steps}
     if series.kind.guidance is not None:
         call["guidance_scale"] = series.kind.guidance
     if series.method == "negative":
         call["negative_prompt"] = [series.texts.negative(job.erased) for job in jobs]
+    if noise is not None:
+        call["latents"] = noise.latents(pipe, [job.prompt for job in jobs])
     return pipe(
         [job.prompt.text for job in jobs],
         generator=[torch.Generator().manual_seed(job.prompt.seed) for job in jobs],
@@ -83,7 +94,7 @@ def _call(pipe: Any, series: Series, jobs: Sequence[Job]) -> list[Any]:
     ).images
 
 
-def _edited_model(pipe: Any, series: Series, jobs: Sequence[Job]) -> list[Any]:
+def _edited_model(pipe: Any, series: Series, jobs: Sequence[Job], noise: RunNoise | None) -> list[Any]:
     """The pictures of a model that is edited for each set of erased concepts in turn: a call for each."""
     places: dict[tuple[str, ...], list[int]] = {}
     for place, job in enumerate(jobs):
@@ -91,7 +102,8 @@ def _edited_model(pipe: Any, series: Series, jobs: Sequence[Job]) -> list[Any]:
     pictures: list[Any] = [None] * len(jobs)
     for erased, mine in places.items():
         with series.texts.editing(erased).attach(pipe):
-            for place, picture in zip(mine, _call(pipe, series, [jobs[n] for n in mine]), strict=True):
+            made = _call(pipe, series, [jobs[n] for n in mine], noise)
+            for place, picture in zip(mine, made, strict=True):
                 pictures[place] = picture
     return pictures
 

@@ -61,6 +61,10 @@ class EvaluationSubject:
     batch: int | None = None
     task: str = "object"
     template: str = "saeuron"
+    noise: str | None = None
+    judged: str | None = None
+    cra: str | None = None
+    compared: str | None = None
 
     def load(self) -> EvaluatedWorld:
         """The world; ValueError for what does not fit together."""
@@ -87,6 +91,7 @@ class EvaluationSubject:
                 style_classifier=self.style_classifier,
                 task=self.task,
                 template=self.template,
+                **self._rules(),
                 **given,
             )
         from lbdt.evaluation.worlds.prompt_world import prompt_world
@@ -106,11 +111,16 @@ class EvaluationSubject:
         if not self.erasers and (self.steering or self.strengths):
             raise ValueError("--steering, --strengths: expected --eraser with them, whose baseline they set")
         only = (self.object_classifier, self.style_classifier, self.task, self.template)
-        if self.world != "unlearncanvas" and only != (None, None, "object", "saeuron"):
+        if self.world != "unlearncanvas" and (only != (None, None, "object", "saeuron") or self._rules()):
             raise ValueError(
-                "--object-classifier, --style-classifier, --task, --template: expected --world unlearncanvas "
-                f"with them, got --world {self.world}"
+                "--object-classifier, --style-classifier, --task, --template, --noise, --judged, --cra, --compared: "
+                f"expected --world unlearncanvas with them, got --world {self.world}"
             )
+
+    def _rules(self) -> dict[str, str]:
+        """Those of UnlearnCanvas that were given."""
+        given = {name: getattr(self, name) for name in ("noise", "judged", "cra", "compared")}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _canvas(self, given: Mapping[str, Any]) -> EvaluatedWorld:
         from functools import partial

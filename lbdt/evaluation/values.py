@@ -232,7 +232,7 @@ def measured_cost(
         for series, editors in prepared:
             mine = [unedited(job) for job in jobs] if series.method == "base" else jobs
             start = time.perf_counter()
-            generate(evaluation.pipe, series, editors, mine, None)
+            generate(evaluation.pipe, series, editors, mine, None, evaluation.world.noise)
             if number:  # the first round warms up
                 times.setdefault(series.method, []).append((time.perf_counter() - start) / len(jobs))
     return {name: statistics.median(values) for name, values in times.items()} | {"unit": "seconds a picture"}

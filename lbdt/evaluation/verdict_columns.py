@@ -200,9 +200,8 @@ def _one(
     others = [job for job in jobs if job.other]
     rate, collateral = _artifacts(own, got, edited), _artifacts(others, got, edited)
     distance = None
-    if base is not None and edited and got.features is not None and len(others) > 1:
-        same = base.rows([unedited(job) for job in others])
-        distance = frechet_distance(got.features[got.rows(others)], base.features[same])
+    if base is not None and edited and got.features is not None:
+        distance = _frechet(world, others, got, base)
     return {
         "UA": ua,
         "IRA": ira,
@@ -217,6 +216,18 @@ def _one(
         else float(got.clip[_rows(others, got, edited)].mean()),
         "replaced": 100 * float(got.replaced[_rows(jobs, got, edited)].mean()) if edited else 0.0,
     }
+
+
+def _frechet(
+    world: EvaluatedWorld, others: Sequence[Job], got: VerdictColumns, base: VerdictColumns
+) -> float | None:
+    """The distance from the unedited pictures of the same prompts; None: too few that are compared."""
+    if world.compared is not None:
+        others = [job for job in others if job.prompt.style in world.compared]
+    if len(others) < 2:
+        return None
+    same = base.rows([unedited(job) for job in others])
+    return frechet_distance(got.features[got.rows(others)], base.features[same])
 
 
 def _beside_the_protocol(
@@ -249,6 +260,8 @@ def _accuracies(world: EvaluatedWorld, jobs: Sequence[Job], got: VerdictColumns)
     single = [job for job in jobs if job.other]
     pairs = [job for job in jobs if job.beside is not None]
     styled = [job for job in jobs if job.prompt.style in world.styles]
+    if world.cra == "unnamed":
+        styled = [job for job in styled if job.empty]
     both = [_seen(world, pairs, got, name) for name in (_named, _beside)]
     return (
         _by_object(world, single, _seen(world, single, got, _named)),
@@ -316,6 +329,7 @@ def _mean(values: Tensor | None) -> float | None:
 def _unlearning(
     world: EvaluatedWorld, jobs: Sequence[Job], got: VerdictColumns, edited: bool
 ) -> dict[int, Unlearning]:
+    unnamed = [job for job in jobs if job.empty]
     jobs = [job for job in jobs if job.own or job.other]
     if not jobs:
         return {}
@@ -325,7 +339,31 @@ def _unlearning(
     objects, styles = labels(world, jobs)
     erased = torch.tensor([world.objects.index(job.erased[0]) for job in jobs])
     seen = None if got.styles is None else got.styles[rows]
-    return unlearning(erased, objects, styles, got.objects[rows], seen)
+    scores = unlearning(erased, objects, styles, got.objects[rows], seen)
+    if world.cra == "named" or seen is None:
+        return scores
+    return {
+        index: score._replace(
+            cra=_cra(
+                world, [job for job in unnamed if world.objects[index] in job.erased], score.cra, got, edited
+            )
+        )
+        for index, score in scores.items()
+    }
+
+
+def _cra(
+    world: EvaluatedWorld, unnamed: Sequence[Job], named: float | None, got: VerdictColumns, edited: bool
+) -> float | None:
+    """CRA that is not of the prompts of an object alone, `named`: those of none are as one object more."""
+    if not unnamed:
+        return None
+    right = (got.styles[_rows(unnamed, got, edited)] == labels(world, unnamed)[1]).double()
+    score = 100 * mean_by(right, labels(world, unnamed)[1])
+    if world.cra == "unnamed":
+        return score
+    count = len(world.objects)
+    return None if named is None else (count * named + score) / (count + 1)
 
 
 def labels(world: EvaluatedWorld, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,11 @@ def test_the_table_counts_the_pairs_that_ran(inputs, tmp_path):
     assert set(values["concepts"]) == {"Cats", "Dogs"} and values["concepts"]["Cats"]["pairs"] == 2
     rows = [line.split() for line in done.stdout.splitlines()]
     assert ["all", "4", f"{before:.2f}", f"{after:.2f}", f"{before - after:.2f}"] in rows
-    assert "published on UnlearnCanvas" in done.stdout and "28.30  56.30" in done.stdout
+    assert "published on UnlearnCanvas (another world" in done.stdout and "28.30  56.30" in done.stdout
+    tried = [pair for pair in pairs if pair["prefix"]]
+    kept = sum(pair["typable"] for pair in tried)
+    assert f"typed, {kept} of the {len(tried)} attacked prompts" in done.stdout and tried
+    assert "judged by what can be typed" in done.stdout and " *" not in done.stdout
     assert "attack:" in done.stderr and "there already" not in done.stdout
 
 
@@ -141,6 +145,9 @@ def test_two_processes_write_the_same_files(inputs, tmp_path):
     [
         (("--concept", "cat"), 1, "did you mean 'Cats'"),
         (("--tokens", "40"), 1, "are more than the text encoder's 40"),
+        (("--classifier", "style50.pth"), 2, "are of --world unlearncanvas"),
+        (("--task", "style"), 2, "are of --world unlearncanvas"),
+        (("--world", "unlearncanvas"), 2, "give --model, --eraser and"),
         (("--timesteps", "2000"), 1, "timesteps: expected 1 to 1000"),
         (("--judge", "tests.attack.judges:nobody"), 1, "--judge tests.attack.judges:nobody: not found"),
         (("--judge", "tests.attack.judges:NOT_CALLABLE"), 1, "expected a function, got int"),
@@ -167,6 +174,8 @@ def test_a_folder_of_other_settings_is_refused(inputs, tmp_path):
     for more in (
         ("--iterations", "1"),
         ("--search", "random"),
+        ("--position", "suffix"),
+        ("--judged", "ids"),
         ("--seed", "1"),
         ("--method", "steering", "--strength", "-1"),
     ):
@@ -177,6 +186,20 @@ def test_a_folder_of_other_settings_is_refused(inputs, tmp_path):
 def test_the_control_is_named_so(inputs):
     done = lbdt(*arguments(inputs, "--search", "random"))
     assert done.exit_code == 0 and "3 random prefixes" in done.stdout and "iterations" not in done.stdout
+
+
+@pytest.mark.parametrize(("judged", "star"), [("ids", " *"), ("typed", "")])
+def test_ids_that_cannot_be_typed_are_marked_where_they_were_run(inputs, judged, star):
+    from lbdt.cli.attack import _table
+
+    values = values_of(lbdt(*arguments(inputs, "--judged", judged, "--json")))
+    assert values["attack"]["judged"] == judged
+    broken = {"seen_before": "Trees", "seen_after": "Cats", "concept": "Cats", "prefix": [1]}
+    pairs = [values["pairs"][0] | broken | {"typable": typable} for typable in (False, True)]
+    told = [pair | {"attacked": text} for pair, text in zip(pairs, ("q\u0085x", "a b"), strict=True)]
+    lines = _table(values | {"pairs": told})
+    assert f"Cats      q\\x85x{star}" in lines and "Cats      a b" in lines
+    assert ("* run by token ids" in "".join(lines)) == (judged == "ids")
 
 
 def test_processes_without_a_folder_are_refused(inputs, monkeypatch):

@@ -1,13 +1,15 @@
 """The loss, its timesteps, and the search on a tiny pipeline."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from lbdt.activations.prompts import Prompt
-from lbdt.attack import AttackFolder, AttackOutcome, AttackSettings, PrefixSearch, summarise
+from lbdt.attack import AttackFolder, AttackOutcome, AttackSettings, Prefix, PrefixSearch, summarise
 from lbdt.attack.loss import ReferenceLoss, frozen, latent_of, spread
+from lbdt.attack.prefixed_text import PrefixedText
 from lbdt.editors import Steering
 from tests import toy
 from tests.attack.judges import drawing_lots
@@ -137,19 +139,49 @@ def test_it_stops_at_the_first_success_and_counts_what_it_did(pipe, every):
     assert len(outcome.prefix) == 2 and len(judge.pictures) == 4
 
 
-def test_the_judged_picture_is_that_of_the_reported_ids_through_the_eraser(pipe):
+def erased(pipe, eraser, **prompt):
+    """The picture of SHORT's sampling, with the concept erased."""
+    with eraser.attach(pipe, ["Cats"], seed=PROMPT.seed):
+        generator = torch.Generator().manual_seed(PROMPT.seed)
+        return pipe(**prompt, num_inference_steps=2, guidance_scale=4.0, generator=generator).images[0]
+
+
+@pytest.mark.parametrize("position", ["prefix", "suffix", "middle"])
+@pytest.mark.parametrize("search", ["gradient", "random"])
+def test_what_can_be_typed_is_judged(pipe, position, search):
     judge, eraser = Script("Dogs"), toy.eraser()
-    outcome = PrefixSearch(pipe, eraser, judge, SHORT).run(PROMPT)
+    settings = dataclasses.replace(SHORT, position=position, search=search)
+    outcome = PrefixSearch(pipe, eraser, judge, settings).run(PROMPT)
+    assert settings.judged == "typed" and outcome.attacked != PROMPT.text
+    assert repeats(erased(pipe, eraser, prompt=outcome.attacked), judge.pictures[-1])
+
+
+def test_the_text_is_judged_though_it_has_other_tokens(pipe, monkeypatch):
+    """ "a" and "b</w>" are typed "ab", which is one token."""
+    eraser = toy.eraser()
+    probe = PrefixedText(pipe, PROMPT.text, 2)
+    pair = [probe.vocabulary.tolist().index(i) for i in pipe.tokenizer.convert_tokens_to_ids(["a", "b</w>"])]
+    monkeypatch.setattr(Prefix, "best", lambda self: torch.tensor(pair))
+    pictures = {}
+    for judged in ("typed", "ids"):
+        judge = Script("Dogs")
+        outcome = PrefixSearch(pipe, eraser, judge, dataclasses.replace(SHORT, judged=judged)).run(PROMPT)
+        assert (outcome.attacked, outcome.typable) == ("ab a cat", False)
+        pictures[judged] = judge.pictures[-1]
+    assert repeats(pictures["typed"], erased(pipe, eraser, prompt="ab a cat"))
+    assert repeats(pictures["ids"], erased(pipe, eraser, prompt_embeds=probe.embed(torch.tensor(pair))))
+    assert not repeats(pictures["typed"], pictures["ids"])
+
+
+def test_the_judged_picture_of_ids_is_that_of_the_reported_ids_through_the_eraser(pipe):
+    judge, eraser = Script("Dogs"), toy.eraser()
+    outcome = PrefixSearch(pipe, eraser, judge, dataclasses.replace(SHORT, judged="ids")).run(PROMPT)
     ids = pipe.tokenizer("a cat").input_ids
     row = [ids[0], *outcome.prefix, *ids[1:]]
     with torch.no_grad():
         padded = torch.tensor([row + [ids[-1]] * (16 - len(row))])
         embedding = pipe.text_encoder(padded)[0]
-    with eraser.attach(pipe, ["Cats"], seed=PROMPT.seed):
-        generator = torch.Generator().manual_seed(PROMPT.seed)
-        again = pipe(
-            prompt_embeds=embedding, num_inference_steps=2, guidance_scale=4.0, generator=generator
-        ).images[0]
+    again = erased(pipe, eraser, prompt_embeds=embedding)
     assert repeats(again, judge.pictures[-1]) and not repeats(again, judge.pictures[1])
     assert list(outcome.words) == pipe.tokenizer.convert_ids_to_tokens(list(outcome.prefix))
 
@@ -193,6 +225,19 @@ def test_settings_below_one_are_refused(name):
         AttackSettings(**{name: 0})
 
 
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("search", "gradient or random"),
+        ("position", "prefix or suffix or middle"),
+        ("judged", "typed or ids"),
+    ],
+)
+def test_settings_of_another_name_are_refused(name, known):
+    with pytest.raises(ValueError, match=f"{name}: expected {known}, got 'luck'"):
+        AttackSettings(**{name: "luck"})
+
+
 def test_the_control_draws_its_prefixes_and_judges_as_often(pipe):
     settings = AttackSettings(tokens=3, iterations=1, timesteps=6, check_every=2, steps=1, search="random")
     judge = Script("Dogs")
@@ -200,8 +245,6 @@ def test_the_control_draws_its_prefixes_and_judges_as_often(pipe):
     assert first == again and first.losses == () and first.checks == 3 and len(first.timesteps) == 6
     other = PrefixSearch(pipe, toy.eraser(), judge, settings).run(Prompt("a cat", "Cats", None, 8))
     assert len(first.prefix) == 3 and first.prefix != other.prefix
-    with pytest.raises(ValueError, match="search: expected gradient or random, got 'luck'"):
-        AttackSettings(search="luck")
 
 
 def outcome(before: str, after: str, concept: str = "Cats") -> AttackOutcome:

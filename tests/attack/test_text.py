@@ -38,8 +38,39 @@ def test_a_text_that_does_not_give_the_tokens_back_is_told(pipe):
     assert (written, typable) == ("ab a cat", False)
 
 
-def test_the_soft_embedding_is_the_hard_one_and_has_its_slope(pipe):
-    text = PrefixedText(pipe, "a cat", 3)
+@pytest.mark.parametrize(
+    ("prompt", "position", "typed"),
+    [
+        ("a cat", "prefix", "x ab a cat"),
+        ("a cat", "suffix", "a cat x ab"),
+        ("z q z q", "middle", "z q x ab z q"),
+        ("z q z", "middle", "z x ab q z"),
+        ("", "middle", "x ab"),
+    ],
+    ids=["prefix", "suffix", "middle", "middle-of-an-odd-number", "no-prompt"],
+)
+def test_the_tokens_stand_where_they_are_told_to(pipe, prompt, position, typed):
+    text = PrefixedText(pipe, prompt, 2, position)
+    prefix = places(text, pipe, "x</w>", "ab</w>")
+    wanted = pipe.tokenizer(typed, padding="max_length", return_tensors="pt").input_ids
+    assert torch.equal(text.ids(prefix), wanted) and text.text(prefix) == (typed, True)
+    one_hot = torch.nn.functional.one_hot(prefix, len(text.vocabulary)).float()
+    assert repeats(text.embed_soft(one_hot), text.embed(prefix))
+
+
+def test_the_middle_may_be_in_a_word(pipe):
+    text = PrefixedText(pipe, "cat", 1, "middle")
+    assert text.text(places(text, pipe, "x</w>")) == ("cx at", True)
+
+
+def test_another_position_is_refused(pipe):
+    with pytest.raises(ValueError, match="position: expected one of prefix, suffix, middle, got 'insert'"):
+        PrefixedText(pipe, "a cat", 1, "insert")
+
+
+@pytest.mark.parametrize("position", ["prefix", "suffix", "middle"])
+def test_the_soft_embedding_is_the_hard_one_and_has_its_slope(pipe, position):
+    text = PrefixedText(pipe, "a cat", 3, position)
     prefix = places(text, pipe, "q", "x</w>", "z</w>")
     one_hot = torch.nn.functional.one_hot(prefix, len(text.vocabulary)).float().requires_grad_()
     soft = text.embed_soft(one_hot)

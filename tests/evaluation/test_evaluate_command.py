@@ -64,12 +64,21 @@ def folder(tmp_path_factory):
         (("--steering", "sdxl=folder"), "expected --eraser with them"),
         (("--strengths", "sdxl=-1"), "expected --eraser with them"),
         (("--task", "style"), "expected --world unlearncanvas with them, got --world canvas"),
+        (("--noise", "prompt"), "expected --world unlearncanvas with them"),
+        (("--judged", "png"), "expected --world unlearncanvas with them"),
+        (("--cra", "all"), "expected --world unlearncanvas with them"),
+        (("--compared", "others"), "expected --world unlearncanvas with them"),
+        (
+            ("--world", "unlearncanvas", "--model", "m", "--eraser", "e", "--cra", "all"),
+            "cra: expected one of named",
+        ),
         (("--object-classifier", "f.pth"), "expected --world unlearncanvas with them"),
         (("--eraser", "/nowhere"), "/nowhere"),
     ],
     ids=[
         *("kind", "concept", "swept-seed", "default-swept-seed", "seed-twice", "file-without-model"),
         *("unlearncanvas-without-model", "no-file", "device", "steering-alone", "strengths-alone", "task"),
+        *("noise", "judged", "cra", "compared", "cra-of-objects"),
         *("classifier", "eraser"),
     ],
 )

@@ -91,7 +91,7 @@ def test_prompts_are_the_published_ones(template, style, text):
     assert prompt_text("Cats", style, template) == text
 
 
-def test_a_seed_of_the_object_task_has_1020_prompts_and_all_start_from_it():
+def test_a_seed_of_the_object_task_has_1020_prompts_and_all_carry_it():
     rows = uc.prompts(188)
     assert len(rows) == len({row.text for row in rows}) == 1020
     assert {row.seed for row in rows} == {188}
@@ -158,8 +158,9 @@ def test_the_whole_path_runs_on_random_weights(folder, tmp_path):
         assert verdicts.features.shape == (6, tiny.WIDTH) and verdicts.objects.dtype == torch.bool
 
 
+@pytest.mark.parametrize("template", ["saeuron", "official"])
 @pytest.mark.parametrize(("task", "concept"), [("object", "Cats"), ("style", "Monet")])
-def test_the_evaluation_runs_on_it(folder, tmp_path, monkeypatch, task, concept):
+def test_the_evaluation_runs_on_it(folder, tmp_path, monkeypatch, task, concept, template):
     from lbdt.evaluation.evaluation import Evaluation
     from lbdt.evaluation.jobs import Design
     from lbdt.evaluation.verdict_columns import Scorers, figures
@@ -169,7 +170,7 @@ def test_the_evaluation_runs_on_it(folder, tmp_path, monkeypatch, task, concept)
     eraser.save_pretrained(tmp_path / "eraser", decoder=True)
     Steering.from_eraser(eraser, strength=-1.0).save_settings(tmp_path / "eraser")
     paths = dict.fromkeys(("erasers", "steering"), {"saeuron": tmp_path / "eraser"})
-    subject = world(folder, task=task, steps=10, seeds=(188,), **paths)
+    subject = world(folder, task=task, template=template, steps=10, seeds=(188,), **paths)
     design = Design(1, 1, 1, 1, strengths=1, ablation_own=1, ablation_others=1, counts=())
     judge = subject.judge(CPU)
     run = Evaluation(
@@ -187,11 +188,13 @@ def test_the_evaluation_runs_on_it(folder, tmp_path, monkeypatch, task, concept)
     strength, plan = run.run()["saeuron"], run.plans["saeuron"]
     assert strength in STRENGTHS["saeuron"]
     assert {job.prompt.seed for job in plan.scored_jobs[188]} == {188}
+    assert run.about()["noise"] == "run" and "JPEG" in run.about()["rules"] and "JPEG" in run.about()["judge"]
     for series in plan.scored(strength):
         row = figures(subject, plan.scored_jobs, run.columns(series), None, series.method != "base")
         # One picture of the erased concept and one of another: each classifier is right or wrong.
         assert {row.by_seed[0][name] for name in ("UA", "IRA")} <= {0.0, 100.0}
-        assert row.by_seed[0]["CRA"] is not None and row.pictures == 2
+        # Of styles one more, of none: CRA's.
+        assert row.by_seed[0]["CRA"] is not None and row.pictures == (2 if task == "object" else 3)
 
 
 @pytest.mark.parametrize(
