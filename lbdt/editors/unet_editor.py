@@ -261,6 +261,10 @@ class UnetEditor(EditorFiles, Editor):
                 f"dictionary: its bank holds embeddings of width {dictionary.bank.shape[2]}, the SAE has width "
                 f"{sae.d_in}"
             )
+        if sae.pre_encoder:
+            raise ValueError(
+                "sae: has a pre-encoder (SAEParate's), which hooks do not run; use one without it"
+            )
         super()._check()
         check_site(self, "dictionary", dictionary.site)
         check_selection(self.selection, dictionary)

@@ -207,7 +207,7 @@ def _validate(
     batches: Callable[[int], Tensor] | BatchSource,
 ) -> None:
     objective.check(config)
-    for name in ("sample_topk", "multi_topk", "encoder_only"):
+    for name in ("sample_topk", "multi_topk", "encoder_only", "pre_encoder"):
         if getattr(config, name):
             raise ValueError(f"{name}: true is not supported in training; set it to false")
     if steps < 1 or checkpoint_every < 1 or not 0 < lr < float("inf"):
