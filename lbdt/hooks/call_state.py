@@ -61,6 +61,8 @@ class Now:
     """[B, N], patches that are no donors."""
     sums: Tensor | None = None
     """[B, N], of what is looked at."""
+    looked: Tensor | None = None
+    """[B, d, N], what a pre-encoder made of it, while it is needed."""
     gated: Tensor | None = None
     """[B], patches that the gate took."""
     grid: tuple[int, int] | None = None
@@ -78,7 +80,7 @@ class Now:
     def clear(self) -> None:
         """Drops everything but whether this call is treated and its rows: nothing may be met by the next call."""
         self.timesteps = self.rows = self.mask = self.avoid = self.sums = self.gated = self.grid = None
-        self.looked_input = self.target_input = None
+        self.looked = self.looked_input = self.target_input = None
         self.labels = False
 
 
