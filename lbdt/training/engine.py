@@ -207,7 +207,7 @@ def _validate(
     batches: Callable[[int], Tensor] | BatchSource,
 ) -> None:
     objective.check(config)
-    for name in ("sample_topk", "multi_topk", "encoder_only", "pre_encoder"):
+    for name in ("sample_topk", "multi_topk", "encoder_only"):
         if getattr(config, name):
             raise ValueError(f"{name}: true is not supported in training; set it to false")
     if steps < 1 or checkpoint_every < 1 or not 0 < lr < float("inf"):
@@ -217,10 +217,13 @@ def _validate(
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
     if start is not None:
-        sizes = [(each.d_in, each.num_latents, each.activation) for each in (start.config, config)]
+        sizes = [
+            (each.d_in, each.num_latents, each.activation, each.pre_encoder)
+            for each in (start.config, config)
+        ]
         if sizes[0] != sizes[1] or start.W_dec is None:
             raise ValueError(
-                f"start: expected an SAE with a decoder and (d_in, num_latents, activation) {sizes[1]}, got "
+                f"start: expected an SAE with a decoder and (d_in, num_latents, activation, pre_encoder) {sizes[1]}, got "
                 f"{sizes[0]}{'' if start.W_dec is not None else ' without a decoder'}"
             )
     supervised = getattr(objective, "supervision", None) is not None

@@ -101,7 +101,7 @@ class TrainingRun:
         return [
             {"params": [sae.W_dec]},
             {"params": [sae.encoder.weight, sae.encoder.bias]},
-            {"params": [sae.b_dec]},
+            {"params": [sae.b_dec, *(() if sae.pre_encoder is None else sae.pre_encoder.parameters())]},
         ]
 
     def _rates(self) -> list[float]:
