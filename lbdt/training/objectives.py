@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lbdt.runs.processes import Processes
 from lbdt.sae import SAEConfig, SparseAutoencoder
+from lbdt.training.contrast import Contrast
 from lbdt.training.sparse import (
     Code,
     EncoderInput,
@@ -110,7 +111,7 @@ class Ranked:
     auxk_alpha: float = 1 / 32
     auxk: int | None = None
     """Latents that AuxK uses; None: d / 2."""
-    supervision: Supervision | None = None
+    supervision: Supervision | Contrast | None = None
 
     def check(self, config: SAEConfig) -> None:
         if self.reconstruction not in RECONSTRUCTIONS:

@@ -36,6 +36,10 @@ class BatchLabels(NamedTuple):
     """[S, A], 1 or 0, of the whole batch's images."""
     patches: int
     """M, of one image."""
+    concepts: Tensor | None = None
+    """[S] int64, places in the source's concepts, -1: none, of the whole batch's images."""
+    styles_of: Tensor | None = None
+    """[S] int64, places in the source's styles, -1: none."""
 
 
 @dataclass(frozen=True)
