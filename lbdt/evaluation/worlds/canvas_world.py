@@ -1,4 +1,4 @@
-"""EmojiCanvas, the embedded world, with its four pipelines."""
+"""EmojiCanvas, the embedded world, with its five pipelines."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "saemnesia": (-1.0, -2.0, -3.0, -5.0, -10.0),
     "gsae": (-0.5, -1.0, -1.5, -2.0, -3.0),
     "sdxl": (-10.0, -20.0, -30.0, -50.0, -100.0),
+    "saeparate": (-0.1, -0.5, -1.0, -5.0, -10.0),
 }
 """The strengths of the steering sweep, weakest first: from nearly no effect to the loss of most pictures."""
 
@@ -65,7 +66,7 @@ class CanvasJudge:
 def canvas_world(
     kinds: Mapping[str, EvaluatedKind] | None = None, pipeline: Any = None, batch: int = 20
 ) -> EvaluatedWorld:
-    """EmojiCanvas: 20 objects in six styles and in none, its four erasers and their steering.
+    """EmojiCanvas: 20 objects in six styles and in none, its five erasers and their steering.
 
     Args:
         kinds: other erasers for its pipeline; None: those that come with the package.
