@@ -20,6 +20,7 @@ ABOUT = {
     "saemnesia": "the same, fine-tuned: one latent a concept",
     "gsae": "sigmoid SAE, trained with labels: latent i for concept i",
     "sdxl": "TopK SAE, as for SDXL Turbo: 4 steps, no guidance",
+    "saeparate": "TopK SAE behind a map and GELU, images of an object drawn together",
 }
 SHORT = {
     "UA": "object gone (UA)",
@@ -72,7 +73,7 @@ def others_line(values: Mapping[str, Any]) -> str:
 
 
 def main_lines(values: Mapping[str, Any]) -> list[str]:
-    """The table of the four pipelines, in Markdown."""
+    """The table of the pipelines, in Markdown."""
     return tables.markdown(values)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to four erasers on EmojiCanvas: collects activations, trains the SAEs, scores their dictionaries, puts
-# the erasers together, and erases a cat with each, by patch replacement and by its steering baseline. Under 40 minutes
-# on two CPU cores. Killed at any moment, the same call goes on. The embedded erasers were made by this script; then
+# From nothing to five erasers on EmojiCanvas: collects activations, trains the SAEs, scores their dictionaries, puts
+# the erasers together, and erases a cat with each, by patch replacement and by its steering baseline. Under an hour on
+# two CPU cores. Killed at any moment, the same call goes on. The embedded erasers were made by this script; then
 # `python -m benchmarks.pipelines WORK --release` copied them.
 #   benchmarks/pipelines.sh [WORK]      default: build/pipelines; VENV: virtual environment, default .venv
 set -euo pipefail
@@ -52,11 +52,13 @@ collect turbo-heldout 200:202 --steps 4 --guidance 1
 train saeuron train heldout --expansion 8 --k 16 --steps 1200 --no-batch-topk
 train saemnesia train heldout --from "$work/saeuron/sae" --steps 400 --lr 1e-3
 train gsae train heldout --expansion 8 --k 24 --steps 600 --lr 2e-3
+train saeparate train heldout --expansion 8 --k 16 --steps 1000 --lr 1e-3 --rows 4096 --no-batch-topk
 train sdxl turbo-train turbo-heldout --expansion 8 --k 16 --steps 1000 --lr 1e-3
 
 finish saeuron train heldout "--top-k 4 --false-positive 0.005" saeuron -5
 finish saemnesia train heldout "--assigned --false-positive 0.005" saeuron -3
 finish gsae train heldout "--assigned --false-positive 0.005" gsae -1.5
+finish saeparate train heldout "--top-k 4 --false-positive 0.005" saeuron -5
 finish sdxl turbo-train turbo-heldout "--top-k 4 --false-positive 0.005" sdxl -50
 
 "$python" -m benchmarks.pipelines "$work"

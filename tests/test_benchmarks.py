@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import early_stop, gate_cost, sanitize
+from benchmarks import early_stop, gate_cost, pre_encoder_cost, sanitize
 from lbdt.bench import baselines, cases, hardware, hook, runner, shapes, timing_table
 from lbdt.bench.shapes import Place
 
@@ -304,3 +304,14 @@ def test_the_gate_is_timed_where_it_changes_nothing(tmp_path, capsys):
     assert [row["share"] for row in found["rows"]] == list(gate_cost.SHARES)
     assert all(row["own_ms"]["gated"] > 0 and 0 < row["ratio"] < 10 for row in found["rows"])
     assert capsys.readouterr().out.count("without the gate") == len(gate_cost.SHARES)
+
+
+def test_a_pre_encoder_is_timed_where_nothing_is_detected(tmp_path, capsys):
+    out = tmp_path / "times.json"
+    pre_encoder_cost.main(
+        ["--shape", "quick", "--threads", "1", "--rounds", "3", "--device", "cpu", "--out", str(out)]
+    )
+    found = json.loads(out.read_text())
+    assert [row["latents"] for row in found["rows"]] == list(pre_encoder_cost.UNIONS)
+    assert all(row["own_ms"]["with"] > 0 and row["ratio"] > 0 for row in found["rows"])
+    assert capsys.readouterr().out.count("without a pre-encoder") == len(pre_encoder_cost.UNIONS)

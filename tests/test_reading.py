@@ -236,6 +236,7 @@ def test_settings_of_activations_that_lack_an_entry(tmp_path, key):
 CAST = {
     "SAE of lbdt, jumprelu": ("sae.safetensors", "encoder.weight"),
     "SAE of SAeUron": ("sae.safetensors", "W_dec"),
+    "SAE of SAEParate": ("sae.safetensors", "pre_encoder.0.weight"),
     "SAE of sdxl-unbox": ("state_dict.pth", "latent_bias"),
     "dictionary": ("dictionary.safetensors", "mean"),
     "eraser": ("dictionary/dictionary.safetensors", "mean"),

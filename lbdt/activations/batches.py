@@ -12,6 +12,8 @@ from lbdt.activations.sites import Site
 from lbdt.activations.source import Shard, Source, regrouped, require_site, shard_count
 
 GIB = 1 << 30
+PAIRED = ("concepts", "styles", "both")
+"""What maps that come in twos have in common."""
 
 
 class Samples(NamedTuple):
@@ -45,6 +47,7 @@ class Batches:
         self.total = self.maps * self.patches
         """Rows of an epoch."""
         self.labels = source.labels()
+        self._pairs: dict[str, Tensor] = {}
         first = source.shard(0, site).x
         self._x: Tensor | None = None
         if self.total * self.width * first.element_size() <= memory:
@@ -55,12 +58,20 @@ class Batches:
         rows = _places(step, size, self.total, mix(self.seed, 0))
         return self._rows(rows)
 
-    def samples(self, step: int, count: int) -> Samples:
-        """`count` maps, each of one prompt at one timestep."""
-        maps = _places(step, count, self.maps, mix(self.seed, 1))
+    def samples(self, step: int, count: int, pairs: str | None = None) -> Samples:
+        """`count` maps, each of one prompt at one timestep; `pairs`: an even number of them, in twos of `paired`.
+
+        Raises ValueError where no two maps have the same of these labels.
+        """
+        if pairs is None:
+            maps = _places(step, count, self.maps, mix(self.seed, 1))
+        else:
+            if pairs not in self._pairs:
+                self._pairs[pairs] = paired(*self.labels, len(self.source.timesteps), pairs)
+            maps = _pairs_at(step, count, self._pairs[pairs], mix(self.seed, 5))
         rows = maps.unsqueeze(1) * self.patches + torch.arange(self.patches)
         prompts = maps // len(self.source.timesteps)
-        x = self._rows(rows.flatten()).view(count, self.patches, self.width)
+        x = self._rows(rows.flatten()).view(-1, self.patches, self.width)
         return Samples(x, *(label[prompts] for label in self.labels))
 
     def _rows(self, rows: Tensor) -> Tensor:
@@ -98,11 +109,22 @@ class Stream:
         part, row = _within(shards, each, turn, size, mix(self.seed, 3, step // self.steps_per_shard))
         return regrouped(part, row, lambda index: shards[index].x)
 
-    def samples(self, step: int, count: int) -> Samples:
-        """`count` maps, each of one prompt at one timestep."""
+    def samples(self, step: int, count: int, pairs: str | None = None) -> Samples:
+        """`count` maps, each of one prompt at one timestep; `pairs`: an even number of them, in twos of `paired` among
+        those in the window.
+
+        Raises ValueError where no two maps there have the same of these labels.
+        """
         shards, turn = self._at(step)
-        steps = len(self.source.timesteps)
-        part, at = _within(shards, steps, turn, count, mix(self.seed, 4, step // self.steps_per_shard))
+        steps, key = len(self.source.timesteps), step // self.steps_per_shard
+        if pairs is None:
+            part, at = _within(shards, steps, turn, count, mix(self.seed, 4, key))
+        else:
+            labels = (
+                torch.cat([getattr(shard, name).cpu() for shard in shards]) for name in ("concepts", "styles")
+            )
+            maps = _pairs_at(turn, count, paired(*labels, steps, pairs), mix(self.seed, 6, key))
+            part, at = _split(maps, _ends(shards, steps))
         rows = at.unsqueeze(1) * self.patches + torch.arange(self.patches)
         parts = part.unsqueeze(1).expand_as(rows)
         x = regrouped(parts.flatten(), rows.flatten(), lambda index: shards[index].x)
@@ -111,7 +133,7 @@ class Stream:
             regrouped(part, prompts, lambda index, name=name: getattr(shards[index], name).unsqueeze(1))
             for name in ("concepts", "styles")
         )
-        return Samples(x.view(count, self.patches, self.width), concepts.squeeze(1), styles.squeeze(1))
+        return Samples(x.view(-1, self.patches, self.width), concepts.squeeze(1), styles.squeeze(1))
 
     def _at(self, step: int) -> tuple[list[Shard], int]:
         """The shards that step `step` draws from, and which of their steps it is."""
@@ -140,10 +162,49 @@ def _places(step: int, count: int, total: int, key: Tensor, start: int = 0) -> T
 
 def _within(shards: list[Shard], each: int, turn: int, count: int, key: Tensor) -> tuple[Tensor, Tensor]:
     """Places [count] int64 among shards of `each` entries a prompt: which shard, and which of its entries."""
-    ends = torch.tensor([shard.x.shape[0] * each for shard in shards]).cumsum(0)
-    at = _places(turn, count, int(ends[-1]), key)
+    ends = _ends(shards, each)
+    return _split(_places(turn, count, int(ends[-1]), key), ends)
+
+
+def _ends(shards: list[Shard], each: int) -> Tensor:
+    """Where the entries of each shard end, of `each` a prompt, counted through all shards."""
+    return torch.tensor([shard.x.shape[0] * each for shard in shards]).cumsum(0)
+
+
+def _split(at: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries that are counted through all shards: which shard, and which of its entries."""
     part = torch.searchsorted(ends, at, right=True)
     return part, at - torch.cat([ends.new_zeros(1), ends])[part]
+
+
+def paired(
+    concepts: Tensor,  # [P] int64, -1: none
+    styles: Tensor,  # [P] int64, -1: none
+    timesteps: int,
+    by: str,
+) -> Tensor:  # [K, 2] int64
+    """Maps, prompt * T + timestep, in twos of the same concept, style, or both: two prompts at the same timestep, and
+    where a label's are odd in number one prompt and another at the next timestep. So SAEParate pairs them. What has no
+    label, or not both, is paired among itself; of an odd number of maps one is left out."""
+    if by == "both":
+        labels = concepts * (int(styles.max()) + 1) + styles
+        labels = labels.where((concepts >= 0) & (styles >= 0), -1)
+    else:
+        labels = {"concepts": concepts, "styles": styles}[by]
+    label = labels.repeat_interleave(timesteps)
+    timestep = torch.arange(timesteps).repeat(labels.shape[0])
+    order = torch.argsort(label * timesteps + timestep, stable=True)
+    _, group, sizes = torch.unique_consecutive(label[order], return_inverse=True, return_counts=True)
+    place = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[group]
+    first = ((place % 2 == 0) & (place + 1 < sizes[group])).nonzero().squeeze(1)
+    return torch.stack([order[first], order[first + 1]], dim=1)
+
+
+def _pairs_at(step: int, count: int, pairs: Tensor, key: Tensor) -> Tensor:
+    """The maps [count] of a batch, count rounded down to an even number >= 2."""
+    if not len(pairs):
+        raise ValueError("pairs: no two maps have the same label; collect several prompts of each")
+    return pairs[_places(step, max(1, count // 2), len(pairs), key)].flatten()
 
 
 def _load(source: Source, site: Site, dtype: torch.dtype) -> Tensor:

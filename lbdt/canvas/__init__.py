@@ -33,6 +33,7 @@ KINDS: dict[str, Sampling] = {
     "saemnesia": Sampling(20, 3.0),
     "gsae": Sampling(20, 3.0),
     "sdxl": Sampling(4, 1.0),
+    "saeparate": Sampling(20, 3.0),
 }
 """The erasers, and the sampling that each was trained for: SDXL Turbo's takes few steps without guidance."""
 
@@ -89,8 +90,9 @@ def load_eraser(kind: str = "saeuron", **settings: Any) -> ConceptEraser:
     Args:
         kind: `"saeuron"`: TopK SAE with score-based concept dictionary. `"saemnesia"`: the same SAE fine-tuned so
             that one latent stands for each concept. `"gsae"`: sigmoid SAE whose latent i stands for concept i.
-            `"sdxl"`: SAE of the block's update at few steps without guidance, as for SDXL Turbo. `KINDS` has the
-            sampling that each was trained for.
+            `"sdxl"`: SAE of the block's update at few steps without guidance, as for SDXL Turbo. `"saeparate"`: TopK
+            SAE behind a linear map and GELU, trained to draw images of an object together. `KINDS` has the sampling
+            that each was trained for.
         settings: keywords of `lbdt.ConceptEraser` to change, such as `padding`.
 
     Raises:

@@ -16,6 +16,7 @@ from lbdt.runs.folder import replaced
 from lbdt.runs.hub import check_subfolder, resolve_folder
 from lbdt.runs.writable import check_out_folder
 from lbdt.sae import SparseAutoencoder, sae_checkpoint, unbox
+from lbdt.sae.config import PRE_ENCODER
 from lbdt.sae.model import read_sae
 
 _PICKLES = ("cls_latents_dict_{}.pkl", "style_latents_dict_{}.pkl")
@@ -128,7 +129,7 @@ def _sae(
     return _result(source, read.format, target, out, names, tensors, settings, notes, checks)
 
 
-_SETTINGS = ("d_in", "num_latents", "k", "activation", "update", "site")
+_SETTINGS = ("d_in", "num_latents", "k", "activation", "update", PRE_ENCODER, "site")
 
 
 def _sae_checks(sae: SparseAutoencoder) -> dict[str, Any]:

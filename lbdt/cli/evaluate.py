@@ -119,8 +119,8 @@ def command(
         typer.Option(
             "--strengths",
             metavar="[NAME=]S,S,...",
-            help="Of the sweep of that baseline. Default: the published ones of saeuron, saemnesia and gsae; of other "
-            "names no sweep, and the saved strength. May be repeated.",
+            help="Of the sweep of that baseline. Default: the published ones of saeuron, saemnesia, gsae and "
+            "saeparate; of other names no sweep, and the saved strength. May be repeated.",
         ),
     ] = None,
     object_classifier: Annotated[

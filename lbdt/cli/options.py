@@ -26,6 +26,7 @@ class CanvasKind(enum.StrEnum):
     saemnesia = "saemnesia"
     gsae = "gsae"
     sdxl = "sdxl"
+    saeparate = "saeparate"
 
 
 class Dtype(enum.StrEnum):

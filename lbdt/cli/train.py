@@ -45,6 +45,7 @@ class RecipeName(enum.StrEnum):
 
     saeuron = "saeuron"
     saemnesia = "saemnesia"
+    saeparate = "saeparate"
     gsae = "gsae"
     sdxl = "sdxl"
     relu = "relu"
@@ -102,7 +103,8 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Of the supervised loss: image, paper or released (saemnesia); image or released (gsae).",
+            help="Of the supervised loss: image, paper or released (saemnesia); image or released (gsae); "
+            "object, style or joint (saeparate).",
         ),
     ] = None,
     expansion: Annotated[int | None, counted(help=f"Latents over width. {_OURS}")] = None,
@@ -131,6 +133,10 @@ def command(
     ] = None,
     strength: Annotated[
         float | None, number(help=f"Activation of a present concept, of image. {_OURS}")
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(callback=inside(0, LARGEST, open_low=True), help=f"Of saeparate's contrast. {_OURS}"),
     ] = None,
     sparsity: Annotated[
         float | None, number(min=0, help=f"Of the penalty of relu and jumprelu. {_OURS}")
@@ -226,6 +232,7 @@ def command(
             "l1": l1,
             "pool": pool,
             "strength": strength,
+            "temperature": temperature,
             "sparsity": sparsity,
             "auxk_alpha": auxk_alpha,
         },

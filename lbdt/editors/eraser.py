@@ -159,6 +159,7 @@ class ConceptEraser(UnetEditor):
             target=self.target,
             gate=self._gate_of(columns),
             known=known,
+            pre=self._pre_encoder(like),
         )
 
     def _digested(self) -> list[Any]:

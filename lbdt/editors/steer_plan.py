@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lbdt import ops
 from lbdt.hooks.call_state import Now
 from lbdt.hooks.detection_plan import DetectionOptions, EditPlan
+from lbdt.hooks.pre_encoder import PreEncoder
 
 _BLOCK = 4096  # latents decoded at a time where there is no top-k: [B, N, L] is never held
 
@@ -27,8 +28,9 @@ class SteerPlan(EditPlan):
         *tensors: Tensor,  # of DetectionPlan, in its order
         factors: Tensor,  # [T, U] float32, 0 where a latent is not selected in a bin
         directions: Tensor,  # [U, d] float32
+        pre: PreEncoder | None = None,
     ) -> None:
-        super().__init__(options, *tensors)
+        super().__init__(options, *tensors, pre=pre)
         self.factors, self.directions = factors, directions
         self.rivals = _rivals(self.latents, factors)
 
@@ -52,7 +54,7 @@ class SteerPlan(EditPlan):
         return on & ~lost
 
     def _looked_at(self, x: Tensor, given: Tensor | None) -> Tensor:
-        """What the SAE reads, [B, d, N] in the edit's dtype."""
+        """The SAE's input, [B, d, N] in the edit's dtype."""
         looked = x.flatten(2).to(self.wide)
         return looked if given is None else looked - given.flatten(2).to(self.wide)
 
@@ -84,12 +86,14 @@ class LatentPlan(SteerPlan):
     def edit(self, x: Tensor, given: Tensor | None, now: Now) -> tuple[Tensor, Tensor, Tensor]:
         rows, enabled = self.rows(now), self.enabled_in(now)
         looked = self._looked_at(x, given)
-        h = torch.matmul(self.own_weight, looked) + self.own_bias  # [B, U, N]
+        read = looked if self.pre is None else self.looked(x, given, now)[0].to(self.wide)
+        h = torch.matmul(self.own_weight, read) + self.own_bias  # [B, U, N]
         floor = self.thresholds.index_select(0, rows.bins).masked_fill(~enabled, torch.inf)
         fires = h > floor.unsqueeze(2)
         code = None
         if self.options.k:
-            source = x if given is None else x - given
+            source, minus = self.looked(x, given, now)
+            source = source if minus is None else source - minus
             # Which latents are kept has no gradient; their values' comes by h.
             source = source.detach() if self.decoder is None else source
             code = ops.encode_topk(source, self.weight, self.bias, self.options.k)
@@ -103,7 +107,7 @@ class LatentPlan(SteerPlan):
         if self.decoder is None:
             return _added(x, edit, (change != 0).any(1)), detected, (change != 0).any(1)
         # dec(z') + (dec(z) - u) = u + 2 (dec(z) - u) + (z' - z) W_dec, and x = given + u.
-        decoded = self.decoder.decode(code, looked, self.weight, self.bias)
+        decoded = self.decoder.decode(code, read, self.weight, self.bias)
         changed = enabled.any(1, keepdim=True).expand_as(detected)
         return _added(x, edit + 2 * (decoded - looked), changed), detected, changed
 
@@ -155,7 +159,7 @@ class Decoder:
     def decode(
         self,
         code: tuple[Tensor, Tensor] | None,  # [B, N, k] values >= 0 and indices; None: of `looked`
-        looked: Tensor,  # [B, d, N]
+        looked: Tensor,  # [B, d, N], what the encoder reads
         encoder: Tensor,  # [L, d]
         encoder_bias: Tensor,  # [L]
     ) -> Tensor:  # [B, d, N]

@@ -281,6 +281,7 @@ class Steering(Strengthened, UnetEditor):
                 directions=directions,
                 sigmoid=sae.config.activation == "topk_sigmoid",
                 decoder=self._decoder() if self.error == "released" else None,
+                pre=self._pre_encoder(like),
             )
         by_norm = self.rule == "gsae"
         return VectorPlan(
@@ -290,6 +291,7 @@ class Steering(Strengthened, UnetEditor):
             directions=F.normalize(directions, dim=1) if by_norm else directions,
             by_norm=by_norm,
             only_detected=self.where == "detected",
+            pre=self._pre_encoder(like),
         )
 
     def _factors(self, columns: LatentColumns) -> Tensor:

@@ -37,6 +37,7 @@ from lbdt.editors.site_check import check_site
 from lbdt.hooks import lookup, pipeline_calls
 from lbdt.hooks.call_state import CallState
 from lbdt.hooks.detection_plan import ROWS, DetectionOptions, DetectionPlan
+from lbdt.hooks.pre_encoder import PreEncoder
 from lbdt.hooks.recorder import Recorder
 from lbdt.runs.digests import marked, sha256
 from lbdt.sae import SparseAutoencoder
@@ -161,6 +162,8 @@ class UnetEditor(EditorFiles, Editor):
                 room = room_of(room, len(columns.latents), compiled and self._KEEPS_ROOM)
                 stands = Stands.on(denoiser.module) if compiled and selections is None else Stands()
                 made_of = (self.sae.encoder.weight, self.sae.W_dec, self.sae.b_dec, self.dictionary)
+                if self.sae.pre_encoder is not None:
+                    made_of += tuple(self.sae.pre_encoder.parameters())
                 key = (
                     *(self._name, str(self.settings), options, room, len(sets), len(seeds), state.layout),
                     *(keep_masks, on_failure, *map(_version, made_of)),
@@ -318,6 +321,13 @@ class UnetEditor(EditorFiles, Editor):
             columns.enabled,
             torch.tensor(seeds, dtype=torch.int64),
         )
+
+    def _pre_encoder(self, like: DetectionPlan | None) -> PreEncoder | None:
+        """What the SAE has before its encoder, shared with the plan `like`; None: nothing."""
+        if like is not None:
+            return like.pre
+        folded = self.sae.folded_pre_encoder()
+        return None if folded is None else PreEncoder(*(tensor.detach() for tensor in folded))
 
     def _detected(self, columns: LatentColumns, order: Tensor) -> tuple[Tensor, Tensor]:
         """The columns' latents as places in `order`, and their thresholds on pre-activations."""

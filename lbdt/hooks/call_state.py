@@ -62,6 +62,8 @@ class Now:
     """[B, N], patches that are no donors."""
     sums: Tensor | None = None
     """[B, N], of what is looked at."""
+    looked: Tensor | None = None
+    """[B, d, N], what a pre-encoder made of it, while it is needed."""
     gated: Tensor | None = None
     """[B], patches that the gate took."""
     memory: RunMemory | None = None
@@ -81,8 +83,7 @@ class Now:
     def clear(self) -> None:
         """Drops everything but whether this call is treated and its rows: nothing may be met by the next call."""
         self.timesteps = self.rows = self.mask = self.avoid = self.sums = self.gated = self.grid = None
-        self.memory = None
-        self.looked_input = self.target_input = None
+        self.memory = self.looked = self.looked_input = self.target_input = None
         self.labels = False
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lbdt import ops
 from lbdt.hooks.call_state import OF_THE_PROMPT, Branches, Now
+from lbdt.hooks.pre_encoder import PreEncoder
 
 MOST_PADDING = 65_535
 """The largest padding in patches: no map that a recorder takes has a longer side."""
@@ -119,8 +120,9 @@ class DetectionPlan:
         enabled: Tensor,  # [S, U] bool, one row a set
         seeds: Tensor,  # [R] int64
         gate: Gate | None = None,
+        pre: PreEncoder | None = None,
     ) -> None:
-        self.options, self.gate = options, gate
+        self.options, self.gate, self.pre = options, gate, pre
         self.captured = False
         """Whether a CUDA graph reads these tensors."""
         # As given, since a cast to the dtype of one call's activations would be rounded for the next one's.
@@ -139,6 +141,8 @@ class DetectionPlan:
         for name in ("bias", "latents", "thresholds", "timesteps", "enabled", "seeds"):
             setattr(self, name, getattr(self, name).to(device))
         self.weight = self._exact_weight.to(device, dtype)
+        if self.pre is not None:
+            self.pre.to(device, dtype)
         if self.gate is not None:
             self.gate = self.gate.to(device)
 
@@ -214,8 +218,9 @@ class DetectionPlan:
             if self.gate.over_run:
                 so_far = now.memory.rows(rows.timesteps, self._inside(now))
             gate = (*self.gate[:3], rows.deciding, now.gated, so_far)
+        looked, minus = self.looked(x, minus, now)
         return ops.detect_patches(
-            x,
+            looked,
             self.weight,
             self.bias,
             self.latents,
@@ -227,15 +232,23 @@ class DetectionPlan:
             *gate,
         )
 
+    def looked(self, x: Tensor, minus: Tensor | None, now: Now) -> tuple[Tensor, Tensor | None]:
+        """What the encoder rows are multiplied with, as `x` and `minus` of the ops: these, or with a pre-encoder its
+        output [B, d, N] and None, which is computed once a call."""
+        if self.pre is None:
+            return x, minus
+        if now.looked is None:
+            now.looked = self.pre(x, minus)
+            if now.sums is not None:
+                # Finite activations may overflow in it, and no patch would be detected where they do.
+                now.sums = now.sums + _sums(now.looked)
+        return now.looked, None
+
     def add_up(self, x: Tensor, minus: Tensor | None, now: Now) -> None:
         """Keeps the sums [B, N] float32 over the channels of what is looked at: in a patch with NaN or infinity they
         are not finite, where every comparison of the detection just says no."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        sums = x.flatten(2).sum(1, dtype=dtype)
-        if minus is not None:
-            sums = sums - minus.flatten(2).sum(1, dtype=dtype)
-        # Times 0: a large float64 must not become an infinite float32.
-        now.sums = sums if dtype == torch.float32 else (sums * 0).float()
+        sums = _sums(x)
+        now.sums = sums if minus is None else sums - _sums(minus)
 
     def enabled_in(self, now: Now) -> Tensor:
         """The latents that count for each row of this call, [B, U] bool: by its set, the window and its half."""
@@ -321,8 +334,9 @@ class ErasePlan(DetectionPlan):
         target: str,
         gate: Gate | None = None,
         known: KnownLatents | None = None,
+        pre: PreEncoder | None = None,
     ) -> None:
-        super().__init__(options, *tensors, gate=gate)
+        super().__init__(options, *tensors, gate=gate, pre=pre)
         self.known = known
         self.bank, self.padding, self.source, self.target = bank, padding, source, target
         self._exact_bank = bank
@@ -339,8 +353,9 @@ class ErasePlan(DetectionPlan):
         if self.known is not None:
             # Without a patch to replace a row needs no donor: with no latent enabled it has no candidate to rank.
             enabled = mask.any(1, keepdim=True).expand(-1, self.known.latents.shape[0])
+            looked, minus = self.looked(x, minus, now)
             now.avoid = ops.detect_patches(
-                x,
+                looked,
                 self.weight,
                 self.bias,
                 self.known.latents,
@@ -350,6 +365,7 @@ class ErasePlan(DetectionPlan):
                 self.options.k,
                 minus,
             )
+        now.looked = None
         return mask
 
     def replace(self, x: Tensor, mask: Tensor, height: int, width: int, now: Now) -> tuple[Tensor, Tensor]:
@@ -358,6 +374,13 @@ class ErasePlan(DetectionPlan):
         u = ops.patch_uniform(rows.seeds, now.timesteps, rows.half, mask.shape[1])
         bank = None if self.bank is None else self.bank.index_select(0, rows.bins)
         return ops.replace_patches(x, mask, u, height, width, self.padding, self.source, bank, now.avoid)
+
+
+def _sums(x: Tensor) -> Tensor:
+    """[B, N] float32 of `x` [B, d, ...]: over the channels, but for a large float64, which must not become infinite."""
+    if x.dtype == torch.float64:
+        return (x.flatten(2).sum(1) * 0).float()
+    return x.flatten(2).sum(1, dtype=torch.float32)
 
 
 def _written(mine: Tensor, value: Tensor) -> Tensor:

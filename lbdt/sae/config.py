@@ -14,6 +14,8 @@ _LARGEST = 1 << 24
 RANKED_ACTIVATIONS = ("topk", "topk_sigmoid")
 WIDTH = "width"
 """What a `cfg.json` calls `d_in` where SAeUron's loader would take the SAE for another one: without `d_in` it fails."""
+PRE_ENCODER = "use_pre_encoder_gelu"
+"""What SAEParate's `cfg.json`, and so lbdt's, calls `pre_encoder`."""
 MOVED = 'to move this one on purpose, sae.with_site(None) (in its folder: no "site" in cfg.json)'
 """What errors say about an SAE whose site is not the one it is used at."""
 
@@ -56,6 +58,8 @@ class SAEConfig:
     """Inputs are normalised patch by patch. Refused, as detection is defined on an affine encoder."""
     encoder_only: bool = False
     """The file holds no `W_dec`; decoding raises."""
+    pre_encoder: bool = False
+    """The encoder reads `gelu(W_pre (x - b_dec) + b_pre)` in place of `x - b_dec` (SAEParate; METHOD.md, 6.7)."""
     site: str | None = None
     """Where it was trained, "HOOKPOINT:output" or, iff `update`, "HOOKPOINT:update"; None: not known, so that it is
     compared with no other."""
@@ -71,6 +75,7 @@ class SAEConfig:
             "multi_topk",
             "input_unit_norm",
             "encoder_only",
+            "pre_encoder",
         ):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected true or false, got {brief(getattr(self, name))}")
@@ -130,12 +135,13 @@ class SAEConfig:
             **({} if self.encoder_only else {"W_dec": (n, d)}),
             "b_dec": (d,),
             **({"theta": (n,)} if self.activation == "jumprelu" else {}),
+            **({"pre_encoder.0.weight": (d, d), "pre_encoder.0.bias": (d,)} if self.pre_encoder else {}),
             "encoder.weight": (n, d),
             "encoder.bias": (n,),
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The settings by name: SAeUron's, then lbdt's; `site` only where it is known."""
+        """The settings by name: SAeUron's, then lbdt's; SAEParate's and `site` only where there is such a thing."""
         return {
             "expansion_factor": self.expansion_factor or max(1, self.num_latents // self.d_in),
             "normalize_decoder": self.normalize_decoder,
@@ -150,14 +156,16 @@ class SAEConfig:
             "threshold": self.threshold,
             "update": self.update,
             "encoder_only": self.encoder_only,
+            **({PRE_ENCODER: True} if self.pre_encoder else {}),
             **({} if self.site is None else {"site": self.site}),
         }
 
     def file_json(self) -> dict[str, Any]:
         """The dictionary written to `cfg.json`: `to_json`, with the width under a name that SAeUron's loader does not
-        know where that would run the SAE as a TopK one without a word."""
+        know where that would run the SAE as a TopK one without a word (one without a decoder it loads whatever else
+        the file holds)."""
         values = self.to_json()
-        if self.activation == "topk":
+        if self.activation == "topk" and not (self.pre_encoder and self.encoder_only):
             return values
         return {WIDTH if name == "d_in" else name: value for name, value in values.items()}
 
@@ -175,7 +183,7 @@ class SAEConfig:
             raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}")
         if WIDTH in values and "d_in" not in values:
             values = {"d_in" if name == WIDTH else name: value for name, value in values.items()}
-        known = list(cls.__dataclass_fields__)
+        known = [PRE_ENCODER if name == "pre_encoder" else name for name in cls.__dataclass_fields__]
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(str(key)[:80], known, n=1)
@@ -184,7 +192,9 @@ class SAEConfig:
         if "d_in" not in values:
             raise ValueError(f"{source}: missing key 'd_in' (the width of the activations)")
         try:
-            config = cls(**values)
+            config = cls(
+                **{"pre_encoder" if name == PRE_ENCODER else name: value for name, value in values.items()}
+            )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
         if config.activation == "batch_topk" and config.threshold is None:

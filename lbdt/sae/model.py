@@ -30,15 +30,20 @@ class SparseCode(NamedTuple):
 
 class SparseAutoencoder(nn.Module):
     """`z = act(W_enc (x - b_dec) + b_enc)`, `x_hat = z W_dec + b_dec` (METHOD.md, 1.2 and 2.1; arXiv 2606.31699 and
-    SAeUron, arXiv 2501.18052).
+    SAeUron, arXiv 2501.18052). With `config.pre_encoder` the encoder reads `gelu(W_pre (x - b_dec) + b_pre)` in place
+    of `x - b_dec`, with the exact GELU (SAEParate, arXiv 2605.12122).
 
     Parameters carry the names of SAeUron's file: `encoder.weight [L, d]`, `encoder.bias [L]`, `W_dec [L, d]`,
-    `b_dec [d]`, and for jumprelu `theta [L]`. A new autoencoder has tied weights with unit decoder rows.
+    `b_dec [d]`, and for jumprelu `theta [L]`; of SAEParate's `pre_encoder.0.weight [d, d]`, `pre_encoder.0.bias [d]`.
+    A new autoencoder has tied weights with unit decoder rows, and a pre-encoder the starting values of `nn.Linear`.
     """
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
         self.config = config
+        self.pre_encoder = None
+        if config.pre_encoder:
+            self.pre_encoder = nn.Sequential(nn.Linear(config.d_in, config.d_in), nn.GELU())
         self.encoder = nn.Linear(config.d_in, config.num_latents)
         nn.init.zeros_(self.encoder.bias)
         weight = self.encoder.weight.detach()
@@ -53,13 +58,33 @@ class SparseAutoencoder(nn.Module):
         return self.config.k if self.config.activation in RANKED_ACTIVATIONS else 0
 
     def folded_bias(self) -> Tensor:
-        """`b' = b_enc - W_enc b_dec`, [L] float32: `h = W_enc x + b'`."""
-        weight, b_dec = self.encoder.weight.float(), self.b_dec.float()
-        return self.encoder.bias.float() - weight @ b_dec
+        """The bias of `h = W_enc looked(x) + b'`, [L] float32: `b_enc - W_enc b_dec`, or with a pre-encoder, which has
+        the pre-bias before it, `b_enc`."""
+        bias = self.encoder.bias.float()
+        return bias if self.config.pre_encoder else bias - self.encoder.weight.float() @ self.b_dec.float()
+
+    def folded_pre_encoder(self) -> tuple[Tensor, Tensor] | None:
+        """`W_pre` [d, d] in the weights' dtype and `b_pre - W_pre b_dec` [d] float32, of
+        `looked(x) = gelu(W_pre x + b)`; None without a pre-encoder."""
+        if self.pre_encoder is None:
+            return None
+        linear = self.pre_encoder[0]
+        return linear.weight, linear.bias.float() - linear.weight.float() @ self.b_dec.float()
+
+    def looked(self, x: Tensor) -> Tensor:
+        """What the encoder's rows are multiplied with, of `x` ([..., d], any float dtype): `x` itself, or with a
+        pre-encoder `gelu(W_pre (x - b_dec) + b_pre)` in float32.
+
+        Raises:
+            ValueError: last dimension other than d.
+            TypeError: `x` is not a floating-point tensor.
+        """
+        folded, x = self.folded_pre_encoder(), self._checked(x)
+        return x if folded is None else F.gelu(_linear(x, *folded))
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """h of `x` ([..., d], any float dtype, cast to the weights') -> [..., L] float32."""
-        return self._project(self._checked(x), self.folded_bias())
+        return _linear(self.looked(x), self.encoder.weight, self.folded_bias())
 
     def encode(self, x: Tensor) -> SparseCode:
         """The sparse code of `x` ([..., d], any float dtype) -> values float32 and indices int64, [..., k].
@@ -75,11 +100,14 @@ class SparseAutoencoder(nn.Module):
         bias = self.folded_bias()
         rows = max(1, _CHUNK_ELEMENTS // self.config.num_latents)
         chunks = flat.split(rows)
-        parts = [self._encode_rows(self._project(chunk, bias)) for chunk in chunks]
+        weight = self.encoder.weight
+        parts = [self._encode_rows(_linear(self.looked(chunk), weight, bias)) for chunk in chunks]
         width = max(part.values.shape[1] for part in parts)
         # A patch's indices must stay distinct (a scatter would lose values), so narrow chunks are redone.
         parts = [
-            part if part.values.shape[1] == width else self._encode_rows(self._project(chunk, bias), width)
+            part
+            if part.values.shape[1] == width
+            else self._encode_rows(_linear(self.looked(chunk), weight, bias), width)
             for chunk, part in zip(chunks, parts, strict=True)
         ]
         values = torch.cat([part.values for part in parts])
@@ -179,12 +207,6 @@ class SparseAutoencoder(nn.Module):
         """
         return read_sae(path_or_repo, hookpoint, format).sae
 
-    def _project(self, x: Tensor, bias: Tensor) -> Tensor:
-        weight = self.encoder.weight
-        if weight.dtype == torch.float32:
-            return F.linear(x.float(), weight, bias)
-        return F.linear(x.to(weight.dtype), weight).float() + bias
-
     def _encode_rows(self, h: Tensor, width: int | None = None) -> SparseCode:
         kind = self.config.activation
         if kind in RANKED_ACTIVATIONS:
@@ -217,6 +239,13 @@ class SparseAutoencoder(nn.Module):
                 f"{tuple(x.shape)}; for [B, d, H, W] pass x.flatten(2).transpose(1, 2)"
             )
         return x
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`weight x + bias` of [..., d], with a float32 bias -> float32."""
+    if weight.dtype == torch.float32:
+        return F.linear(x.float(), weight, bias)
+    return F.linear(x.to(weight.dtype), weight).float() + bias
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from lbdt.runs.hub import resolve_folder
 from lbdt.runs.reading import brief
 from lbdt.runs.site_names import site_name
 from lbdt.sae import unbox
-from lbdt.sae.config import SAEConfig
+from lbdt.sae.config import PRE_ENCODER, SAEConfig
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
@@ -62,7 +62,8 @@ def save(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Writes an SAE's configuration and tensors to `directory` (made if needed), readable by SAeUron's own loader when
-    the activation is topk; of other kinds, which it would take for that one, it finds no `d_in`.
+    the activation is topk, with a pre-encoder by SAEParate's; of other kinds, which it would take for that one, it
+    finds no `d_in`.
 
     `encoder_only` leaves `W_dec` out; `dtype` (float16, bfloat16, float32) casts the weights. A crash leaves no half
     file, and over an earlier SAE no file of one beside a file of the other.
@@ -152,6 +153,11 @@ def _read(folder: Path, format: str, update: bool | None) -> CheckpointFiles:
                 f"{path}: update: the file says {str(config.update).lower()}; leave the option out"
             )
         config = replace(config, update=update)
+    if config.pre_encoder and format not in ("lbdt", "saeparate"):
+        raise ValueError(
+            f"{path}: {PRE_ENCODER}: true is SAEParate's, and an SAE of {format} has no pre-encoder; "
+            "read it as saeparate (lbdt convert: --from saeparate)"
+        )
     tensors = read_tensors(folder / WEIGHTS_FILE, config.shapes())
     require_floats(folder / WEIGHTS_FILE, tensors)
     return CheckpointFiles(config, tensors, format, folder, tuple(notes))
@@ -232,7 +238,9 @@ def _detect(folder: Path, update: bool | None) -> str:
     keys = set(values) if isinstance(values, dict) else set()
     if keys & {*_SPARSIFY_OFF, *_SPARSIFY_UNUSED}:
         return "sparsify"
-    return "lbdt" if "encoder_only" in keys else "saeuron"
+    if "encoder_only" in keys:
+        return "lbdt"
+    return "saeparate" if PRE_ENCODER in keys else "saeuron"
 
 
 def _config_of(values: Any, format: str, source: str) -> SAEConfig:
@@ -257,9 +265,9 @@ def _notes(format: str, named: bool, update: bool | None) -> Iterator[str]:
     """What the files of a format leave open; `update` as the caller gave it."""
     if format == "gsae":
         yield "z = sigmoid(TopK(pre)), as in the diffusion version of G-SAE; the files do not say it"
-    elif format in ("saeuron", "saemnesia", "sparsify"):
+    elif format in ("saeuron", "saemnesia", "saeparate", "sparsify"):
         yield "TopK per patch, then ReLU; the files do not say it"
-    if format in ("saeuron", "saemnesia", "gsae") and update is None:
+    if format in ("saeuron", "saemnesia", "saeparate", "gsae") and update is None:
         yield "the SAE is one of the block's output, as SAeUron's are"
     if format == "saeuron" and not named:
         yield "no G-SAE, whose files look the same (--from gsae)"

@@ -19,7 +19,7 @@ from lbdt.formats.pth import read_pth
 from lbdt.runs.files import check_tensors, json_bytes, read_json, require_floats
 from lbdt.runs.folder import write_folder
 from lbdt.runs.reading import brief, listed
-from lbdt.sae.config import SAEConfig
+from lbdt.sae.config import PRE_ENCODER, SAEConfig
 
 if TYPE_CHECKING:
     from lbdt.sae.model import SparseAutoencoder
@@ -48,6 +48,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
     if "d_in" in values:
         config = SAEConfig.from_json(values, source=str(path))
+        if config.pre_encoder:
+            raise ValueError(
+                f"{path}: {PRE_ENCODER}: true, but {WEIGHTS_FILE} has no place for a pre-encoder; expected its "
+                "tensors in sae.safetensors"
+            )
         return {"n_dirs_local": config.num_latents, "d_model": config.d_in, "k": config.k}
     unknown = sorted(set(values) - set(_KEYS))
     if unknown:
@@ -109,8 +114,13 @@ def save_unbox(
     `update` and `site` have no place in these files: sdxl-unbox reads every SAE as one of output minus input.
 
     Raises:
-        ValueError: an activation other than topk, an SAE without its decoder, NaN or infinite weights.
+        ValueError: an activation other than topk, an SAE without its decoder or with a pre-encoder, NaN or infinite
+            weights.
     """
+    if sae.config.pre_encoder:
+        raise ValueError(
+            "sdxl-unbox files have no place for a pre-encoder; write lbdt's own files instead, which are SAEParate's"
+        )
     if sae.config.activation != "topk" or sae.W_dec is None:
         raise ValueError(
             f"sdxl-unbox files hold a topk SAE with its decoder; got activation {sae.config.activation!r}"

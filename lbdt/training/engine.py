@@ -190,9 +190,15 @@ def run_settings(
         "seed": seed,
         "dead_after": dead_after,
         "start": None if start is None else digest(start),
-        "labels": None if labels is None else labels.assignment.to_json(),
+        "labels": None if labels is None else _labels_json(labels),
         "data": data,
     }
+
+
+def _labels_json(labels: Labels) -> dict[str, Any]:
+    if labels.assignment is None:
+        return {"concepts": list(labels.concepts), "styles": list(labels.styles)}
+    return labels.assignment.to_json()
 
 
 def _validate(
@@ -217,11 +223,14 @@ def _validate(
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
     if start is not None:
-        sizes = [(each.d_in, each.num_latents, each.activation) for each in (start.config, config)]
+        sizes = [
+            (each.d_in, each.num_latents, each.activation, each.pre_encoder)
+            for each in (start.config, config)
+        ]
         if sizes[0] != sizes[1] or start.W_dec is None:
             raise ValueError(
-                f"start: expected an SAE with a decoder and (d_in, num_latents, activation) {sizes[1]}, got "
-                f"{sizes[0]}{'' if start.W_dec is not None else ' without a decoder'}"
+                f"start: expected an SAE with a decoder and (d_in, num_latents, activation, pre_encoder) {sizes[1]}, "
+                f"got {sizes[0]}{'' if start.W_dec is not None else ' without a decoder'}"
             )
     supervised = getattr(objective, "supervision", None) is not None
     if supervised != (labels is not None):
@@ -232,7 +241,19 @@ def _validate(
     if labels is not None:
         if callable(batches):
             raise ValueError("batches: a supervised objective expects an object with samples(step, count)")
-        highest = max(labels.assignment.latents)
+        compared = getattr(objective.supervision, "kinds", None)
+        if (compared is None) != (labels.assignment is not None):
+            raise ValueError(
+                "labels: expected a latent for each name, but for a contrast, which assigns none; got "
+                f"{'none' if labels.assignment is None else 'latents'} with "
+                f"{type(objective.supervision).__name__}"
+            )
+        missing = [kind for kind in compared or () if not getattr(labels, kind)]
+        if missing:
+            raise ValueError(
+                f"labels: a contrast by {', '.join(compared)} needs {', '.join(missing)}, got none"
+            )
+        highest = -1 if labels.assignment is None else max(labels.assignment.latents)
         if highest >= config.num_latents:
             raise ValueError(f"labels: expected latents in [0, {config.num_latents}), got {highest}")
 

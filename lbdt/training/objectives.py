@@ -15,7 +15,16 @@ from torch.nn import functional as F
 
 from lbdt.runs.processes import Processes
 from lbdt.sae import SAEConfig, SparseAutoencoder
-from lbdt.training.sparse import Code, add_pre_gradient, project, ranked_code, sigmoid_code
+from lbdt.training.contrast import Contrast
+from lbdt.training.sparse import (
+    Code,
+    EncoderInput,
+    add_gradient,
+    add_pre_gradient,
+    project,
+    ranked_code,
+    sigmoid_code,
+)
 from lbdt.training.supervision import BatchLabels, Supervision
 
 RECONSTRUCTIONS = ("fvu", "mse", "scaled-mse", "relative")
@@ -102,7 +111,7 @@ class Ranked:
     auxk_alpha: float = 1 / 32
     auxk: int | None = None
     """Latents that AuxK uses; None: d / 2."""
-    supervision: Supervision | None = None
+    supervision: Supervision | Contrast | None = None
 
     def check(self, config: SAEConfig) -> None:
         if self.reconstruction not in RECONSTRUCTIONS:
@@ -122,21 +131,21 @@ class Ranked:
 
     def accumulate(self, sae: SparseAutoencoder, rows: BatchRows, context: Context) -> ObjectiveOutcome:
         config, x = sae.config, rows.x
+        read = EncoderInput(sae, x)
         with torch.no_grad():
-            centred = x - sae.b_dec
-            h = project(sae, centred, context.precision)
+            h = project(sae, read.values, context.precision)
         if config.activation == "topk_sigmoid":
             code = sigmoid_code(h, config.k)
         else:
             batch_topk = config.batch_topk or config.activation == "batch_topk"
             code = ranked_code(h, config.k, batch_topk=batch_topk, guess=context.guess)
         decoded = code.decode(sae.W_dec.detach())
-        error = decoded.detach() - centred
+        error = decoded.detach() - read.centred
         gradient, loss = _reconstruction(self.reconstruction, error, rows, context.scales)
         supervision = self.supervision
         penalty = 0.0 if supervision is None else supervision.kept_penalty(rows.count)
-        code.backward(sae, centred, decoded, gradient, penalty)
-        sae.b_dec.grad += gradient.sum(0)
+        code.backward(sae, read, decoded, gradient, penalty)
+        add_gradient(sae.b_dec, gradient.sum(0))
         fvu = error.square().sum() / rows.variance
         terms = {
             "fvu": fvu,
@@ -146,16 +155,17 @@ class Ranked:
         if self.reconstruction != "fvu":
             terms["loss"] = loss
         if context.dead_count and self.auxk_alpha > 0:
-            terms["auxk"] = self._auxk(sae, centred, h, error, rows, context)
+            terms["auxk"] = self._auxk(sae, read, h, error, rows, context)
         if supervision is not None:
             terms |= supervision.accumulate(
-                sae, centred, h, code, rows.labelled, rows.count, context.scales.activation, context.world
+                sae, read, h, code, rows.labelled, rows.count, context.scales.activation, context.world
             )
+        read.backward()
         smallest = code.values.detach().min() if code.cols.numel() else h.new_zeros(())
         return ObjectiveOutcome(terms, code.cols, smallest)
 
     def _auxk(
-        self, sae, centred: Tensor, h: Tensor, error: Tensor, rows: BatchRows, context: Context
+        self, sae, read: EncoderInput, h: Tensor, error: Tensor, rows: BatchRows, context: Context
     ) -> Tensor:
         own = self.reconstruction == "scaled-mse"
         if own:
@@ -164,12 +174,12 @@ class Ranked:
             over = (second - first.square() / rows.count).sum().to(error.dtype)
         else:
             over = rows.variance
-        return auxk(sae, centred, h, error, over, self.auxk_alpha, self.auxk, context, scaled=not own)
+        return auxk(sae, read, h, error, over, self.auxk_alpha, self.auxk, context, scaled=not own)
 
 
 def auxk(
     sae: SparseAutoencoder,
-    centred: Tensor,  # [n, d]
+    read: EncoderInput,
     h: Tensor,  # [n, L] pre-activations
     error: Tensor,  # [n, d], x_hat - x
     over: Tensor,  # scalar, what the squared error is divided by
@@ -179,7 +189,7 @@ def auxk(
     scaled: bool = True,
 ) -> Tensor:
     """Adds the gradient of `alpha` times the AuxK loss (see `Ranked`); returns the loss, a scalar."""
-    wanted = max(1, centred.shape[1] // 2) if wanted is None else wanted
+    wanted = max(1, error.shape[1] // 2) if wanted is None else wanted
     scale = min(context.dead_count / wanted, 1.0) if scaled else 1.0
     latents = context.dead.nonzero().squeeze(1)
     take = min(wanted, latents.numel())
@@ -188,20 +198,20 @@ def auxk(
         take = min(take, sae.config.k)
     weight = 2 * alpha * scale / over
     if take * _SPARSE_BELOW >= latents.numel():
-        miss = _dense_auxk(sae, centred, candidates, error, latents, take, weight, sigmoid)
+        miss = _dense_auxk(sae, read, candidates, error, latents, take, weight, sigmoid)
     else:
         part = sigmoid_code(candidates, take) if sigmoid else ranked_code(candidates, take)
         code = Code(part.rows, latents[part.cols], part.values, part.n, part.slope)
         predicted = code.decode(sae.W_dec.detach())
         miss = predicted.detach() + error
-        code.backward(sae, centred, predicted, miss * weight)
+        code.backward(sae, read, predicted, miss * weight)
     return scale * miss.square().sum() / over
 
 
 @torch.no_grad()
 def _dense_auxk(
     sae: SparseAutoencoder,
-    centred: Tensor,  # [n, d]
+    read: EncoderInput,
     candidates: Tensor,  # [n, D] pre-activations of the dead latents
     error: Tensor,  # [n, d]
     latents: Tensor,  # [D]
@@ -218,7 +228,7 @@ def _dense_auxk(
     miss = (z @ decoder).add_(error)
     gradient = miss * weight
     sae.W_dec.grad.index_add_(0, latents, z.T @ gradient)
-    add_pre_gradient(sae, centred, latents, (gradient @ decoder.T).mul_(slope))
+    add_pre_gradient(sae, read, latents, (gradient @ decoder.T).mul_(slope))
     return miss
 
 
@@ -272,11 +282,13 @@ class Dense:
         )
 
     def _chunk(self, sae, x: Tensor, rows: BatchRows, context: Context, fired: Tensor) -> tuple[Tensor, ...]:
-        centred = x - sae.b_dec
+        read = x - sae.b_dec
+        if sae.pre_encoder is not None:
+            read = sae.pre_encoder(read)
         if context.precision == "bfloat16":
-            h = F.linear(centred.bfloat16(), sae.encoder.weight.bfloat16()).to(x.dtype) + sae.encoder.bias
+            h = F.linear(read.bfloat16(), sae.encoder.weight.bfloat16()).to(x.dtype) + sae.encoder.bias
         else:
-            h = F.linear(centred, sae.encoder.weight, sae.encoder.bias)
+            h = F.linear(read, sae.encoder.weight, sae.encoder.bias)
         if sae.config.activation == "relu":
             z = h.relu()
             norms = z @ sae.W_dec.norm(dim=1)
@@ -295,9 +307,10 @@ class Dense:
             l0 = active.sum() / rows.count
         aux = torch.zeros_like(fvu)
         if context.dead_count and self.auxk_alpha > 0:
+            again = EncoderInput(sae, x)
             aux = auxk(
                 sae,
-                centred.detach(),
+                again,
                 h.detach(),
                 error.detach(),
                 rows.variance,
@@ -305,6 +318,7 @@ class Dense:
                 self.auxk,
                 context,
             )
+            again.backward()
         return fvu.detach(), aux, l0, penalty.detach()
 
 

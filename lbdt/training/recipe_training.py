@@ -73,7 +73,7 @@ def train_recipe(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Trains by `recipe` and writes cfg.json, sae.safetensors, where supervised assignment.json, metrics.jsonl,
+    """Trains by `recipe` and writes cfg.json, sae.safetensors, assignment.json where latents have names, metrics.jsonl,
     speed.jsonl and at last report.json to `out`; returns the report, with `finished` true where it was there already.
 
     Called again on a folder of the same settings it goes on from training.ckpt, which is deleted once the other files
@@ -132,7 +132,8 @@ def train_recipe(
             raise ValueError(f"{out}: holds an SAE that this training did not make; choose another folder")
         logs = writers(options.logs, out, settings) if world.main else []
         labels = given["labels"]
-        if labels is not None and world.main and not checkpoint.exists():
+        assigned = labels is not None and labels.assignment is not None
+        if assigned and world.main and not checkpoint.exists():
             save_assignment(labels.assignment, out)
         sae = train(
             config,
@@ -208,7 +209,7 @@ def _config(
             source.width(site),
             update=site.update,
             expansion=options.expansion,
-            k=options.k,
+            k=options.k or recipe.ks.get(options.variant or "", recipe.k),
             batch_topk=options.batch_topk,
         )
         return replace(config, site=str(site))
@@ -240,6 +241,12 @@ def _labels(
             raise ValueError(f"assign: recipe {recipe.name} uses no labels; leave it out")
         return None
     _require_names(source)
+    if recipe.contrastive:
+        if assignment is not None:
+            raise ValueError(
+                f"assign: recipe {recipe.name} compares labels and assigns no latents; leave it out"
+            )
+        return Labels(tuple(source.concepts), tuple(source.styles), None)
     if recipe.by_construction:
         if assignment is not None:
             raise ValueError(f"assign: recipe {recipe.name} takes latent i for name i; leave it out")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lbdt.sae import SAEConfig
+from lbdt.training.contrast import Contrast
 from lbdt.training.objectives import Dense, Objective, Ranked
 from lbdt.training.supervision import Supervision
 
@@ -23,9 +24,12 @@ class Recipe:
     activation: str = "topk"
     batch_topk: bool = False
     normalize_decoder: bool = True
+    pre_encoder: bool = False
     expansion: int = 16
     """Latents over the activations' width."""
     k: int = 32
+    ks: Mapping[str, int] = field(default_factory=dict)
+    """k of variants that have another."""
     rows: int = 4096
     """Rows of a batch; supervised recipes take whole images of as many patches in all."""
     lr: float = 4e-4
@@ -39,6 +43,8 @@ class Recipe:
     supervised: bool = False
     by_construction: bool = False
     """Latent i stands for name i; otherwise latents are assigned by score."""
+    contrastive: bool = False
+    """Labels are compared only: no latent is assigned."""
 
     def objective(self, variant: str | None = None, **overrides: Any) -> Objective:
         """The objective of a variant, with fields of it or of its supervision replaced where not None.
@@ -84,6 +90,7 @@ class Recipe:
             expansion_factor=expansion,
             normalize_decoder=self.normalize_decoder,
             batch_topk=self.batch_topk if batch_topk is None else batch_topk,
+            pre_encoder=self.pre_encoder,
         )
 
 
@@ -114,6 +121,23 @@ _SAEMNESIA = Recipe(
     epochs=150,
     fine_tunes=True,
     supervised=True,
+)
+
+_SAEPARATE = Recipe(
+    name="saeparate",
+    about="BatchTopK behind a linear map and GELU, images of a label drawn together (arXiv 2605.12122)",
+    objectives={
+        "object": Ranked(supervision=Contrast("concepts")),
+        "style": Ranked(supervision=Contrast("styles")),
+        "joint": Ranked(supervision=Contrast("both", weight=1.0, hard=4.0)),
+    },
+    batch_topk=True,
+    pre_encoder=True,
+    ks={"joint": 64},
+    rows=131_072,
+    epochs=40,
+    supervised=True,
+    contrastive=True,
 )
 
 _GSAE = Recipe(
@@ -165,7 +189,7 @@ _JUMPRELU = Recipe(
 )
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (_SAEURON, _SAEMNESIA, _GSAE, _SDXL, _RELU, _JUMPRELU)
+    recipe.name: recipe for recipe in (_SAEURON, _SAEMNESIA, _SAEPARATE, _GSAE, _SDXL, _RELU, _JUMPRELU)
 }
 
 

@@ -13,6 +13,38 @@ from torch.nn import functional as F
 from lbdt.sae import SparseAutoencoder
 
 
+class EncoderInput:
+    """What the encoder reads of a batch's rows, and the gradient of the losses with respect to it.
+
+    That is `x - b_dec`, or what a pre-encoder makes of it; then the gradients of all losses are added up first, and
+    pass through it at once.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, x: Tensor) -> None:  # x [n, d]
+        with torch.set_grad_enabled(sae.pre_encoder is not None):
+            centred = x - sae.b_dec
+            self._made = None if sae.pre_encoder is None else sae.pre_encoder(centred)
+        self.centred = centred.detach()
+        """[n, d], `x - b_dec`."""
+        self.values = self.centred if self._made is None else self._made.detach()
+        """[n, d], what the encoder's rows are multiplied with."""
+        self._gradient: Tensor | None = None
+
+    @property
+    def mapped(self) -> bool:
+        """Whether there is a pre-encoder."""
+        return self._made is not None
+
+    def add(self, gradient: Tensor) -> None:
+        """Adds a loss's gradient with respect to `values`, [n, d], of an SAE with a pre-encoder; keeps it."""
+        self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
+
+    def backward(self) -> None:
+        """Adds what was added to the gradients of the pre-encoder and of `b_dec` before it; call it last."""
+        if self._made is not None:
+            self._made.backward(torch.zeros_like(self._made) if self._gradient is None else self._gradient)
+
+
 class Code:
     """Active entries of a batch in row order: `rows`, `cols` int64 and `values`, [E], and row offsets [n].
 
@@ -33,7 +65,7 @@ class Code:
     def backward(
         self,
         sae: SparseAutoencoder,
-        centred: Tensor,  # [n, d], x - b_dec
+        read: EncoderInput,
         decoded: Tensor,  # [n, d], of `decode`
         gradient: Tensor,  # [n, d], of the loss with respect to `decoded`
         penalty: float = 0.0,  # added to the gradient of every entry
@@ -51,10 +83,14 @@ class Code:
 
         with torch.no_grad():
             add_gradient(sae.W_dec, transposed_product(gradient, self.values.detach()))
-            add_gradient(sae.encoder.weight, transposed_product(centred, dh))
+            add_gradient(sae.encoder.weight, transposed_product(read.values, dh))
             summed = torch.zeros_like(sae.encoder.bias).index_add_(0, self.cols, dh)
             add_gradient(sae.encoder.bias, summed)
-            add_gradient(sae.b_dec, -(summed @ sae.encoder.weight))
+            weight = sae.encoder.weight
+            if read.mapped:
+                read.add(F.embedding_bag(self.cols, weight, self.offsets, per_sample_weights=dh, mode="sum"))
+            else:
+                add_gradient(sae.b_dec, -(summed @ weight))
 
 
 def add_gradient(parameter: Tensor, value: Tensor) -> None:
@@ -67,7 +103,7 @@ def add_gradient(parameter: Tensor, value: Tensor) -> None:
 
 def add_pre_gradient(
     sae: SparseAutoencoder,
-    centred: Tensor,  # [n, d]
+    read: EncoderInput,
     latents: Tensor,  # [A] int64, distinct
     dh: Tensor,  # [n, A]
 ) -> None:
@@ -77,17 +113,32 @@ def add_pre_gradient(
         for parameter in (sae.encoder.weight, sae.encoder.bias, sae.b_dec):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        sae.encoder.weight.grad.index_add_(0, latents, dh.T @ centred)
+        sae.encoder.weight.grad.index_add_(0, latents, dh.T @ read.values)
         sae.encoder.bias.grad.index_add_(0, latents, summed)
-        sae.b_dec.grad -= summed @ sae.encoder.weight[latents]
+        if read.mapped:
+            read.add(dh @ sae.encoder.weight[latents])
+        else:
+            sae.b_dec.grad -= summed @ sae.encoder.weight[latents]
 
 
-def project(sae: SparseAutoencoder, centred: Tensor, precision: str) -> Tensor:
-    """Pre-activations [n, L] of `x - b_dec` [n, d]; the product in bfloat16 where `precision` says so."""
+def add_dense_gradient(sae: SparseAutoencoder, read: EncoderInput, dh: Tensor) -> None:  # dh [n, L]
+    """Adds the gradient of a loss on the pre-activations of all latents."""
+    with torch.no_grad():
+        summed = dh.sum(0)
+        add_gradient(sae.encoder.weight, dh.T @ read.values)
+        add_gradient(sae.encoder.bias, summed)
+        if read.mapped:
+            read.add(dh @ sae.encoder.weight)
+        else:
+            add_gradient(sae.b_dec, -(summed @ sae.encoder.weight))
+
+
+def project(sae: SparseAutoencoder, read: Tensor, precision: str) -> Tensor:
+    """Pre-activations [n, L] of what the encoder reads [n, d]; the product in bfloat16 where `precision` says so."""
     weight, bias = sae.encoder.weight.detach(), sae.encoder.bias.detach()
     if precision == "bfloat16":
-        return F.linear(centred.bfloat16(), weight.bfloat16()).to(bias.dtype).add_(bias)
-    return F.linear(centred, weight, bias)
+        return F.linear(read.bfloat16(), weight.bfloat16()).to(bias.dtype).add_(bias)
+    return F.linear(read, weight, bias)
 
 
 def ranked_code(h: Tensor, k: int, *, batch_topk: bool = False, guess: float = 0.0) -> Code:

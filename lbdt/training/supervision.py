@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lbdt.runs.processes import Processes
 from lbdt.sae import SparseAutoencoder
-from lbdt.training.sparse import Code, add_gradient, add_pre_gradient
+from lbdt.training.sparse import Code, EncoderInput, add_dense_gradient, add_pre_gradient
 
 VARIANTS = ("image", "paper", "released", "sparse-sigmoid")
 _TINY = 1e-6
@@ -36,6 +36,10 @@ class BatchLabels(NamedTuple):
     """[S, A], 1 or 0, of the whole batch's images."""
     patches: int
     """M, of one image."""
+    concepts: Tensor | None = None
+    """[S] int64, places in the source's concepts, -1: none, of the whole batch's images."""
+    styles_of: Tensor | None = None
+    """[S] int64, places in the source's styles, -1: none."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Supervision:
     def accumulate(
         self,
         sae: SparseAutoencoder,
-        centred: Tensor,  # [n, d]
+        read: EncoderInput,
         h: Tensor,  # [n, L] pre-activations
         code: Code,
         labelled: BatchLabels,
@@ -105,14 +109,14 @@ class Supervision:
         correlation = self._correlation(whole, labelled.styles)
         loss = self.weight * (assignment + self.decorrelation * correlation)
         (dh,) = torch.autograd.grad(loss, v)
-        add_pre_gradient(sae, centred, latents, dh)
+        add_pre_gradient(sae, read, latents, dh)
         # Every process computes these of the whole batch; the sum over processes is one of them.
         terms = {
             name: term.detach() / world.size
             for name, term in (("assignment", assignment), ("correlation", correlation))
         }
         if self.l1 and self.variant == "released":
-            terms["l1"] = self._all_latents(sae, centred, h, count)
+            terms["l1"] = self._all_latents(sae, read, h, count)
         elif self.l1:
             terms["l1"] = code.values.detach().sum() / count
         return terms
@@ -145,15 +149,10 @@ class Supervision:
         pairs = unit[:, :objects].T @ unit[:, objects:]
         return pairs.mean() if self.variant == "paper" else pairs.square().mean()
 
-    def _all_latents(self, sae: SparseAutoencoder, centred: Tensor, h: Tensor, count: int) -> Tensor:
+    def _all_latents(self, sae: SparseAutoencoder, read: EncoderInput, h: Tensor, count: int) -> Tensor:
         """Mean ReLU(h) over the whole batch, this process's part; adds its gradient."""
         over = count * h.shape[1]
-        active = (h > 0).to(centred.dtype)
-        with torch.no_grad():
-            summed = active.sum(0) * (self.l1 / over)
-            add_gradient(sae.encoder.weight, active.T @ centred * (self.l1 / over))
-            add_gradient(sae.encoder.bias, summed)
-            add_gradient(sae.b_dec, -(summed @ sae.encoder.weight))
+        add_dense_gradient(sae, read, (h > 0).to(h.dtype) * (self.l1 / over))
         return h.relu().sum() / over
 
 

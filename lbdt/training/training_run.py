@@ -30,19 +30,23 @@ class BatchSource(Protocol):
     def rows(self, step: int, size: int) -> Tensor:
         """[size, d]."""
 
-    def samples(self, step: int, count: int) -> Any:
-        """`Samples`: x [count, M, d], concepts and styles [count], places in the source's names, -1: none."""
+    def samples(self, step: int, count: int, pairs: str | None = None) -> Any:
+        """`Samples`: x [count, M, d], concepts and styles [count], places in the source's names, -1: none; `pairs`: in
+        twos of one label."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What a supervised run is taught: the source's names in its order, and their latents."""
+    """What a supervised run is taught: the source's names in its order, and their latents; None: it has labels
+    compared, and no latent stands for one."""
 
     concepts: tuple[str, ...]
     styles: tuple[str, ...]
-    assignment: Assignment
+    assignment: Assignment | None
 
     def __post_init__(self) -> None:
+        if self.assignment is None:
+            return
         for kind in ("concepts", "styles"):
             names, given = set(getattr(self, kind)), set(getattr(self.assignment, kind))
             wrong = sorted(names ^ given)
@@ -101,7 +105,7 @@ class TrainingRun:
         return [
             {"params": [sae.W_dec]},
             {"params": [sae.encoder.weight, sae.encoder.bias]},
-            {"params": [sae.b_dec]},
+            {"params": [sae.b_dec, *(() if sae.pre_encoder is None else sae.pre_encoder.parameters())]},
         ]
 
     def _rates(self) -> list[float]:
@@ -150,7 +154,9 @@ class TrainingRun:
         """The whole batch, [n, d] float32 and finite."""
         labelled = None
         if self.labels is not None:
-            samples = batches.samples(step, max(2, rows // batches.patches))
+            pairs = getattr(self.objective.supervision, "pairs", None)
+            images = max(2, rows // batches.patches)
+            samples = batches.samples(step, images, **({} if pairs is None else {"pairs": pairs}))
             x = samples.x.flatten(0, 1)
             labelled = self._labelled(samples, device or x.device)
         else:
@@ -169,6 +175,10 @@ class TrainingRun:
 
     def _labelled(self, samples: Any, device: torch.device | str) -> BatchLabels:
         labels, assignment = self.labels, self.labels.assignment
+        given = {"concepts": samples.concepts.to(device), "styles_of": samples.styles.to(device)}
+        if assignment is None:
+            images, none = samples.x.shape[:2], torch.zeros(0, dtype=torch.int64, device=device)
+            return BatchLabels(none, 0, torch.zeros(images[0], 0, device=device), images[1], **given)
         styles = len(assignment.styles)
         latents = torch.tensor(assignment.latents, device=device)
         present = torch.zeros(samples.x.shape[0], len(assignment.latents), device=device)
@@ -176,14 +186,14 @@ class TrainingRun:
             (samples.concepts, labels.concepts, assignment.concepts, 0),
             (samples.styles, labels.styles, assignment.styles, len(assignment.concepts)),
         )
-        for given, names, wanted, offset in groups:
+        for places, names, wanted, offset in groups:
             if not wanted:
                 continue
             order = list(wanted)
             place = torch.tensor([offset + order.index(name) for name in names])
-            image = (given >= 0).nonzero().squeeze(1).cpu()
-            present[image.to(device), place[given.cpu()[image]].to(device)] = 1
-        return BatchLabels(latents, styles, present, samples.x.shape[1])
+            image = (places >= 0).nonzero().squeeze(1).cpu()
+            present[image.to(device), place[places.cpu()[image]].to(device)] = 1
+        return BatchLabels(latents, styles, present, samples.x.shape[1], **given)
 
     def step(self, batch: tuple[Tensor, BatchLabels | None], lr: float, dead_after: int) -> dict[str, float]:
         """One step of Adam; the metrics of the whole batch."""

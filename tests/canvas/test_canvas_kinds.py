@@ -1,4 +1,4 @@
-"""The four shipped erasers and their steering baselines, each at the sampling it was trained for."""
+"""The five shipped erasers and their steering baselines, each at the sampling it was trained for."""
 
 import pytest
 import torch
@@ -55,6 +55,7 @@ def test_each_steering_baseline_changes_pictures_of_cats_and_comes_off(pipe, kin
         ("saemnesia", "saeuron", "topk", True),
         ("gsae", "gsae", "topk_sigmoid", True),
         ("sdxl", "sdxl", "topk", True),
+        ("saeparate", "saeuron", "topk", True),
     ],
     ids=KINDS,
 )
@@ -63,6 +64,7 @@ def test_each_kind_is_what_its_name_says(kind, rule, activation, update):
     assert (steering.rule, steering.hookpoint) == (rule, eraser.hookpoint)
     assert (eraser.sae.config.activation, eraser.sae.config.update) == (activation, update)
     supervised = kind in ("saemnesia", "gsae")
+    assert eraser.sae.config.pre_encoder == (kind == "saeparate")
     assert (eraser.dictionary.assigned is not None) == supervised
     if supervised:
         assert sum(rank == 0 for rank in eraser.dictionary.assigned_ranks().values()) >= 18
@@ -72,5 +74,5 @@ def test_each_kind_is_what_its_name_says(kind, rule, activation, update):
 
 def test_a_strength_of_the_callers_own():
     assert canvas.load_steering("saemnesia", strength={"Cats": -3.0}).strength == {"Cats": -3.0}
-    with pytest.raises(ValueError, match="saeuron, saemnesia, gsae, sdxl"):
+    with pytest.raises(ValueError, match="saeuron, saemnesia, gsae, sdxl, saeparate"):
         canvas.load_steering("sdxl-base")

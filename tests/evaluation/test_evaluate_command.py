@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--kind", "flux"), "kinds: flux; EmojiCanvas has saeuron, saemnesia, gsae, sdxl"),
+        (("--kind", "flux"), "kinds: flux; EmojiCanvas has saeuron, saemnesia, gsae, sdxl, saeparate"),
         (("--concept", "Dragons"), "concepts: Dragons; EmojiCanvas knows Architectures, Bears"),
         (
             ("--seeds", "5,6", "--sweep-seeds", "6"),

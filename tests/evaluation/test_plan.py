@@ -39,7 +39,7 @@ def test_kinds_of_one_sampling_share_the_unedited_pictures():
     bases = {
         name: [p.base(), p.sweep()[0], *(s for s in p.scored(None) if s.shared)] for name, p in plans.items()
     }
-    for name in ("saemnesia", "gsae"):
+    for name in ("saemnesia", "gsae", "saeparate"):
         for mine, first in zip(bases[name], bases["saeuron"], strict=True):
             assert (mine.name, mine.jobs) == (first.name, first.jobs)
     assert {series.name for series in bases["sdxl"]}.isdisjoint(s.name for s in bases["saeuron"])

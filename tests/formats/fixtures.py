@@ -29,6 +29,7 @@ SAEURON = {
     "multi_topk": False,
     "d_in": D,
 }
+SAEPARATE = {**SAEURON, "use_pre_encoder_gelu": True}
 SPARSIFY = {
     "activation": "topk",
     "expansion_factor": N // D,
@@ -88,6 +89,16 @@ def saeuron(folder: Path, config: dict | None = None, **tensors) -> Path:
     state = {name: tensor for name, tensor in (state | tensors).items() if tensor is not None}
     safetensors.torch.save_file(state, folder / "sae.safetensors")
     return folder
+
+
+def saeparate(folder: Path, config: dict | None = None, **tensors) -> Path:
+    """SAEParate's folder: SAeUron's, and the linear map before the encoder."""
+    generator = torch.Generator().manual_seed(7)
+    pre = {
+        "pre_encoder.0.weight": torch.randn(D, D, generator=generator),
+        "pre_encoder.0.bias": torch.randn(D, generator=generator),
+    }
+    return saeuron(folder, config or SAEPARATE, **(pre | tensors))
 
 
 def unbox(folder: Path, config: dict | None = None, name: str = "config.json", wrap: bool = True, **tensors):
@@ -203,6 +214,7 @@ def write(root: Path) -> None:
     hook = "unet.up_blocks.1.attentions.1"
     saeuron(root / "saeuron" / hook)
     saeuron(root / "gsae" / hook)
+    saeparate(root / "saeparate" / hook)
     saeuron(root / "sparsify", SPARSIFY)
     unbox(root / "sdxl-unbox" / f"{hook}_k3_hidden12" / "final")
     unbox(root / "steerers", {**UNBOX, "auxk_coef": 1 / 32})

@@ -23,6 +23,26 @@ def saeuron(folder: Path, x: torch.Tensor, sigmoid: bool = False):
     return pre, code, code @ state["W_dec"] + state["b_dec"]
 
 
+def saeparate(folder: Path, x: torch.Tensor):
+    """SAeUron's, whose encoder reads `gelu(W_pre (x - b_dec) + b_pre)` where the configuration says so."""
+    config = json.loads((folder / "cfg.json").read_text())
+    d_in = config.pop("d_in")
+    state = safetensors.torch.load_file(folder / "sae.safetensors")
+    read = x - state["b_dec"]
+    names = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
+    if config.get("use_pre_encoder_gelu", False):
+        names |= {"pre_encoder.0.weight", "pre_encoder.0.bias"}
+        layer = torch.nn.Sequential(torch.nn.Linear(d_in, d_in), torch.nn.GELU())
+        layer.load_state_dict({name: state[f"pre_encoder.{name}"] for name in ("0.weight", "0.bias")})
+        with torch.no_grad():
+            read = layer(read)
+    assert set(state) == names
+    pre = read @ state["encoder.weight"].T + state["encoder.bias"]
+    values, indices = pre.topk(config["k"], dim=-1)
+    code = torch.zeros_like(pre).scatter(-1, indices, values.relu())
+    return pre, code, code @ state["W_dec"] + state["b_dec"]
+
+
 def unbox(folder: Path, x: torch.Tensor):
     """`pre = W_enc (x - pre_bias) + latent_bias`; TopK, then ReLU."""
     config = json.loads((folder / "config.json").read_text())

@@ -13,6 +13,7 @@ from lbdt.testing import assert_close
 from tests.formats import fixtures, published
 
 STEERERS = {**fixtures.UNBOX, "auxk_coef": 1 / 32}
+PLAIN = {**fixtures.SAEPARATE, "use_pre_encoder_gelu": False}
 X = torch.randn(7, fixtures.D, generator=torch.Generator().manual_seed(1))
 
 
@@ -30,12 +31,29 @@ def agrees(sae, reference):
     [
         (lambda f: fixtures.saeuron(f), published.saeuron, "auto", "saeuron", False),
         (lambda f: fixtures.saeuron(f), published.saeuron, "saemnesia", "saemnesia", False),
+        (lambda f: fixtures.saeparate(f), published.saeparate, "auto", "saeparate", False),
+        (lambda f: fixtures.saeparate(f), published.saeparate, "saeparate", "saeparate", False),
+        (lambda f: fixtures.saeuron(f, PLAIN), published.saeparate, "auto", "saeparate", False),
+        (lambda f: fixtures.saeuron(f), published.saeparate, "saeparate", "saeparate", False),
+        (lambda f: fixtures.saeuron(f, PLAIN), published.saeuron, "saeuron", "saeuron", False),
         (lambda f: fixtures.saeuron(f, fixtures.SPARSIFY), published.saeuron, "auto", "sparsify", False),
         (lambda f: fixtures.unbox(f), published.unbox, "sdxl-unbox", "sdxl-unbox", True),
         (lambda f: fixtures.unbox(f, STEERERS), published.unbox, "auto", "steerers", False),
         (lambda f: fixtures.unbox(f), published.unbox, "steerers", "steerers", False),
     ],
-    ids=["saeuron", "saemnesia", "sparsify", "sdxl-unbox", "steerers-by-key", "steerers-by-option"],
+    ids=[
+        "saeuron",
+        "saemnesia",
+        "saeparate",
+        "saeparate-by-option",
+        "saeparate-flag-false",
+        "saeparate-without-flag",
+        "saeparate-flag-false-as-saeuron",
+        "sparsify",
+        "sdxl-unbox",
+        "steerers-by-key",
+        "steerers-by-option",
+    ],
 )
 def test_a_foreign_folder_gives_its_own_loaders_numbers(tmp_path, write, loader, format, kind, update):
     folder = write(tmp_path / "sae")
@@ -66,6 +84,19 @@ def test_a_state_dict_without_a_wrapper_and_renamed_tensors_are_read(tmp_path):
         agrees(read_sae(folder, format="saemnesia", update=False).sae, reference)
 
 
+@pytest.mark.parametrize("format", ["saeuron", "saemnesia", "gsae", "sparsify"])
+def test_a_pre_encoder_is_nobody_elses(tmp_path, format):
+    folder = fixtures.saeparate(tmp_path / "sae")
+    with pytest.raises(ValueError, match=f"an SAE of {format} has no pre-encoder; read it as saeparate"):
+        read_sae(folder, format=format)
+
+
+def test_a_pre_encoder_beside_a_state_dict_is_refused(tmp_path):
+    folder = fixtures.unbox(tmp_path / "hybrid", fixtures.SAEPARATE, name="cfg.json")
+    with pytest.raises(ValueError, match="has no place for a pre-encoder"):
+        read_sae(folder, format="saemnesia", update=False)
+
+
 def test_a_hybrid_does_not_say_what_its_sae_was_trained_on(tmp_path):
     folder = fixtures.unbox(tmp_path / "hybrid", name="cfg.json")
     with pytest.raises(ValueError, match="does not say .*residual_sae.* pass format='sdxl-unbox'"):
@@ -94,6 +125,12 @@ def test_what_lbdt_saves_the_published_loaders_read(tmp_path):
     back = read_sae(tmp_path / "unbox", update=False).sae
     assert all(torch.equal(back.state_dict()[name], tensor) for name, tensor in sae.state_dict().items())
     assert sorted(p.name for p in (tmp_path / "unbox").iterdir()) == ["config.json", "state_dict.pth"]
+
+
+def test_what_lbdt_saves_with_a_pre_encoder_saeparates_loader_reads(tmp_path):
+    sae = read_sae(fixtures.saeparate(tmp_path / "theirs")).sae
+    sae.save_pretrained(tmp_path / "ours")
+    agrees(sae, published.saeparate(tmp_path / "ours", X))
 
 
 @pytest.mark.parametrize(

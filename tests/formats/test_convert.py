@@ -47,12 +47,23 @@ def test_an_sae_with_its_table(root, tmp_path):
     [
         (f"saeuron/{HOOK}", (), "saeuron", False, "topk"),
         ("saeuron", ("--hookpoint", HOOK, "--from", "saemnesia"), "saemnesia", False, "topk"),
+        (f"saeparate/{HOOK}", (), "saeparate", False, "topk"),
+        ("saeparate", ("--hookpoint", HOOK, "--from", "saeparate"), "saeparate", False, "topk"),
         ("gsae", ("--hookpoint", HOOK, "--from", "gsae"), "gsae", False, "topk_sigmoid"),
         ("sparsify", ("--update",), "sparsify", True, "topk"),
         ("steerers", (), "steerers", False, "topk"),
         ("saemnesia", ("--no-update",), "saemnesia", False, "topk"),
     ],
-    ids=["saeuron", "saemnesia", "gsae", "sparsify", "steerers", "saemnesia-hybrid"],
+    ids=[
+        "saeuron",
+        "saemnesia",
+        "saeparate",
+        "saeparate-named",
+        "gsae",
+        "sparsify",
+        "steerers",
+        "saemnesia-hybrid",
+    ],
 )
 def test_the_sae_formats(root, tmp_path, source, more, kind, update, activation):
     done = convert(root / source, tmp_path / "out", "--json", "--encoder-only", "--dtype", "float16", *more)

@@ -285,6 +285,7 @@ TARGETS: dict[str, tuple[Any, Any]] = {
         read_sae,
     ),
     "SAE of SAeUron": (fixtures.saeuron, read_sae),
+    "SAE of SAEParate": (fixtures.saeparate, read_sae),
     "SAE of sparsify": (lambda folder: fixtures.saeuron(folder, fixtures.SPARSIFY), read_sae),
     "SAE of sdxl-unbox": (fixtures.unbox, lambda folder: read_sae(folder, format="sdxl-unbox")),
     "dictionary": (make_dictionary, read_dictionary),

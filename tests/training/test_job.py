@@ -25,6 +25,7 @@ RANKED = {"expansion": 2, "k": 4}
 ROWS = [
     ("saeuron", RANKED),
     ("saemnesia", {}),
+    ("saeparate", RANKED),
     ("gsae", RANKED),
     ("sdxl", RANKED),
     ("relu", {"expansion": 2}),
@@ -70,7 +71,7 @@ def test_every_recipe_goes_on_to_the_files_of_an_unbroken_run(tmp_path, monkeypa
     report = job(name, tmp_path / "whole", settings=settings)
     assert report["finished"] is False and report["evaluated_on"] == "heldout"
     made = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    supervised = ["assignment.json"] if RECIPES[name].supervised else []
+    supervised = ["assignment.json"] if RECIPES[name].supervised and not RECIPES[name].contrastive else []
     assert made == sorted([*COMPARED[:4], *supervised, "speed.jsonl"])
     lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(9))

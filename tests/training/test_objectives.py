@@ -40,7 +40,10 @@ def data():
 
 def dense_code(sae, x):
     """Pre-activations and activations [n, L], by autograd."""
-    h = F.linear(x - sae.b_dec, sae.encoder.weight, sae.encoder.bias)
+    read = x - sae.b_dec
+    if sae.pre_encoder is not None:
+        read = F.gelu(F.linear(read, sae.pre_encoder[0].weight, sae.pre_encoder[0].bias))
+    h = F.linear(read, sae.encoder.weight, sae.encoder.bias)
     if sae.config.activation in ("relu", "jumprelu"):
         return h, h.relu() if sae.config.activation == "relu" else torch.where(h > sae.theta, h, 0.0)
     values, indices = h.topk(K)
@@ -63,12 +66,13 @@ def compare(sae, objective, expected_terms, expected_loss, dead=None, skip=()):
             )
 
 
+@pytest.mark.parametrize("pre", [False, True], ids=["affine", "pre-encoder"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense auxk", "sparse auxk"])
 @pytest.mark.parametrize("activation", ["topk", "topk_sigmoid"])
 @pytest.mark.parametrize("kind", ["fvu", "mse", "scaled-mse", "relative"])
-def test_every_reconstruction_with_auxk(monkeypatch, activation, kind, sparse):
+def test_every_reconstruction_with_auxk(monkeypatch, activation, kind, sparse, pre):
     monkeypatch.setattr("lbdt.training.objectives._SPARSE_BELOW", 0 if sparse else 16)
-    sae, x = autoencoder(activation), data()
+    sae, x = autoencoder(activation, pre_encoder=pre), data()
     dead = torch.arange(LATENTS) % 2 == 0
     variance = (x - x.mean(0)).square().sum()
     h, z = dense_code(sae, x)
@@ -103,6 +107,7 @@ def pooled(h, z, labels, variant, share, strength, activation):
     return images.topk(max(1, -(-int(share * PATCHES * 100) // 100)), dim=1).values.mean(1)
 
 
+@pytest.mark.parametrize("pre", [False, True], ids=["affine", "pre-encoder"])
 @pytest.mark.parametrize(
     ("variant", "activation", "share", "strength"),
     [
@@ -115,8 +120,8 @@ def pooled(h, z, labels, variant, share, strength, activation):
     ],
     ids=["image", "image largest patch", "image sigmoid", "paper", "released", "sparse-sigmoid"],
 )
-def test_every_supervised_term(variant, activation, share, strength):
-    sae, x, labels = autoencoder(activation), data(), labelled()
+def test_every_supervised_term(variant, activation, share, strength, pre):
+    sae, x, labels = autoencoder(activation, pre_encoder=pre), data(), labelled()
     h, z = dense_code(sae, x)
     error = z @ sae.W_dec + sae.b_dec - x
     fvu = error.square().sum() / (x - x.mean(0)).square().sum()
@@ -137,21 +142,32 @@ def test_every_supervised_term(variant, activation, share, strength):
     compare(sae, objective, terms, fvu + 0.6 * (assignment + 0.3 * correlation) + 0.2 * l1)
 
 
-def test_relu_in_chunks(monkeypatch):
+@pytest.mark.parametrize("pre", [False, True], ids=["affine", "pre-encoder"])
+@pytest.mark.parametrize("dead", [False, True], ids=["", "auxk"])
+def test_relu_in_chunks(monkeypatch, dead, pre):
     monkeypatch.setattr("lbdt.training.objectives._CHUNK_ELEMENTS", 4 * 7 * LATENTS)
-    sae, x = autoencoder("relu"), data()
+    sae, x = autoencoder("relu", pre_encoder=pre), data()
     variance = (x - x.mean(0)).square().sum()
-    _, z = dense_code(sae, x)
-    fvu = (z @ sae.W_dec + sae.b_dec - x).square().sum() / variance
+    h, z = dense_code(sae, x)
+    error = z @ sae.W_dec + sae.b_dec - x
+    fvu = error.square().sum() / variance
     penalty = (z * sae.W_dec.norm(dim=1)).sum(1).mean() / (variance / len(x)).sqrt()
     terms = {"fvu": fvu, "sparsity": penalty, "l0": (z > 0).sum() / len(x)}
-    compare(sae, Dense(sparsity=0.3), terms, fvu + 0.3 * penalty)
+    loss = fvu + 0.3 * penalty
+    silent = torch.arange(LATENTS) % 2 == 0 if dead else None
+    if dead:
+        values, indices = torch.where(silent, h, -torch.inf).topk(4)
+        predicted = torch.zeros_like(h).scatter(1, indices, values.relu()) @ sae.W_dec
+        terms["auxk"] = (predicted + error.detach()).square().sum() / variance
+        loss = loss + 0.25 * terms["auxk"]
+    compare(sae, Dense(sparsity=0.3, auxk_alpha=0.25, auxk=4), terms, loss, silent)
 
 
-def test_jumprelu_follows_the_rectangle_kernel(monkeypatch):
+@pytest.mark.parametrize("pre", [False, True], ids=["affine", "pre-encoder"])
+def test_jumprelu_follows_the_rectangle_kernel(monkeypatch, pre):
     """Thresholds get the pseudo-derivatives of arXiv 2407.14435, worked out here per entry; the rest is autograd's."""
     monkeypatch.setattr("lbdt.training.objectives._CHUNK_ELEMENTS", 4 * 7 * LATENTS)
-    sae, x = autoencoder("jumprelu"), data()
+    sae, x = autoencoder("jumprelu", pre_encoder=pre), data()
     variance = (x - x.mean(0)).square().sum()
     h, z = dense_code(sae, x)
     z.retain_grad()

@@ -28,8 +28,8 @@ from tests.training import planted
 from tests.training.test_job import start
 
 with joined(lambda: torch.device("cpu"), True) as (world, device):
-    for name in ("sdxl", "saemnesia"):
-        sizes = {} if name == "saemnesia" else {"expansion": 2, "k": 4}
+    for name in ("sdxl", "saemnesia", "saeparate"):
+        sizes = {} if name == "saemnesia" else {"expansion": 2, "k": 4, "batch_topk": False}
         options = RecipeOptions(steps=12, rows=80, lr=1e-2, checkpoint_every=5, dead_after=150, **sizes)
         train_recipe(RECIPES[name], planted.source(48), planted.SITE, Path(sys.argv[1]) / name, options=options,
                      start=start(name), world=world, progress=False)
@@ -53,7 +53,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert "process 0 of 2" in two.stdout and "process 1 of 2" in two.stdout
     # One that is alive when the interpreter ends may abort the process.
     assert two.stdout.count("threads of the group left: []") == 2, two.stdout
-    for name in ("sdxl", "saemnesia"):
+    for name in ("sdxl", "saemnesia", "saeparate"):
         curves = []
         for folder in ("one", "two"):
             lines = (tmp_path / folder / name / "metrics.jsonl").read_text().splitlines()

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 PathOrRepo = str | os.PathLike[str]
 
 _SAEURON = (-1.0, -5.0, -10.0, -15.0, -20.0, -25.0, -30.0)
-STRENGTHS = {"saeuron": _SAEURON, "saemnesia": _SAEURON, "gsae": (-5.0, -4.0, -3.0, -2.0, -1.5)}
+STRENGTHS = {
+    "saeuron": _SAEURON,
+    "saemnesia": _SAEURON,
+    "gsae": (-5.0, -4.0, -3.0, -2.0, -1.5),
+    "saeparate": (-0.1, -0.5, -1.0, -5.0),
+}
 """The published grids of the steering sweep, by kind (METHOD.md, 5.1 and 5.2)."""
 SELECTIONS = {
     "saeuron": tuple({"percentile": each, "thresholds": "published"} for each in (99.999, 99.995, 99.99))

@@ -1,4 +1,4 @@
-"""EmojiCanvas, the embedded world, with its four pipelines."""
+"""EmojiCanvas, the embedded world, with its five pipelines."""
 
 from __future__ import annotations
 
@@ -28,11 +28,16 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "saemnesia": (-1.0, -2.0, -3.0, -5.0, -10.0),
     "gsae": (-0.5, -1.0, -1.5, -2.0, -3.0),
     "sdxl": (-1.0, -2.0, -3.0, -5.0, -10.0),
+    "saeparate": (-0.1, -0.5, -1.0, -5.0, -10.0),
 }
 """The strengths of the steering sweep, weakest first: from nearly no effect to the loss of most pictures."""
 
 _PUBLISHED = ({"percentile": 99.9, "thresholds": "published"},)
-SELECTIONS: dict[str, tuple[dict[str, Any], ...]] = {"saeuron": _PUBLISHED, "sdxl": _PUBLISHED}
+SELECTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "saeuron": _PUBLISHED,
+    "sdxl": _PUBLISHED,
+    "saeparate": _PUBLISHED,
+}
 """What each class may be steered by beside the eraser's selection: of 1,536 latents the two that score best, with the
 published thresholds. One latent of a concept is chosen by training in the others."""
 
@@ -70,7 +75,7 @@ class CanvasJudge:
 def canvas_world(
     kinds: Mapping[str, EvaluatedKind] | None = None, pipeline: Any = None, batch: int = 20
 ) -> EvaluatedWorld:
-    """EmojiCanvas: 20 objects in six styles and in none, its four erasers and their steering.
+    """EmojiCanvas: 20 objects in six styles and in none, its five erasers and their steering.
 
     Args:
         kinds: other erasers for its pipeline; None: those that come with the package.
