@@ -15,7 +15,15 @@ from torch.nn import functional as F
 
 from lbdt.runs.processes import Processes
 from lbdt.sae import SAEConfig, SparseAutoencoder
-from lbdt.training.sparse import Code, add_pre_gradient, project, ranked_code, sigmoid_code
+from lbdt.training.sparse import (
+    Code,
+    add_pre_gradient,
+    encoded_code,
+    encodes,
+    project,
+    ranked_code,
+    sigmoid_code,
+)
 from lbdt.training.supervision import BatchLabels, Supervision
 
 RECONSTRUCTIONS = ("fvu", "mse", "scaled-mse", "relative")
@@ -122,13 +130,18 @@ class Ranked:
 
     def accumulate(self, sae: SparseAutoencoder, rows: BatchRows, context: Context) -> ObjectiveOutcome:
         config, x = sae.config, rows.x
+        batch_topk = config.batch_topk or config.activation == "batch_topk"
+        per_row = config.activation == "topk" and not batch_topk
+        h = None
         with torch.no_grad():
             centred = x - sae.b_dec
-            h = project(sae, centred, context.precision)
+            if per_row and self.supervision is None and encodes(centred, context.precision):
+                code = encoded_code(sae, centred, config.k)
+            else:
+                h = project(sae, centred, context.precision)
         if config.activation == "topk_sigmoid":
             code = sigmoid_code(h, config.k)
-        else:
-            batch_topk = config.batch_topk or config.activation == "batch_topk"
+        elif h is not None:
             code = ranked_code(h, config.k, batch_topk=batch_topk, guess=context.guess)
         decoded = code.decode(sae.W_dec.detach())
         error = decoded.detach() - centred
@@ -151,11 +164,11 @@ class Ranked:
             terms |= supervision.accumulate(
                 sae, centred, h, code, rows.labelled, rows.count, context.scales.activation, context.world
             )
-        smallest = code.values.detach().min() if code.cols.numel() else h.new_zeros(())
+        smallest = code.values.detach().min() if code.cols.numel() else x.new_zeros(())
         return ObjectiveOutcome(terms, code.cols, smallest)
 
     def _auxk(
-        self, sae, centred: Tensor, h: Tensor, error: Tensor, rows: BatchRows, context: Context
+        self, sae, centred: Tensor, h: Tensor | None, error: Tensor, rows: BatchRows, context: Context
     ) -> Tensor:
         own = self.reconstruction == "scaled-mse"
         if own:
@@ -170,7 +183,7 @@ class Ranked:
 def auxk(
     sae: SparseAutoencoder,
     centred: Tensor,  # [n, d]
-    h: Tensor,  # [n, L] pre-activations
+    h: Tensor | None,  # [n, L] pre-activations; None: those of the dead latents are computed
     error: Tensor,  # [n, d], x_hat - x
     over: Tensor,  # scalar, what the squared error is divided by
     alpha: float,
@@ -183,7 +196,8 @@ def auxk(
     scale = min(context.dead_count / wanted, 1.0) if scaled else 1.0
     latents = context.dead.nonzero().squeeze(1)
     take = min(wanted, latents.numel())
-    candidates, sigmoid = h[:, latents], sae.config.activation == "topk_sigmoid"
+    sigmoid = sae.config.activation == "topk_sigmoid"
+    candidates = project(sae, centred, context.precision, latents) if h is None else h[:, latents]
     if sigmoid:
         take = min(take, sae.config.k)
     weight = 2 * alpha * scale / over
