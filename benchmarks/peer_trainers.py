@@ -88,7 +88,10 @@ def load(folder: Path) -> dict[str, str]:
     Raises:
         ValueError: a package is not there.
     """
-    found = {each.name.lower().replace("_", "-"): each.version for each in metadata.distributions(path=[str(folder)])}
+    found = {
+        each.name.lower().replace("_", "-"): each.version
+        for each in metadata.distributions(path=[str(folder)])
+    }
     missing = [name for name in PACKAGES if name not in found]
     if missing:
         raise ValueError(
@@ -241,7 +244,7 @@ class SAELens:
         self.start = start
         self.trainer = package.SAETrainer(trainer, sae, iter(()))
         self.precision = "bfloat16" if autocast else "float32"
-        self.settings = f"Adam unfused, AuxK 1, clipping, " + (
+        self.settings = "Adam unfused, AuxK 1, clipping, " + (
             "sparse activations, not rescaled" if sparse else "dense activations, rescaled by decoder norms"
         )
         self.settings += ", autocast" if autocast else ""

@@ -131,7 +131,9 @@ def compare(size: Size, runners: dict[str, Trained]) -> dict[str, dict[str, floa
                     f"{size.name}: {key} of the first step is {wanted} for lbdt and {found[key]} for {name}; not the "
                     "same work, so not timed"
                 )
-    return {name: {key: found[key] for key in ("fvu", "auxk") if key in found} for name, found in first.items()}
+    return {
+        name: {key: found[key] for key in ("fvu", "auxk") if key in found} for name, found in first.items()
+    }
 
 
 def measure(size: Size, dead_share: float, rounds: int, device: torch.device) -> dict[str, Any]:

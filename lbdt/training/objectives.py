@@ -18,10 +18,11 @@ from lbdt.sae import SAEConfig, SparseAutoencoder
 from lbdt.training.sparse import (
     Code,
     add_pre_gradient,
-    encoded_code,
+    encoded,
     encodes,
     project,
     ranked_code,
+    relu_code,
     sigmoid_code,
 )
 from lbdt.training.supervision import BatchLabels, Supervision
@@ -136,11 +137,11 @@ class Ranked:
         with torch.no_grad():
             centred = x - sae.b_dec
             if per_row and self.supervision is None and encodes(centred, context.precision):
-                code = encoded_code(sae, centred, config.k)
+                code = relu_code(*encoded(sae, centred, config.k))
             else:
                 h = project(sae, centred, context.precision)
         if config.activation == "topk_sigmoid":
-            code = sigmoid_code(h, config.k)
+            code = sigmoid_code(*h.topk(config.k, dim=1, sorted=False))
         elif h is not None:
             code = ranked_code(h, config.k, batch_topk=batch_topk, guess=context.guess)
         decoded = code.decode(sae.W_dec.detach())
@@ -197,14 +198,17 @@ def auxk(
     latents = context.dead.nonzero().squeeze(1)
     take = min(wanted, latents.numel())
     sigmoid = sae.config.activation == "topk_sigmoid"
-    candidates = project(sae, centred, context.precision, latents) if h is None else h[:, latents]
     if sigmoid:
         take = min(take, sae.config.k)
+    if h is None:
+        values, cols = encoded(sae, centred, take, latents)
+    else:
+        values, cols = h[:, latents].topk(take, dim=1, sorted=False)
     weight = 2 * alpha * scale / over
     if take * _SPARSE_BELOW >= latents.numel():
-        miss = _dense_auxk(sae, centred, candidates, error, latents, take, weight, sigmoid)
+        miss = _dense_auxk(sae, centred, values, cols, error, latents, weight, sigmoid)
     else:
-        part = sigmoid_code(candidates, take) if sigmoid else ranked_code(candidates, take)
+        part = (sigmoid_code if sigmoid else relu_code)(values, cols)
         code = Code(part.rows, latents[part.cols], part.values, part.n, part.slope)
         predicted = code.decode(sae.W_dec.detach())
         miss = predicted.detach() + error
@@ -216,23 +220,21 @@ def auxk(
 def _dense_auxk(
     sae: SparseAutoencoder,
     centred: Tensor,  # [n, d]
-    candidates: Tensor,  # [n, D] pre-activations of the dead latents
+    values: Tensor,  # [n, take] pre-activations of the dead latents that are taken
+    cols: Tensor,  # [n, take], places in `latents`
     error: Tensor,  # [n, d]
     latents: Tensor,  # [D]
-    take: int,
     weight: Tensor,  # scalar
     sigmoid: bool,
 ) -> Tensor:
     """The same by dense products over the dead latents, quicker where many of them are taken; the miss, [n, d]."""
-    values, cols = candidates.topk(take, dim=1, sorted=False)
     values = values.sigmoid() if sigmoid else values.relu()
-    z = torch.zeros_like(candidates).scatter_(1, cols, values)
-    slope = z * (1 - z) if sigmoid else (z > 0).to(z.dtype)
+    z = values.new_zeros(len(values), latents.numel()).scatter_(1, cols, values)
     decoder = sae.W_dec[latents]
     miss = (z @ decoder).add_(error)
     gradient = miss * weight
     sae.W_dec.grad.index_add_(0, latents, z.T @ gradient)
-    add_pre_gradient(sae, centred, latents, (gradient @ decoder.T).mul_(slope))
+    add_pre_gradient(sae, centred, latents, (gradient @ decoder.T).mul_(z * (1 - z) if sigmoid else z > 0))
     return miss
 
 

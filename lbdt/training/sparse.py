@@ -83,31 +83,29 @@ def add_pre_gradient(
         sae.b_dec.grad -= summed @ sae.encoder.weight[latents]
 
 
-def project(
-    sae: SparseAutoencoder, centred: Tensor, precision: str, latents: Tensor | None = None
-) -> Tensor:
-    """Pre-activations [n, L], or of some latents, of `x - b_dec` [n, d]; the product in bfloat16 where `precision` says
-    so."""
+def project(sae: SparseAutoencoder, centred: Tensor, precision: str) -> Tensor:
+    """Pre-activations [n, L] of `x - b_dec` [n, d]; the product in bfloat16 where `precision` says so."""
     weight, bias = sae.encoder.weight.detach(), sae.encoder.bias.detach()
-    if latents is not None:
-        weight, bias = weight[latents], bias[latents]
     if precision == "bfloat16":
         return F.linear(centred.bfloat16(), weight.bfloat16()).to(bias.dtype).add_(bias)
     return F.linear(centred, weight, bias)
 
 
 def encodes(centred: Tensor, precision: str) -> bool:
-    """Whether `encoded_code` is the quicker way: the op's product and top-k in one pass are for a CPU's float32."""
+    """Whether `encoded` is the quicker way: the op's product and top-k in one pass are for a CPU's float32."""
     return centred.device.type == "cpu" and centred.dtype == torch.float32 and precision == "float32"
 
 
-def encoded_code(sae: SparseAutoencoder, centred: Tensor, k: int, latents: Tensor | None = None) -> Code:
-    """`ranked_code(project(...), k)` without holding the pre-activations; `cols` are places in `latents`."""
+def encoded(
+    sae: SparseAutoencoder, centred: Tensor, k: int, latents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k largest pre-activations of a row, 0 in place of negative ones, and their places in `latents` (None: all):
+    [n, k] each, without holding [n, L]."""
     weight, bias = sae.encoder.weight.detach(), sae.encoder.bias.detach()
     if latents is not None:
         weight, bias = weight[latents], bias[latents]
     values, cols = ops.encode_topk(centred.T.unsqueeze(0), weight, bias, k)
-    return _positive(*_flat(values[0], cols[0]), centred.shape[0])
+    return values[0], cols[0]
 
 
 def ranked_code(h: Tensor, k: int, *, batch_topk: bool = False, guess: float = 0.0) -> Code:
@@ -129,20 +127,20 @@ def ranked_code(h: Tensor, k: int, *, batch_topk: bool = False, guess: float = 0
         positions, order = positions.sort()
         values = values[order]
         rows, cols = positions // width, positions % width
-    else:
-        rows, cols, values = _largest(h, k)
-    return _positive(rows, cols, values, n)
+        return _positive(rows, cols, values, n)
+    return relu_code(*h.topk(k, dim=1, sorted=False))
 
 
-def sigmoid_code(h: Tensor, k: int) -> Code:
-    """`sigmoid(TopK(h))`: all k entries of a row, whatever their sign (METHOD.md, 6.4)."""
-    rows, cols, values = _largest(h, k)
-    z = values.sigmoid()
-    return Code(rows, cols, z, h.shape[0], z * (1 - z))
+def relu_code(values: Tensor, cols: Tensor) -> Code:
+    """The positive ones of some entries of each row, [n, k]."""
+    return _positive(*_flat(values, cols), len(values))
 
 
-def _largest(h: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _flat(*h.topk(k, dim=1, sorted=False))
+def sigmoid_code(values: Tensor, cols: Tensor) -> Code:
+    """`sigmoid(TopK(h))` of the k largest of each row, [n, k]: all of them, whatever their sign (METHOD.md, 6.4)."""
+    rows, cols, flat = _flat(values, cols)
+    z = flat.sigmoid()
+    return Code(rows, cols, z, len(values), z * (1 - z))
 
 
 def _flat(values: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
