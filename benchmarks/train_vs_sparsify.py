@@ -221,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out:
         name = f"train-vs-sparsify-{hardware.slug(about['device'])}.json"
         auto = hardware.ROOT / "benchmarks" / "results" / name
-        given = sys.argv[1:] if arguments is None else arguments
+        given = ["DIR" if each == str(options.peers) else each for each in arguments or sys.argv[1:]]
         result = {
             "benchmark": "train_vs_sparsify",
             "command": " ".join(["python -m benchmarks.train_vs_sparsify", *given]),
