@@ -211,12 +211,11 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     about = hardware.describe(device)
-    rows = [
-        measure(size, share, options.rounds, device)
-        for size in SIZES
-        if not options.size or size.name in options.size
-        for share in (0.0, 0.25)
-    ]
+    rows: list[dict[str, Any]] = []
+    for size in sorted(SIZES, key=lambda size: size.latents):
+        for share in (0.0, 0.25) if not options.size or size.name in options.size else ():
+            rows.append(measure(size, share, options.rounds, device))
+            print(f"{size.name}, {share:.0%} dead: done", file=sys.stderr)
     print("\n".join(lines(rows)))
     if options.out:
         name = f"train-vs-sparsify-{hardware.slug(about['device'])}.json"
