@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import early_stop, gate_cost, pre_encoder_cost, sanitize
-from lbdt.bench import baselines, cases, hardware, hook, runner, shapes, timing_table
+from lbdt.bench import baselines, cases, hardware, hook, runner, shapes, timing, timing_table
 from lbdt.bench.shapes import Place
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +67,47 @@ def test_a_quick_run_measures_every_op_against_its_baselines(quick):
     assert all(set(row["ratio"]) == wanted.get(row["op"], set(row["ratio"])) for row in quick["rows"])
     own = found["hook", 0.1, ""]["versions"]
     assert own["ours"]["own_ms"] == own["ours"]["ms"]["median"] - own["bare"]["ms"]["median"]
+
+
+def test_cold_caches_are_timed_beside_warm_ones():
+    options = runner.BenchOptions(quick=True, rounds=3, ops=["hook"], shares=[0.1], budget=0.1, cold=True)
+    result = json.loads(json.dumps(runner.run(options)))
+    check(result)
+    assert options.command().split(" --threads")[0].endswith("--quick --cold")
+    (row,) = result["rows"]
+    for version in row["versions"].values():
+        assert 0 < version["cold"]["least"] <= version["cold"]["median"] <= version["cold"]["most"]
+        bare = row["versions"]["bare"]["cold"]["median"]
+        assert version["own_cold_ms"] == version["cold"]["median"] - bare
+    head = next(line for line in timing_table.lines(result) if line.startswith("| shape"))
+    assert [cell.strip() for cell in head.split("|")].count("cold, ms") == len(row["ratio"]) + 1
+
+
+def test_a_cold_call_finds_more_than_the_last_level_cache_overwritten():
+    clock = timing.ColdCpuClock()
+    before = int(clock._other[-1])
+    assert clock._other.numel() == 4 * timing.last_level_cache() > 0
+    calls = []
+    assert clock(lambda: calls.append(int(clock._other[-1])), 3) > 0
+    assert calls == [before + 1, before + 2, before + 3] and clock.repeats(1e-6) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        (("48K", "1024K", "32768K"), 32 << 20),
+        (("32K", "2M\n"), 2 << 20),
+        (("512",), 512),
+        (("many",), 64 << 20),
+        ((), 64 << 20),
+    ],
+    ids=["kilobytes", "megabytes", "bytes", "no number", "none"],
+)
+def test_the_last_level_cache_is_the_largest_that_linux_names(tmp_path, sizes, expected):
+    for at, size in enumerate(sizes):
+        (tmp_path / f"index{at}").mkdir()
+        (tmp_path / f"index{at}" / "size").write_text(size)
+    assert timing.last_level_cache(tmp_path) == expected
 
 
 def test_the_table_has_a_row_for_every_case_and_a_line_for_every_target(quick):

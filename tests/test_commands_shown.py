@@ -100,7 +100,7 @@ SMALL = {
 }
 
 PARSED = (
-    "python -m benchmarks.train_vs_sparsify --sparsify DIR",
+    "python -m benchmarks.train_vs_sparsify --peers DIR",
     "python -m benchmarks.faults",
     "python -m benchmarks.evaluation FOLDER",
     "python -m benchmarks.sanitize --asan --fuzz-cases 10000",

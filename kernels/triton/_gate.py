@@ -107,7 +107,13 @@ def detect_patches_gate_kernel(
             if REMEMBERS:
                 place = so_far + image.to(tl.int64) * (concepts + 1) + c
                 count += tl.load(place)
-                mean = tl.minimum(tl.maximum(count, 0), _MOST) * least_of // tl.maximum(patches, 1) * _QUARTERS // tl.maximum(calls, 1)
+                mean = (
+                    tl.minimum(tl.maximum(count, 0), _MOST)
+                    * least_of
+                    // tl.maximum(patches, 1)
+                    * _QUARTERS
+                    // tl.maximum(calls, 1)
+                )
                 carries = carries | (count >= _FOUND) | (mean >= needed)
                 tl.debug_barrier()
                 tl.store(place, tl.where(carries & (count > 0), tl.full((), _FOUND, tl.int64), count))

@@ -39,6 +39,9 @@ class BenchOptions:
     """Seconds for the rounds of a case; at least 3 rounds are made."""
     unet: bool = False
     """Times a UNet step too."""
+    cold: bool = False
+    """On a CPU: times each case a second time with cold caches, as the rest of a denoiser leaves them (a GPU's are
+    always cold)."""
 
     def specs(self) -> list[Spec]:
         """The cases, in the order in which they are measured; ValueError for what cannot be asked for."""
@@ -78,7 +81,7 @@ class BenchOptions:
             ("--rounds", [] if self.rounds is None else [str(self.rounds)]),
         ):
             words += [word for value in values for word in (option, value)]
-        words += ["--quick"] * self.quick + ["--unet"] * self.unet
+        words += ["--quick"] * self.quick + ["--unet"] * self.unet + ["--cold"] * self.cold
         return f"{shlex.join(words)} --threads {torch.get_num_threads()}"
 
     @property
@@ -155,6 +158,10 @@ def measure(
     times = timing.in_turn(versions, options.device, options.most_rounds, options.budget)
     for name in versions:
         measured[name] |= times[name]
+    if options.cold and options.device.type != "cuda":
+        times = timing.in_turn(versions, options.device, options.most_rounds, options.budget, cold=True)
+        for name in versions:
+            measured[name]["cold"] = times[name]["ms"]
     if options.device.type == "cuda":
         measured["ours"]["graph"] = timing.graph(versions["ours"], options.device, options.most_rounds)
     return row(case, measured, count, limits)
@@ -163,10 +170,14 @@ def measure(
 def row(
     case: TimedCase, measured: dict[str, dict[str, Any]], count: int | None, limits: dict[str, Any]
 ) -> dict[str, Any]:
-    """A row of the result. `own_ms` is a version's median without the bare call's; ratios are of those."""
+    """A row of the result. `own_ms` is a version's median without the bare call's, `own_cold_ms` the same with cold
+    caches where they were timed; ratios are of warm ones."""
     bare = measured[case.bare]["ms"]["median"] if case.bare else 0.0
     for version in measured.values():
         version["own_ms"] = version["ms"]["median"] - bare
+        if "cold" in version:
+            bare_cold = measured[case.bare]["cold"]["median"] if case.bare else 0.0
+            version["own_cold_ms"] = version["cold"]["median"] - bare_cold
     ours = measured["ours"]
     others = [name for name in measured if name not in ("ours", case.bare)]
     floor = floor_of(case.bytes, case.flops, limits)

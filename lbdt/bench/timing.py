@@ -1,10 +1,13 @@
-"""Clocks: versions of one computation in turn on one device, cold caches on a GPU, and CUDA-graph replay."""
+"""Clocks: versions of one computation in turn on one device, with cold caches (always on a GPU, on a CPU where asked
+for), and CUDA-graph replay."""
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,18 +17,24 @@ _SLICE = 0.01
 _REPLAYED = 20
 """Calls in one graph whose replay is averaged."""
 _LEAST_ROUNDS = 3
+_ANY_CACHE = 1 << 26
+"""Bytes assumed of a last-level cache where Linux names none."""
 
 
 def in_turn(
-    versions: dict[str, Callable[[], Any]], device: torch.device, rounds: int, budget: float
+    versions: dict[str, Callable[[], Any]],
+    device: torch.device,
+    rounds: int,
+    budget: float,
+    cold: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Milliseconds of each version, one after the other in every round; `budget` seconds may end the rounds
-    early.
+    early. `cold`: on a CPU the last-level cache is read full of something else before each call, too.
 
     The first version comes last in a round, after the others have been through the caches, as the denoiser's
     blocks would have. Every version has run before (a warm-up is not made here).
     """
-    clock = CudaClock(device) if device.type == "cuda" else CpuClock()
+    clock = CudaClock(device) if device.type == "cuda" else ColdCpuClock() if cold else CpuClock()
     once = {name: clock(function, 1) for name, function in versions.items()}
     repeats = {name: clock.repeats(seconds) for name, seconds in once.items()}
     spent = sum(max(once[name] * repeats[name], 1e-9) for name in versions)
@@ -53,6 +62,38 @@ class CpuClock:
     def repeats(self, seconds: float) -> int:
         """Calls that fill one measurement."""
         return max(1, int(_SLICE / max(seconds, 1e-7)))
+
+
+class ColdCpuClock:
+    """Wall time of a call that finds none of its inputs in a cache: a buffer of four times the last level is written
+    and read before it, by as many threads as the call has."""
+
+    def __init__(self) -> None:
+        self._other = torch.zeros(4 * last_level_cache(), dtype=torch.uint8)
+
+    def __call__(self, function: Callable[[], Any], repeats: int) -> float:
+        """Seconds of one call, the mean of `repeats`; the caches are overwritten before each."""
+        total = 0.0
+        for _ in range(repeats):
+            self._other.add_(1)
+            start = time.perf_counter()
+            function()
+            total += time.perf_counter() - start
+        return total / repeats
+
+    def repeats(self, seconds: float) -> int:
+        """Always one: a round is as long as the overwriting, whatever the call."""
+        return 1
+
+
+def last_level_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Bytes of the first core's largest cache; 64 MiB where Linux names none."""
+    sizes = []
+    for path in folder.glob("index*/size"):
+        found = re.fullmatch(r"(\d+)([KMG]?)\s*", path.read_text())
+        if found:
+            sizes.append(int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]])
+    return max(sizes, default=_ANY_CACHE)
 
 
 class CudaClock:

@@ -39,9 +39,10 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     baselines = list(dict.fromkeys(name for row in rows for name in row["ratio"]))
     head = ["shape", "case", "backend", "lbdt, ms (p20-p80)"]
     graph = any("graph" in row["versions"]["ours"] for row in rows)
-    head += ["in a graph, ms"] * graph
+    cold = any("own_cold_ms" in row["versions"]["ours"] for row in rows)
+    head += ["in a graph, ms"] * graph + ["cold, ms"] * cold
     for name in baselines:
-        head += [f"{name}, ms", "ratio"]
+        head += [f"{name}, ms", *["cold, ms"] * cold, "ratio"]
     head += ["floor, ms", "x floor", "extra MB: lbdt", *baselines]
     cells = [head]
     for row in rows:
@@ -55,12 +56,14 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         if graph:
             warm = ours.get("graph", {}).get("warm")
             line.append(_ms(warm["median"]) if warm else "-")
+        if cold:
+            line.append(_ms(ours["own_cold_ms"]))
         for name in baselines:
             there = name in row["ratio"]
-            line += [
-                _ms(row["versions"][name]["own_ms"]) if there else "-",
-                f"{row['ratio'][name]:.3g}x" if there else "-",
-            ]
+            line.append(_ms(row["versions"][name]["own_ms"]) if there else "-")
+            if cold:
+                line.append(_ms(row["versions"][name]["own_cold_ms"]) if there else "-")
+            line.append(f"{row['ratio'][name]:.3g}x" if there else "-")
         line += [f"{_ms(row['floor']['ms'])} ({row['floor']['bound']})", f"{row['times_the_floor']:.3g}"]
         line += [_memory(row["versions"].get(name)) for name in ("ours", *baselines)]
         cells.append(line)

@@ -122,7 +122,8 @@ def command(
     ] = None,
     strength: Annotated[float | None, number(help="Of --steering; negative to erase.")] = None,
     unit: Annotated[
-        StrengthUnit, typer.Option(help="Of --steering sdxl: times a latent's mean where active, or over patches.")
+        StrengthUnit,
+        typer.Option(help="Of --steering sdxl: times a latent's mean where active, or over patches."),
     ] = StrengthUnit.active,
     dtype: Annotated[Dtype, typer.Option(help="Number format of the files.")] = Dtype.float32,
     seed: UnusedSeed = 0,

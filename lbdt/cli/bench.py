@@ -68,6 +68,10 @@ def command(
     unet: Annotated[
         bool, typer.Option("--unet", help="Also the hook's share of a UNet step at SD 1.5's size (GPU).")
     ] = False,
+    cold: Annotated[
+        bool,
+        typer.Option("--cold", help="Also with cold caches, as between two steps of a denoiser (CPU)."),
+    ] = False,
     out: Annotated[
         str | None,
         typer.Option(
@@ -97,6 +101,7 @@ def command(
         quick=quick,
         rounds=rounds,
         unet=unet,
+        cold=cold,
     )
     try:
         given.specs()

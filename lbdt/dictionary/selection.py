@@ -58,7 +58,10 @@ def active_mean(dictionary: ConceptDictionary) -> Tensor:
     counted."""
     if dictionary.fired is None:
         raise ValueError("dictionary: does not say in how many patches a latent was active; score it again")
-    sums = sum(mean.t().double() @ counts.double() for mean, counts in zip(dictionary.mean, dictionary.counts, strict=True))
+    sums = sum(
+        mean.t().double() @ counts.double()
+        for mean, counts in zip(dictionary.mean, dictionary.counts, strict=True)
+    )
     return (sums / dictionary.fired.clamp(min=1)).float()
 
 

@@ -15,14 +15,8 @@ from lbdt.editors.attachment import LatentColumns, check_hookpoint, choice
 from lbdt.editors.unet_editor import UnetEditor
 from lbdt.hooks import lookup
 from lbdt.hooks.call_state import CallState
-from lbdt.hooks.detection_plan import (
-    MOST_PADDING,
-    TARGETS,
-    DetectionOptions,
-    ErasePlan,
-    Gate,
-    KnownLatents,
-)
+from lbdt.hooks.detection_plan import MOST_PADDING, TARGETS, DetectionOptions, Gate
+from lbdt.hooks.erase_plan import ErasePlan, KnownLatents
 from lbdt.hooks.recorder import Recorder
 from lbdt.ops.detect_patches import MOST_PATCHES
 from lbdt.runs.reading import brief

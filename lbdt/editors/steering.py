@@ -300,7 +300,9 @@ class Steering(Strengthened, UnetEditor):
         active = active_mean(self.dictionary) if self.rule == "sdxl" and self.unit == "active" else None
         for column, owner in enumerate(columns.owners):
             latent = columns.latents[column]
-            mean = 1.0 if self.rule == "gsae" else self.dictionary.mean[self.dictionary.index(owner), :, latent]
+            mean = (
+                1.0 if self.rule == "gsae" else self.dictionary.mean[self.dictionary.index(owner), :, latent]
+            )
             factors[:, column] = self._strength_of(owner) * (mean if active is None else active[latent])
         return factors.masked_fill(torch.isinf(columns.thresholds), 0.0)
 

@@ -124,9 +124,7 @@ class Evaluation:
             for editor in self._editors(plan):
                 editor.attach(self.pipe, concepts=list(self.concepts[:1]), seed=0).remove()
             plan.texts.editing(self.concepts[:1]).attach(self.pipe).remove()
-        swept = [
-            series for plan in self.plans.values() for series in (*plan.sweep(), *plan.sweep_by_class())
-        ]
+        swept = [series for plan in self.plans.values() for series in (*plan.sweep(), *plan.sweep_by_class())]
         self.make("sweep", list({series.name: series for series in swept}.values()))
         strengths = {name: self.strength(name) for name in self.kinds}
         rest = []
@@ -162,14 +160,18 @@ class Evaluation:
         if len(tried) < 2 or self.scorers.judge is None:
             return None
         found = [
-            figures(self.world, plan.sweep_jobs, self.columns(series), None, True).concepts for series in tried
+            figures(self.world, plan.sweep_jobs, self.columns(series), None, True).concepts
+            for series in tried
         ]
         chosen = {}
         for concept in self.concepts:
             means = [average([each[concept]["UA"], each[concept]["IRA"]]) for each in found]
             if None in means:
                 return None
-            order = [(-mean, abs(s.settings["strength"]), n) for n, (mean, s) in enumerate(zip(means, tried, strict=True))]
+            order = [
+                (-mean, abs(s.settings["strength"]), n)
+                for n, (mean, s) in enumerate(zip(means, tried, strict=True))
+            ]
             chosen[concept] = dict(tried[min(order)[2]].settings)
         return chosen
 

@@ -225,9 +225,7 @@ def measured_cost(
     plan = evaluation.plans[kind]
     jobs = [job for part in plan.scored_jobs.values() for job in part if job.own][:pictures]
     times: dict[str, list[float]] = {}
-    prepared = [
-        (series, series.editors()) for series in plan.scored(strength, evaluation.by_class(kind))
-    ]
+    prepared = [(series, series.editors()) for series in plan.scored(strength, evaluation.by_class(kind))]
     for number in range(rounds + 1):
         for series, editors in prepared:
             mine = [unedited(job) for job in jobs] if series.method == "base" else jobs

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lbdt.hooks import feature_maps
 from lbdt.hooks.call_state import CallState, Now
-from lbdt.hooks.detection_plan import DetectionPlan, EditPlan, ErasePlan
+from lbdt.hooks.detection_plan import DetectionPlan, EditPlan
+from lbdt.hooks.erase_plan import ErasePlan
 from lbdt.hooks.recorder import Recorder
 
 

@@ -21,8 +21,11 @@ from lbdt.training.sparse import (
     EncoderInput,
     add_gradient,
     add_pre_gradient,
+    encoded,
+    encodes,
     project,
     ranked_code,
+    relu_code,
     sigmoid_code,
 )
 from lbdt.training.supervision import BatchLabels, Supervision
@@ -132,12 +135,17 @@ class Ranked:
     def accumulate(self, sae: SparseAutoencoder, rows: BatchRows, context: Context) -> ObjectiveOutcome:
         config, x = sae.config, rows.x
         read = EncoderInput(sae, x)
+        batch_topk = config.batch_topk or config.activation == "batch_topk"
+        per_row = config.activation == "topk" and not batch_topk
+        h = None
         with torch.no_grad():
-            h = project(sae, read.values, context.precision)
+            if per_row and self.supervision is None and encodes(read.values, context.precision):
+                code = relu_code(*encoded(sae, read.values, config.k))
+            else:
+                h = project(sae, read.values, context.precision)
         if config.activation == "topk_sigmoid":
-            code = sigmoid_code(h, config.k)
-        else:
-            batch_topk = config.batch_topk or config.activation == "batch_topk"
+            code = sigmoid_code(*h.topk(config.k, dim=1, sorted=False))
+        elif h is not None:
             code = ranked_code(h, config.k, batch_topk=batch_topk, guess=context.guess)
         decoded = code.decode(sae.W_dec.detach())
         error = decoded.detach() - read.centred
@@ -161,11 +169,11 @@ class Ranked:
                 sae, read, h, code, rows.labelled, rows.count, context.scales.activation, context.world
             )
         read.backward()
-        smallest = code.values.detach().min() if code.cols.numel() else h.new_zeros(())
+        smallest = code.values.detach().min() if code.cols.numel() else x.new_zeros(())
         return ObjectiveOutcome(terms, code.cols, smallest)
 
     def _auxk(
-        self, sae, read: EncoderInput, h: Tensor, error: Tensor, rows: BatchRows, context: Context
+        self, sae, read: EncoderInput, h: Tensor | None, error: Tensor, rows: BatchRows, context: Context
     ) -> Tensor:
         own = self.reconstruction == "scaled-mse"
         if own:
@@ -180,7 +188,7 @@ class Ranked:
 def auxk(
     sae: SparseAutoencoder,
     read: EncoderInput,
-    h: Tensor,  # [n, L] pre-activations
+    h: Tensor | None,  # [n, L] pre-activations; None: those of the dead latents are computed
     error: Tensor,  # [n, d], x_hat - x
     over: Tensor,  # scalar, what the squared error is divided by
     alpha: float,
@@ -193,14 +201,18 @@ def auxk(
     scale = min(context.dead_count / wanted, 1.0) if scaled else 1.0
     latents = context.dead.nonzero().squeeze(1)
     take = min(wanted, latents.numel())
-    candidates, sigmoid = h[:, latents], sae.config.activation == "topk_sigmoid"
+    sigmoid = sae.config.activation == "topk_sigmoid"
     if sigmoid:
         take = min(take, sae.config.k)
+    if h is None:
+        values, cols = encoded(sae, read.values, take, latents)
+    else:
+        values, cols = h[:, latents].topk(take, dim=1, sorted=False)
     weight = 2 * alpha * scale / over
     if take * _SPARSE_BELOW >= latents.numel():
-        miss = _dense_auxk(sae, read, candidates, error, latents, take, weight, sigmoid)
+        miss = _dense_auxk(sae, read, values, cols, error, latents, weight, sigmoid)
     else:
-        part = sigmoid_code(candidates, take) if sigmoid else ranked_code(candidates, take)
+        part = (sigmoid_code if sigmoid else relu_code)(values, cols)
         code = Code(part.rows, latents[part.cols], part.values, part.n, part.slope)
         predicted = code.decode(sae.W_dec.detach())
         miss = predicted.detach() + error
@@ -212,23 +224,21 @@ def auxk(
 def _dense_auxk(
     sae: SparseAutoencoder,
     read: EncoderInput,
-    candidates: Tensor,  # [n, D] pre-activations of the dead latents
+    values: Tensor,  # [n, take] pre-activations of the dead latents that are taken
+    cols: Tensor,  # [n, take], places in `latents`
     error: Tensor,  # [n, d]
     latents: Tensor,  # [D]
-    take: int,
     weight: Tensor,  # scalar
     sigmoid: bool,
 ) -> Tensor:
     """The same by dense products over the dead latents, quicker where many of them are taken; the miss, [n, d]."""
-    values, cols = candidates.topk(take, dim=1, sorted=False)
     values = values.sigmoid() if sigmoid else values.relu()
-    z = torch.zeros_like(candidates).scatter_(1, cols, values)
-    slope = z * (1 - z) if sigmoid else (z > 0).to(z.dtype)
+    z = values.new_zeros(len(values), latents.numel()).scatter_(1, cols, values)
     decoder = sae.W_dec[latents]
     miss = (z @ decoder).add_(error)
     gradient = miss * weight
     sae.W_dec.grad.index_add_(0, latents, z.T @ gradient)
-    add_pre_gradient(sae, read, latents, (gradient @ decoder.T).mul_(slope))
+    add_pre_gradient(sae, read, latents, (gradient @ decoder.T).mul_(z * (1 - z) if sigmoid else z > 0))
     return miss
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lbdt import ops
 from lbdt.sae import SparseAutoencoder
 
 
@@ -141,6 +142,23 @@ def project(sae: SparseAutoencoder, read: Tensor, precision: str) -> Tensor:
     return F.linear(read, weight, bias)
 
 
+def encodes(read: Tensor, precision: str) -> bool:
+    """Whether `encoded` is the quicker way: the op's product and top-k in one pass are for a CPU's float32."""
+    return read.device.type == "cpu" and read.dtype == torch.float32 and precision == "float32"
+
+
+def encoded(
+    sae: SparseAutoencoder, read: Tensor, k: int, latents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k largest pre-activations of a row, 0 in place of negative ones, and their places in `latents` (None: all):
+    [n, k] each, without holding [n, L]."""
+    weight, bias = sae.encoder.weight.detach(), sae.encoder.bias.detach()
+    if latents is not None:
+        weight, bias = weight[latents], bias[latents]
+    values, cols = ops.encode_topk(read.T.unsqueeze(0), weight, bias, k)
+    return values[0], cols[0]
+
+
 def ranked_code(h: Tensor, k: int, *, batch_topk: bool = False, guess: float = 0.0) -> Code:
     """The kept positive entries of pre-activations `h` [n, L]: k a row, or the n * k largest of the batch.
 
@@ -160,23 +178,30 @@ def ranked_code(h: Tensor, k: int, *, batch_topk: bool = False, guess: float = 0
         positions, order = positions.sort()
         values = values[order]
         rows, cols = positions // width, positions % width
-    else:
-        rows, cols, values = _largest(h, k)
+        return _positive(rows, cols, values, n)
+    return relu_code(*h.topk(k, dim=1, sorted=False))
+
+
+def relu_code(values: Tensor, cols: Tensor) -> Code:
+    """The positive ones of some entries of each row, [n, k]."""
+    return _positive(*_flat(values, cols), len(values))
+
+
+def sigmoid_code(values: Tensor, cols: Tensor) -> Code:
+    """`sigmoid(TopK(h))` of the k largest of each row, [n, k]: all of them, whatever their sign (METHOD.md, 6.4)."""
+    rows, cols, flat = _flat(values, cols)
+    z = flat.sigmoid()
+    return Code(rows, cols, z, len(values), z * (1 - z))
+
+
+def _flat(values: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows = torch.arange(len(cols), device=cols.device).repeat_interleave(cols.shape[1])
+    return rows, cols.reshape(-1), values.reshape(-1)
+
+
+def _positive(rows: Tensor, cols: Tensor, values: Tensor, n: int) -> Code:
     positive = values > 0
     return Code(rows[positive], cols[positive], values[positive], n)
-
-
-def sigmoid_code(h: Tensor, k: int) -> Code:
-    """`sigmoid(TopK(h))`: all k entries of a row, whatever their sign (METHOD.md, 6.4)."""
-    rows, cols, values = _largest(h, k)
-    z = values.sigmoid()
-    return Code(rows, cols, z, h.shape[0], z * (1 - z))
-
-
-def _largest(h: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    values, cols = h.topk(k, dim=1, sorted=False)
-    rows = torch.arange(h.shape[0], device=h.device).repeat_interleave(k)
-    return rows, cols.reshape(-1), values.reshape(-1)
 
 
 def _offsets(keys: Tensor, size: int) -> Tensor:

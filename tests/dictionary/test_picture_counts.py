@@ -95,7 +95,9 @@ def test_score_counts_every_labelled_picture(scored):
             sums += (z[..., chosen.latents] > chosen.thresholds[bin]).any(-1).sum(-1)
             found = sums * 4 // (bin + 1)  # quarters of the mean so far
             for group, pictures in ((gate.on, label == place), (gate.off, (label >= 0) & (label != place))):
-                assert group[place, bin].tolist() == found[pictures].bincount(minlength=4 * PATCHES + 1).tolist()
+                assert (
+                    group[place, bin].tolist() == found[pictures].bincount(minlength=4 * PATCHES + 1).tolist()
+                )
 
 
 def test_no_gate_where_none_is_asked_for_or_there_is_nothing_to_tell_apart():

@@ -8,7 +8,7 @@ import torch
 from lbdt import ops
 from lbdt.dictionary import Selection
 from lbdt.editors import ConceptEraser
-from lbdt.hooks.detection_plan import KnownLatents
+from lbdt.hooks.erase_plan import KnownLatents
 from tests import toy
 from tests.hooks.test_layout import WIDTH, at, dials, donors, feature_map
 from tests.repeats import repeats

@@ -24,7 +24,9 @@ def with_run_gate(eraser, least: int):
 
 def dials(least: int = 8, **settings):
     """Concept i is channel i, above 0.5; two patches in the mean are enough by default."""
-    eraser = toy.eraser(width=WIDTH, latents=WIDTH, threshold=0.5, hookpoint="unet.block", padding=0, **settings)
+    eraser = toy.eraser(
+        width=WIDTH, latents=WIDTH, threshold=0.5, hookpoint="unet.block", padding=0, **settings
+    )
     with torch.no_grad():
         eraser.sae.encoder.weight.copy_(torch.eye(WIDTH))
         eraser.sae.b_dec.zero_()

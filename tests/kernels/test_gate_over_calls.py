@@ -111,8 +111,10 @@ def test_what_was_found_is_treated_to_the_end_of_the_run(backend):
     assert first.sum(1).min() >= 2 and so_far[:, 0].tolist() == [FOUND] * 2
     faint = arguments | {"x": arguments["x"].clone()}
     faint["x"].flatten(2)[:, :, 1:] = 0
-    faint["x"].flatten(2)[:, :, :1] = arguments["x"].flatten(2).gather(
-        2, first.int().argmax(1).view(2, 1, 1).expand(-1, faint["x"].shape[1], 1)
+    faint["x"].flatten(2)[:, :, :1] = (
+        arguments["x"]
+        .flatten(2)
+        .gather(2, first.int().argmax(1).view(2, 1, 1).expand(-1, faint["x"].shape[1], 1))
     )
     for _ in range(3):
         again = detection.detect(backend, **faint, **given, so_far=so_far)

@@ -76,7 +76,9 @@ def test_without_the_count_of_active_patches_the_unit_is_asked_for():
     steering.dictionary.fired = None
     with pytest.raises(ValueError, match="unit: the dictionary does not say .* or give unit='patches'"):
         Steering(steering.sae, steering.dictionary, "unet.block", rule="sdxl", strength=-1.0)
-    made = Steering(steering.sae, steering.dictionary, "unet.block", rule="sdxl", strength=-1.0, unit="patches")
+    made = Steering(
+        steering.sae, steering.dictionary, "unet.block", rule="sdxl", strength=-1.0, unit="patches"
+    )
     assert made.unit == "patches"
 
 

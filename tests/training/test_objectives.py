@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from lbdt.sae import SAEConfig, SparseAutoencoder
-from lbdt.training import Dense, Ranked, Supervision
+from lbdt.training import Dense, Ranked, Supervision, objectives, sparse
 from lbdt.training.objectives import BatchRows, Context, Scales
 from lbdt.training.supervision import BatchLabels
 
@@ -201,3 +201,39 @@ def test_jumprelu_follows_the_rectangle_kernel(monkeypatch, pre):
 def test_settings_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("auxk", [2, None], ids=["few taken", "many taken"])
+@pytest.mark.parametrize("dead", [[], [3], [0, 1, 2, 5, 19]], ids=["none dead", "one dead", "five dead"])
+@pytest.mark.parametrize("rows, d, latents, k", [(37, 6, 50, 5), (2, 3, 7, 7), (130, 17, 90, 1)])
+def test_codes_without_pre_activations_give_the_same_step(monkeypatch, rows, d, latents, k, dead, auxk):
+    torch.manual_seed(3)
+    sae = SparseAutoencoder(SAEConfig(d, latents, k))
+    x = torch.randn(d, rows).T  # not contiguous
+    mask = torch.zeros(latents, dtype=torch.bool)
+    mask[[at % latents for at in dead]] = True
+    if auxk == 2:
+        monkeypatch.setattr(objectives, "_SPARSE_BELOW", 1)
+    found = []
+    for way in (True, False):
+        monkeypatch.setattr(objectives, "encodes", lambda *given, way=way: way)
+        held = lambda *given: pytest.fail("computed all pre-activations")  # noqa: E731
+        monkeypatch.setattr(objectives, "project", held if way else sparse.project)
+        sae.zero_grad()
+        batch = BatchRows(x, (x - x.mean(0)).square().sum(), rows)
+        outcome = Ranked(auxk=auxk).accumulate(sae, batch, Context(mask, int(mask.sum())))
+        gradients = {name: parameter.grad for name, parameter in sae.named_parameters()}
+        found.append(outcome.terms | gradients | {"smallest": outcome.smallest})
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "dtype, precision, expected",
+    [
+        (torch.float32, "float32", True),
+        (torch.float32, "bfloat16", False),
+        (torch.float64, "float32", False),
+    ],
+)
+def test_codes_are_made_without_pre_activations_in_float32_on_a_cpu(dtype, precision, expected):
+    assert sparse.encodes(torch.zeros(2, 3, dtype=dtype), precision) is expected

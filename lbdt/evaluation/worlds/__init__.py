@@ -21,10 +21,9 @@ STRENGTHS = {
     "saeparate": (-0.1, -0.5, -1.0, -5.0),
 }
 """The published grids of the steering sweep, by kind (METHOD.md, 5.1 and 5.2)."""
-SELECTIONS = {
-    "saeuron": tuple({"percentile": each, "thresholds": "published"} for each in (99.999, 99.995, 99.99))
-}
-"""The published selections that SAeUron chooses from for each class (METHOD.md, 5.6)."""
+_PERCENTILES = tuple({"percentile": each, "thresholds": "published"} for each in (99.999, 99.995, 99.99))
+SELECTIONS = {"saeuron": _PERCENTILES, "saeparate": _PERCENTILES}
+"""The published selections that both choose from for each class (METHOD.md, 5.6)."""
 
 
 def saved_kinds(
