@@ -303,6 +303,13 @@ class EditPlan(DetectionPlan):
         raise NotImplementedError
 
 
+def _sums(x: Tensor) -> Tensor:
+    """[B, N] float32 of `x` [B, d, ...]: over the channels, but for a large float64, which must not become infinite."""
+    if x.dtype == torch.float64:
+        return (x.flatten(2).sum(1) * 0).float()
+    return x.flatten(2).sum(1, dtype=torch.float32)
+
+
 def _written(mine: Tensor, value: Tensor) -> Tensor:
     """`mine` with the values of `value`, or where shapes differ `value` on its device."""
     if mine.shape != value.shape or mine.dtype != value.dtype:

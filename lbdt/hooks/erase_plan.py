@@ -84,10 +84,3 @@ class ErasePlan(DetectionPlan):
         u = ops.patch_uniform(rows.seeds, now.timesteps, rows.half, mask.shape[1])
         bank = None if self.bank is None else self.bank.index_select(0, rows.bins)
         return ops.replace_patches(x, mask, u, height, width, self.padding, self.source, bank, now.avoid)
-
-
-def _sums(x: Tensor) -> Tensor:
-    """[B, N] float32 of `x` [B, d, ...]: over the channels, but for a large float64, which must not become infinite."""
-    if x.dtype == torch.float64:
-        return (x.flatten(2).sum(1) * 0).float()
-    return x.flatten(2).sum(1, dtype=torch.float32)
