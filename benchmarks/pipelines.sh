@@ -52,13 +52,13 @@ collect turbo-heldout 200:202 --steps 4 --guidance 1
 train saeuron train heldout --expansion 8 --k 16 --steps 1200 --no-batch-topk
 train saemnesia train heldout --from "$work/saeuron/sae" --steps 400 --lr 1e-3
 train gsae train heldout --expansion 8 --k 24 --steps 600 --lr 2e-3
-train saeparate train heldout --expansion 8 --k 16 --steps 1000 --lr 1e-3 --rows 4096 --no-batch-topk
+train saeparate train heldout --expansion 8 --k 16 --steps 1200 --lr 2e-3 --rows 4096 --no-batch-topk
 train sdxl turbo-train turbo-heldout --expansion 8 --k 16 --steps 1000 --lr 1e-3
 
 finish saeuron train heldout "--top-k 4 --false-positive 0.005" saeuron -5
 finish saemnesia train heldout "--assigned --false-positive 0.005" saeuron -3
 finish gsae train heldout "--assigned --false-positive 0.005" gsae -1.5
 finish saeparate train heldout "--top-k 4 --false-positive 0.005" saeuron -5
-finish sdxl turbo-train turbo-heldout "--top-k 4 --false-positive 0.005" sdxl -50
+finish sdxl turbo-train turbo-heldout "--top-k 4 --false-positive 0.005" sdxl -3
 
 "$python" -m benchmarks.pipelines "$work"
