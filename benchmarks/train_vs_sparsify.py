@@ -1,9 +1,9 @@
 """Training steps side by side: lbdt's, and those of sparsify's `Trainer.fit`, SAELens' `SAETrainer` and
 dictionary_learning's `TopKTrainer`: `python -m benchmarks.train_vs_sparsify --peers DIR`.
 
-DIR is where `pip install --no-deps --target DIR -r benchmarks/peers.txt` put them; benchmarks/peer_trainers.py says what
-of each is driven and timed. All get the same activations, starting weights, width, latents, k, rows and dead latents;
-first losses are compared before anything is timed. Each round times one step of each trainer, in turn, so that what
+DIR is where `pip install --no-deps --target DIR -r benchmarks/peers.txt` put them; benchmarks/peer_trainers.py says
+what of each is driven. All get the same activations, starting weights, width, latents, k, rows and dead latents; first
+losses are compared before anything is timed. Each round times one step of each trainer, in turn, so that what
 else the machine does falls on all.
 
 Ours is the whole of a step of `lbdt train`: the batch looked through for NaN, encoder, TopK, decoder, FVU, AuxK,

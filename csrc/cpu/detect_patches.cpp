@@ -4,8 +4,8 @@
 // Eq.: METHOD.md, 2.2; arXiv 2606.31699. With h = weight (x - minus) + bias,
 // m = max{ h_u : h_u > mu_u } over the watched latents of a patch and u* the latent that has it, the patch is
 // detected iff m > -inf and, for k > 0, #{ j != u* : h_j > m } < k.
-// With `least`, the gate (METHOD.md, 2.5 and 2.6): patches that are evidence only for concepts of which the deciding row has
-// too few are taken away.
+// With `least`, the gate (METHOD.md, 2.5 and 2.6): patches that are evidence only for concepts of which the deciding
+// row has too few are taken away.
 // 2 N U d flops for m, then 2 C L d for the C patches with m > -inf (candidates), less where counts reach k
 // early. Reads x once and, where there is a candidate, the dictionary once. Holds C d floats.
 

@@ -1,4 +1,4 @@
-"""The gate of `lbdt::detect_patches` (METHOD.md, 2.5 and 2.6): what its first launch keeps for it, and its third launch."""
+"""The gate of `lbdt::detect_patches` (METHOD.md, 2.5 and 2.6): what its first launch keeps for it, and its third."""
 
 import torch
 import triton

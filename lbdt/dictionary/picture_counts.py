@@ -19,8 +19,8 @@ MOST_COUNTED = 64
 """Patches of a picture that are told apart; a gate beyond would hide whole objects."""
 OVER = ("call", "run")
 LATE = 0.15
-"""The share of a run's calls from which on `LEAST_KEPT` binds a gate over the run. Before, little is known of a picture,
-and little is lost where it is left."""
+"""The share of a run's calls from which on `LEAST_KEPT` binds a gate over the run. Before, little is known of a
+picture, and little is lost where it is left."""
 LEAST_KEPT = 0.99
 """The share of a concept's own pictures, of those detected at a timestep, that a gate lets pass whatever else it
 should do."""

@@ -152,9 +152,9 @@ class Evaluation:
         return None if best is None else best[1]
 
     def by_class(self, kind: str) -> dict[str, dict[str, Any]] | None:
-        """As SAeUron and SAEmnesia choose (METHOD.md, 5.6): for each concept the strength, and perhaps the selection,
-        with the largest mean of its UA and IRA on the sweep's pictures, of equal ones the weakest, and of these the
-        first. None: nothing to choose from, or no judge."""
+        """The strength, and perhaps the selection, for each concept with the largest mean of its UA and IRA on the
+        sweep's pictures, of equal ones the weakest, and of these the first: the choice of SAeUron and SAEmnesia
+        (METHOD.md, 5.6). None: nothing to choose from, or no judge."""
         plan = self.plans[kind]
         tried = plan.sweep_by_class()
         if len(tried) < 2 or self.scorers.judge is None:

@@ -117,8 +117,8 @@ class SeriesPlan:
         self, strength: float | None, by_class: Mapping[str, Mapping[str, Any]] | None = None
     ) -> list[Series]:
         """The main rows: base, negative prompt (without guidance, none), UCE, steering (strength None: as it comes;
-        without a baseline, none), steering `by_class` (concept -> its strength and perhaps selection; None: no row), PER
-        without the gate (where there is no gate, none), PER."""
+        without a baseline, none), steering `by_class` (concept -> its strength and perhaps selection; None: no row),
+        PER without the gate (where there is no gate, none), PER."""
         jobs, ablation = _flat(self.scored_jobs), _flat(self.ablation_jobs)
         rows = [self.base(), *([self._by_text("negative", jobs)] if self.guided else [])]
         rows.append(self._by_text("uce", jobs))

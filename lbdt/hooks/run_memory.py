@@ -29,7 +29,7 @@ class RunMemory:
     def rows(self, timesteps: Tensor, counts: Tensor | None) -> Tensor:
         """`so_far` [B, C + 1] of a call at `timesteps` [B] float32; what it was is forgotten where a run begins.
 
-        `counts` [B] bool: the rows for which this call belongs to a run (None: all); for the others one begins after it.
+        `counts` [B] bool: the rows for which this call belongs to a run (None: all); for others one begins after it.
         """
         batch = timesteps.shape[0]
         if batch > self._sums.shape[0] or self._sums.device != timesteps.device:

@@ -14,7 +14,8 @@ MOST_PATCHES = 1 << 30
 _dispatch.define(
     "detect_patches(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
     "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus=None, Tensor? owners=None, Tensor? least=None, "
-    "int least_of=0, Tensor? deciding=None, Tensor(a!)? gated=None, Tensor(b!)? so_far=None, *, str backend='') -> Tensor"
+    "int least_of=0, Tensor? deciding=None, Tensor(a!)? gated=None, Tensor(b!)? so_far=None, *, str backend='') "
+    "-> Tensor"
 )
 # Contiguous but for x, weight and minus; bias and thresholds in float32.
 _dispatch.define_internal(
@@ -233,7 +234,7 @@ def _triton_supports(
 
 
 def _alone(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`run` with a `gated` and `so_far` that share no memory; the C++ op looks itself, in less time than Python takes."""
+    """`run` with a `gated` and `so_far` that share no memory; the C++ op looks itself, in less time than Python."""
 
     def checked(*arguments) -> Tensor:
         *others, gated, so_far = arguments

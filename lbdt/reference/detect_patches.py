@@ -10,7 +10,7 @@ _ROWS = 1024
 QUARTERS = 4
 """What `least` counts in over the calls of a run: parts of a patch."""
 FOUND = 1 << 40
-"""In place of a sum of `so_far`: the concept was found."""
+"""A sum of `so_far` of a concept that was found."""
 _MOST = 1 << 28
 
 

@@ -15,7 +15,6 @@ from lbdt.evaluation.report.cells import BASE, EXTRA, METHODS, main_row
 from lbdt.evaluation.report.tables import csv_text, main_table
 from lbdt.evaluation.request import EvaluationRequest, EvaluationSubject, evaluate
 from lbdt.evaluation.values import NO_GUIDANCE, kind_values, measured_cost
-from lbdt.evaluation.verdict_columns import figures
 from lbdt.evaluation.worlds.canvas_judges import unedited_features
 from lbdt.runs.processes import Processes
 from tests import toy
@@ -259,47 +258,6 @@ def test_a_baseline_that_has_no_strength_of_its_own_is_swept(pipe, tmp_path):
     kinds = {"toy": small.kind(steering=given, strengths=(-2.0,))}
     _, strengths, values = evaluated(pipe, tmp_path, kinds=kinds, seeds=(1,))
     assert strengths == {"toy": -2.0} and main_row(values, "steering")["settings"] == {"strength": -2.0}
-
-
-def test_each_class_is_steered_by_what_was_best_for_it_on_other_seeds(pipe, tmp_path):
-    other = {"top_k": 2}
-
-    def given(strength=-1.0, selection=None):
-        made = small.steering(strength)
-        made.selection = made.selection if selection is None else selection
-        return made
-
-    kinds = {"toy": small.kind(steering=given, strengths=(-1.0, -4.0), selections=(other,))}
-    found, _, values = evaluated(pipe, tmp_path, kinds=kinds, seeds=(1,), concepts=("Cats", "Trees"))
-    plan, chosen = found.plans["toy"], found.by_class("toy")
-    tried = plan.sweep_by_class()
-    assert [dict(series.settings) for series in tried] == [
-        *({"strength": s} for s in (-1.0, -4.0)),
-        *({"strength": s, "selection": other} for s in (-1.0, -4.0)),
-    ]
-    rows = [figures(found.world, plan.sweep_jobs, found.columns(s), None, True).concepts for s in tried]
-    for name in ("Cats", "Trees"):
-        means = [(row[name]["UA"] + row[name]["IRA"]) / 2 for row in rows]
-        first = min(n for n, mean in enumerate(means) if mean == max(means))
-        assert means[tried.index(next(s for s in tried if dict(s.settings) == chosen[name]))] == max(means)
-        assert abs(chosen[name]["strength"]) <= abs(tried[first].settings["strength"])
-    row = main_row(values, "by class")
-    assert row["classes"] == chosen and row["pictures"] == main_row(values, "steering")["pictures"]
-    (series,) = [s for s in plan.scored(None, chosen) if s.method == "by class"]
-    made = series.editors()[0]
-    assert made.strength == {name: each["strength"] for name, each in chosen.items()}
-    for name, each in chosen.items():
-        assert made.selection.get(name) == each.get("selection")
-    with pytest.raises(ValueError, match="made otherwise"):
-        worse = {name: {**each, "strength": -9.0} for name, each in chosen.items()}
-        (series,) = [s for s in plan.scored(None, worse) if s.method == "by class"]
-        found.files(series).prepare()
-
-
-def test_with_one_strength_and_one_selection_there_is_nothing_to_choose_by_class(pipe, tmp_path):
-    kinds = {"toy": small.kind(strengths=(-2.0,))}
-    found, _, values = evaluated(pipe, tmp_path, kinds=kinds, seeds=(1,), concepts=("Cats",))
-    assert found.by_class("toy") is None and main_row(values, "by class") is None
 
 
 def test_without_sweep_seeds_or_a_baseline(pipe, tmp_path):

@@ -201,7 +201,7 @@ def test_compiled_it_is_the_same(tmp_path, how):
         with torch._dynamo.config.patch(error_on_recompile=True):
             assert repeats(made(pipe), found[0]), "a second call compiles nothing"
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one, other)
 
 
 def test_in_inference_mode_and_out_of_it(pipe):

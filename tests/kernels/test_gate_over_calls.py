@@ -1,4 +1,4 @@
-"""The gate over the calls of a run, on every backend, against loops: means over calls, and what was found stays found."""
+"""The gate over the calls of a run, on every backend, against loops: means of calls; what was found stays found."""
 
 import pytest
 import torch

@@ -124,8 +124,8 @@ def main_row(kind: Mapping[str, Any], method_name: str) -> Mapping[str, Any] | N
 
 
 def stronger_steering(kind: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
-    """Of the rows that steer, the better one by a metric; of equal ones, or where one was not measured, the first that
-    was. None where none was run."""
+    """The better row by a metric of those that steer; of equal ones, or where one was not measured, the first that was.
+    None where none was run."""
     rows = [row for row in (main_row(kind, name) for name in ("steering", "by class")) if row is not None]
     measured = [row for row in rows if mean_of(row, metric) is not None]
     place = best([mean_of(row, metric) for row in measured], metric)

@@ -76,7 +76,7 @@ def _base_note(values: Mapping[str, Any]) -> list[str]:
 
 
 def verdict(values: Mapping[str, Any]) -> list[str]:
-    """A sentence per metric: where PER is ahead of steering (of two rows, the better one by that metric), where steering
+    """A sentence per metric: where PER is ahead of steering (of its rows the better one by that metric), where steering
     is, where nothing can be said."""
     sentences = []
     for metric, label in (("AR", "artifact rate"), ("GA", "global average")):
