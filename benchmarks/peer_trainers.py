@@ -171,7 +171,7 @@ class Sparsify:
 
 
 class _Activations(nn.Module):
-    """A stand-in for a language model: its block's output is the activations, whatever the tokens."""
+    """A module in place of a language model, whose block's output is the activations, whatever the tokens."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()

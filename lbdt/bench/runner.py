@@ -40,8 +40,8 @@ class BenchOptions:
     unet: bool = False
     """Times a UNet step too."""
     cold: bool = False
-    """Whether, on a CPU, to time each case a second time with cold caches, as the rest of a denoiser leaves them (a
-    GPU's are always cold)."""
+    """Times each case a second time on a CPU, with cold caches, as the rest of a denoiser leaves them; a GPU's are
+    always cold."""
 
     def specs(self) -> list[Spec]:
         """The cases, in the order in which they are measured; ValueError for what cannot be asked for."""
