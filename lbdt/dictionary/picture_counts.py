@@ -21,6 +21,9 @@ OVER = ("call", "run")
 LATE = 0.15
 """The share of a run's calls from which on `LEAST_KEPT` binds a gate over the run. Before, little is known of a
 picture, and little is lost where it is left."""
+MARGIN = 0.5
+"""The share of what `LEAST_KEPT` allows that a gate over the run asks for: prompts of several things show less of each
+than those of one, which are what is counted."""
 LEAST_KEPT = 0.99
 """The share of a concept's own pictures, of those detected at a timestep, that a gate lets pass whatever else it
 should do."""
@@ -71,8 +74,8 @@ class PictureCounts:
     def least(self) -> Tensor:
         """The gate: [C, T] int64, the least number of patches that at most a share `false_positive` of the other
         concepts' pictures reaches, but never more than a share `LEAST_KEPT` of the concept's own pictures has, of those
-        in which anything is detected: what is to be erased goes before what is to be left. Over a run that holds from a
-        share `LATE` of its timesteps on, where these are four or more."""
+        in which anything is detected: what is to be erased goes before what is to be left. Over a run it
+        is half as many, and holds from a share `LATE` of the timesteps on, where these are four or more."""
         reach = [
             h.flip(-1).cumsum(-1).flip(-1) for h in (self.on, self.off)
         ]  # pictures with so many patches, or more
@@ -82,6 +85,7 @@ class PictureCounts:
         needed = (reach[0][..., 1:2] * LEAST_KEPT).ceil()
         most = ((reach[0][..., 1:] >= needed) & (reach[0][..., 1:] > 0)).sum(-1).clamp(min=1)
         if self.over == "run":
+            most = (most * MARGIN).long().clamp(min=1)
             early = torch.arange(self.on.shape[1]) < round(LATE * self.on.shape[1])
             most = torch.where(early.unsqueeze(0), wanted, most)
         return torch.minimum(wanted, most)
