@@ -170,6 +170,13 @@ def test_a_gate_of_an_older_file_counts_a_call(scored, tmp_path):
     assert ConceptDictionary.from_pretrained(tmp_path).gate.over == "call"
 
 
+def test_over_a_run_half_of_what_its_own_pictures_have_is_enough():
+    on, off = torch.zeros(1, 1, 20, dtype=torch.int64), torch.zeros(1, 1, 20, dtype=torch.int64)
+    on[..., 13], off[..., 19] = 100, 100
+    gates = [PictureCounts(on, off, 16, {}, 0.005, over).least().item() for over in ("call", "run")]
+    assert gates == [13, 6]
+
+
 @pytest.mark.parametrize(
     ("timesteps", "late"), [(1, 0), (3, 0), (4, 1), (20, 3), (50, 8)], ids=lambda value: str(value)
 )
