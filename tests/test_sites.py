@@ -162,10 +162,10 @@ def test_the_embedded_erasers_load_with_their_site_or_without_one(kind):
     folder = canvas.WEIGHTS / f"eraser-{kind}"
     eraser = ConceptEraser.from_pretrained(folder)
     own = f"{eraser.hookpoint}:{'update' if eraser.sae.config.update else 'output'}"
-    # The others' files are older than sites.
+    # The others' SAEs are older than sites.
     site = own if kind == "saeparate" else None
-    assert eraser.sae.config.site == site and eraser.dictionary.site == site
-    assert ConceptDictionary.from_pretrained(folder / "dictionary").site == site
+    assert eraser.sae.config.site == site and eraser.dictionary.site == own
+    assert ConceptDictionary.from_pretrained(folder / "dictionary").site == own
     digest = eraser.digest()
     eraser.sae = eraser.sae.with_site(own if site is None else None)
     with torch.no_grad():

@@ -336,7 +336,9 @@ def test_features_of_unedited_pictures_are_made_once(pipe, tmp_path):
 def test_the_cost_is_of_every_method(whole):
     _, found, strengths, _ = whole
     cost = measured_cost(found, "toy", strengths["toy"], rounds=1, pictures=2)
-    assert cost.pop("unit") == "seconds a picture" and set(cost) == {"base", "uce", "steering", "per"}
+    assert cost.pop("unit") == "seconds a picture" and set(cost) == {
+        *("base", "uce", "steering", "by class", "per")
+    }
     assert all(value > 0 for value in cost.values())
 
 

@@ -57,7 +57,7 @@ def renamed(names):
         def made(**settings):
             editor = make(**settings)
             old = editor.dictionary
-            editor.dictionary = ConceptDictionary(names, old.timesteps, old.mean, old.counts)
+            editor.dictionary = ConceptDictionary(names, old.timesteps, old.mean, old.counts, fired=old.fired)
             return editor
 
         return made
