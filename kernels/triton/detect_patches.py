@@ -293,12 +293,9 @@ def detect_patches(
         if gated is not None:
             gated.zero_()
         if so_far is not None and batch:
-            nothing = torch.zeros(
-                triton.cdiv(least.shape[1], CONCEPTS_A_WORD), mask.numel(), dtype=torch.int32
-            )
-            gate_patches(
-                mask.zero_(), nothing.to(x.device), timestep_bin, least, least_of, deciding, gated, so_far
-            )
+            words = triton.cdiv(least.shape[1], CONCEPTS_A_WORD)
+            nothing = torch.zeros(words, mask.numel(), dtype=torch.int32, device=x.device)
+            gate_patches(mask.zero_(), nothing, timestep_bin, least, least_of, deciding, gated, so_far)
         return mask.zero_()
     rows = mask.numel()
     total = torch.zeros(1, dtype=torch.int32, device=x.device)

@@ -71,11 +71,16 @@ class PictureCounts:
             raise ValueError(f"gate selection: unknown key {', '.join(map(brief, unknown))}")
         check_criteria(**self.selection)
 
+    @property
+    def early(self) -> int:
+        """The timesteps at a run's beginning in which its own pictures do not limit the gate (`LATE`)."""
+        return round(LATE * self.on.shape[1]) if self.over == "run" else 0
+
     def least(self) -> Tensor:
         """The gate: [C, T] int64, the least number of patches that at most a share `false_positive` of the other
         concepts' pictures reaches, but never more than a share `LEAST_KEPT` of the concept's own pictures has, of those
-        in which anything is detected: what is to be erased goes before what is to be left. Over a run it
-        is half as many, and holds from a share `LATE` of the timesteps on, where these are four or more."""
+        in which anything is detected: what is to be erased goes before what is to be left. Over a run it is half as
+        many, and holds from a share `LATE` of the timesteps on, where these are four or more."""
         reach = [
             h.flip(-1).cumsum(-1).flip(-1) for h in (self.on, self.off)
         ]  # pictures with so many patches, or more
@@ -86,8 +91,7 @@ class PictureCounts:
         most = ((reach[0][..., 1:] >= needed) & (reach[0][..., 1:] > 0)).sum(-1).clamp(min=1)
         if self.over == "run":
             most = (most * MARGIN).long().clamp(min=1)
-            early = torch.arange(self.on.shape[1]) < round(LATE * self.on.shape[1])
-            most = torch.where(early.unsqueeze(0), wanted, most)
+            most[:, : self.early] = wanted[:, : self.early]
         return torch.minimum(wanted, most)
 
     def passing(self) -> tuple[Tensor, Tensor]:

@@ -165,7 +165,7 @@ class CallWatch:
                 f"{min(known):g} to {max(known):g}: no image is protected there; use a scheduler with such "
                 "timesteps, or score a dictionary with this one"
             )
-        return found if cut_short or not rows else found + self._window(rows, call)
+        return found if cut_short or not rows else found + self._window(rows, call) + self._early(rows, call)
 
     def _not_run(self, call: PipelineCall, recorded: int, begun: int) -> list[str]:
         """Where the denoiser is compiled, its calls are not counted: then the pipeline's own number of steps counts."""
@@ -181,16 +181,38 @@ class CallWatch:
 
     def _window(self, rows: list[Row], call: PipelineCall) -> list[str]:
         window = self.plan.options.steps
-        if window is None:
-            return []
-        schedule = call.pipe.scheduler.timesteps.float().cpu()
-        steps = {int((schedule - row.timestep).abs().argmin()) for row in rows}
-        if any(window[0] <= step < window[1] for step in steps):
+        steps = _steps(rows, call) if window is not None else []
+        if window is None or any(window[0] <= step < window[1] for step in steps):
             return []
         return [
             f"steps={window}: this call ran the steps {min(steps)} to {max(steps)} of its schedule, so nothing was "
             "treated; attach with a window among them"
         ]
+
+    def _early(self, rows: list[Row], call: PipelineCall) -> list[str]:
+        """Whether the calls that are treated end while the gate still relies on those to come."""
+        gate, window = self.plan.gate, self.plan.options.steps
+        if gate is None or not bool((gate.least[: gate.early] > 1).any() & self.plan.enabled.any()):
+            return []
+        treated = [row.timestep for row in rows]
+        if window is not None:
+            steps = zip(treated, _steps(rows, call), strict=True)
+            treated = [timestep for timestep, step in steps if window[0] <= step < window[1]]
+        bins = self.plan.bins(torch.tensor(treated, device=self.plan.timesteps.device))
+        if not treated or int(bins.max()) >= gate.early:
+            return []
+        return [
+            f"timesteps {min(treated):g} to {max(treated):g}: this call is treated in the first {gate.early} of the "
+            f"dictionary's {len(self.plan.timesteps)} timesteps only, where the gate leaves pictures to the calls to "
+            "come, so a concept may be left; run more steps, attach with min_patches=1, or score a dictionary at the "
+            "timesteps of such calls"
+        ]
+
+
+def _steps(rows: list[Row], call: PipelineCall) -> list[int]:
+    """The step of the schedule that each row is of."""
+    schedule = call.pipe.scheduler.timesteps.float().cpu()
+    return [int((schedule - row.timestep).abs().argmin()) for row in rows]
 
 
 def _check_scheduler(scheduler: Any, windowed: bool) -> None:

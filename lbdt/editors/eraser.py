@@ -177,11 +177,14 @@ class ConceptEraser(UnetEditor):
     def _gate(self, selections: Mapping[str, Selection], always: bool = False) -> Gate | None:
         """The gate of the selections' columns; None where it is off, unless `always`."""
         counts, bins = self.dictionary.gate, len(self.dictionary.timesteps)
-        least, least_of, over_run = torch.ones(bins, len(selections), dtype=torch.int64), 0, False
+        # Without any concept the op wants a column too, and others may come in its place.
+        least = torch.ones(bins, max(1, len(selections)), dtype=torch.int64)
+        least_of, over_run, early = 0, False, 0
         if self.min_patches is not None:
             least.fill_(self.min_patches)
         elif counts is not None:
-            calibrated, least_of, over_run = counts.least(), counts.patches, counts.over == "run"
+            calibrated, least_of = counts.least(), counts.patches
+            over_run, early = counts.over == "run", counts.early
             for place, (name, selection) in enumerate(selections.items()):
                 # Where a concept is detected otherwise, its counts say nothing.
                 if self._is_counted(counts, selection):
@@ -192,7 +195,7 @@ class ConceptEraser(UnetEditor):
             [len(selection.latents) for selection in selections.values()], dtype=torch.int64
         )
         owners = torch.arange(len(selections)).repeat_interleave(widths)
-        return Gate(owners, least, least_of, over_run)
+        return Gate(owners, least, least_of, over_run, early)
 
     def _is_counted(self, counts: PictureCounts, selection: Selection) -> bool:
         """Whether the gate's pictures were counted under these latents and thresholds."""

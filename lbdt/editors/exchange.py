@@ -137,8 +137,7 @@ class Exchange:
                     f"room={other.latents.shape[0] + 1} and capture again"
                 )
             plan.take(other)
-            if plan.gate is not None and plan.gate.over_run:
-                self._state.remember(plan.gate.least.shape[1], plan.weight.device)
+            self._state.remember(plan.gate, plan.weight.device)
         self._sets, self._seeds, self._enabled = sets, seeds, on
         self._blind.concepts = blind.concepts
         return on

@@ -174,6 +174,7 @@ class UnetEditor(EditorFiles, Editor):
                     blind = warn_of_blind(other, owners)
                     stand.reuse(pipe)
                     stand.plan.take(other)
+                    stand.state.remember(stand.plan.gate, stand.plan.weight.device)
                 else:
                     stand, blind = self._stand(
                         denoiser, blocks, columns, room, options, seeds, state, keep_masks
@@ -220,8 +221,7 @@ class UnetEditor(EditorFiles, Editor):
         blind = warn_of_blind(plan, columns.owners)
         # A guess: both follow the activations, which storage in half precision or on other devices does not tell.
         plan.to(device, parameter.dtype if parameter.dtype in _COMPUTED else torch.float32)
-        if plan.gate is not None and plan.gate.over_run:
-            state.remember(plan.gate.least.shape[1], device)
+        state.remember(plan.gate, device)
         recorder = Recorder(device, masks=keep_masks, gated=plan.gate is not None)
         hooks = [
             *around_call(denoiser, self.hookpoint, plan, state),

@@ -17,7 +17,7 @@ from lbdt.hooks.row_layouts import CallSize
 from lbdt.hooks.run_memory import RunMemory
 
 if TYPE_CHECKING:
-    from lbdt.hooks.detection_plan import CallRows
+    from lbdt.hooks.detection_plan import CallRows, Gate
 
 _MOST_BRANCHES = 4
 OF_THE_PROMPT = ("cond", "perturbed")
@@ -153,30 +153,39 @@ class CallState:
         self._only = Now()
         self._announced = Announced()
         self._concepts, self._device = 0, torch.device("cpu")
+        self._epoch = 0
         self._only_memory: RunMemory | None = None
 
-    def remember(self, concepts: int, device: torch.device) -> None:
-        """Keeps what a gate over the calls of a run counts of so many concepts, from here on."""
+    def remember(self, gate: Gate | None, device: torch.device) -> None:
+        """Keeps from here on what a gate over the calls of a run counts; None, or one of single calls: nothing."""
+        concepts = gate.least.shape[1] if gate is not None and gate.over_run else 0
         if self._concepts != concepts:
             self._concepts, self._device = concepts, device
-            self._only_memory = RunMemory(concepts, device, whole_calls=False)
+            self._only_memory = RunMemory(concepts, device, whole_calls=False) if concepts else None
         self.begin_run()
 
     def begin_run(self) -> None:
-        """The next denoiser call of this thread begins a run."""
-        call = pipeline_calls.running()
-        memories = [self._only_memory, self._threads.memory, None if call is None else call.kept.get(self)]
-        for memory in memories:
-            if memory is not None:
-                memory.begin()
+        """The next denoiser call begins a run, in every thread and in every call of the pipeline that goes on."""
+        self._epoch += 1
+        if self._only_memory is not None:
+            self._only_memory.begin()
 
-    def _memory(self) -> RunMemory | None:
+    def _memory(self, known_rows: bool) -> RunMemory | None:
+        """What is kept of the run that the denoiser call belongs to."""
         if not self._concepts:
             return None
         if self._is_shared():
-            self._only_memory.whole_calls = bool(self._announced.name)
-            return self._only_memory
-        call = pipeline_calls.running()
+            memory, announced = self._only_memory, bool(self._announced.name)
+            memory.whole_calls = announced
+        else:
+            call = pipeline_calls.running()
+            memory, announced = self._own_memory(call), call is not None
+        if announced and not known_rows:
+            # It may call the denoiser several times a step, branch by branch: each counts for itself.
+            memory.begin()
+        return memory
+
+    def _own_memory(self, call: PipelineCall | None) -> RunMemory:
         memory = self._threads.memory if call is None else call.kept.get(self)
         if memory is None or memory.concepts != self._concepts:
             memory = RunMemory(self._concepts, self._device, whole_calls=call is not None)
@@ -184,6 +193,9 @@ class CallState:
                 self._threads.memory = memory
             else:
                 call.kept[self] = memory
+        elif memory.epoch != self._epoch:
+            memory.begin()
+        memory.epoch = self._epoch
         return memory
 
     def adopt(self, pipe: Any) -> None:
@@ -234,7 +246,7 @@ class CallState:
         now.acting = announced.acting
         if now.acting:
             now.branches = announced.rows(timesteps.shape[0], self.layout)
-            now.memory = self._memory()
+            now.memory = self._memory(now.branches.names is not None)
             if not torch.compiler.is_compiling():
                 self.begun += 1
         now.timesteps = timesteps

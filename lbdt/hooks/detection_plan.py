@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,8 @@ class Gate(NamedTuple):
     """The patches of the maps that `least` counts on; 0: of whatever map."""
     over_run: bool = False
     """Whether `least` counts quarters of the mean over the calls of a run (METHOD.md, 2.6), not patches of one call."""
+    early: int = 0
+    """The first bins, in which it relies on calls to come: what it leaves there is erased later."""
 
     def padded(self, room: int) -> Gate:
         """The same for `room` columns, of as many concepts at the most; where there are so many columns, as it is:
@@ -192,27 +194,30 @@ class DetectionPlan:
         """Mask [B, N] of `x` [B, d, H, W] or [B, d, N], by the concept sets, window and half of each row, and where
         there is a gate by that; keeps how many patches it took."""
         enabled = self.enabled_in(now)
-        gate: tuple[Any, ...] = ()
-        if self.gate is not None:
-            rows = self.rows(now)
-            now.gated = torch.empty_like(rows.bins)
-            so_far = None
-            if self.gate.over_run:
-                so_far = now.memory.rows(rows.timesteps, self._inside(now))
-            gate = (*self.gate[:3], rows.deciding, now.gated, so_far)
         looked, minus = self.looked(x, minus, now)
-        return ops.detect_patches(
+        rows, gate, so_far = self.rows(now), (), None
+        # Without a deciding row each branch is counted for itself.
+        images = len(rows.bins) // (rows.halves if rows.deciding is not None else 1)
+        if self.gate is not None:
+            now.gated = torch.empty_like(rows.bins)
+            if self.gate.over_run:
+                so_far = now.memory.rows(rows.timesteps, self._inside(now), images)
+            gate = (*self.gate[:3], rows.deciding, now.gated, so_far)
+        mask = ops.detect_patches(
             looked,
             self.weight,
             self.bias,
             self.latents,
             self.thresholds,
-            self.rows(now).bins,
+            rows.bins,
             enabled,
             self.options.k,
             minus,
             *gate,
         )
+        if so_far is not None:
+            now.memory.keep(so_far, images)
+        return mask
 
     def looked(self, x: Tensor, minus: Tensor | None, now: Now) -> tuple[Tensor, Tensor | None]:
         """What the encoder rows are multiplied with, as `x` and `minus` of the ops: these, or with a pre-encoder its

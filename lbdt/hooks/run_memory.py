@@ -5,46 +5,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROWS = 64
-"""Rows that there is room for from the start: compiled code must find the tensors that it will write."""
+_IMAGES = 64
+"""Images that there is room for from the start: compiled code must find the tensors that it will write."""
 
 
 class RunMemory:
-    """`so_far` of `lbdt.ops.detect_patches`, for the rows of one run after another.
+    """`so_far` of `lbdt.ops.detect_patches`, for the images of one run after another.
 
-    A row begins a run when its timestep is larger than in the call before (`whole_calls` False: or as large, as in
-    loops of one step), when there are more or fewer rows, and when it is told to. All of it is decided on the device.
+    An image begins a run when its timestep is larger than in the call before (`whole_calls` False: or as large, as in
+    loops of one step), when there are more or fewer images, and when it is told to. All of it is decided on the device.
+    Guidance branches of an image share its sums, so that they may come and go within a run.
     """
 
     def __init__(self, concepts: int, device: torch.device, whole_calls: bool) -> None:
         """`whole_calls`: whether runs are announced, so that a timestep may come twice in one."""
         self.concepts, self.whole_calls = concepts, whole_calls
-        self._batch = 0
-        self._allocate(_ROWS, concepts + 1, device)
+        self.epoch = 0
+        """The last `CallState.begin_run` that it has heard of."""
+        self._allocate(_IMAGES, device)
 
     def begin(self) -> None:
-        """The next call begins a run, in all rows."""
+        """The next call begins a run, in all images."""
         self._last.fill_(-torch.inf)
 
-    def rows(self, timesteps: Tensor, counts: Tensor | None) -> Tensor:
-        """`so_far` [B, C + 1] of a call at `timesteps` [B] float32; what it was is forgotten where a run begins.
+    def rows(self, timesteps: Tensor, inside: Tensor | None, images: int) -> Tensor:
+        """`so_far` [B, C + 1] of a call with `timesteps` [B] float32, branch by branch, to be given to `keep` after
+        it; what it was is forgotten where a run begins.
 
-        `counts` [B] bool: the rows for which this call belongs to a run (None: all); for others one begins after it.
+        `inside` [B] bool: the rows for which this call belongs to a run (None: all); for others one begins after it.
         """
-        batch = timesteps.shape[0]
-        if batch > self._sums.shape[0] or self._sums.device != timesteps.device:
-            self._allocate(max(batch, self._sums.shape[0]), self._sums.shape[1], timesteps.device)
-        if batch != self._batch:
-            self.begin()
-            self._batch = batch
-        sums, last = self._sums[:batch], self._last[:batch]
-        begins = timesteps > last if self.whole_calls else timesteps >= last
+        if images > self._sums.shape[0] or self._sums.device != timesteps.device:
+            self._allocate(max(images, self._sums.shape[0]), timesteps.device)
+        sums, last, now = self._sums[:images], self._last[:images], timesteps[:images]
+        begins = (now > last if self.whole_calls else now >= last) | (self._count != images)
         sums.masked_fill_(begins.unsqueeze(1), 0)
-        last.copy_(timesteps if counts is None else timesteps.masked_fill(~counts, -torch.inf))
-        return sums
+        last.copy_(now if inside is None else now.masked_fill(~inside[:images], -torch.inf))
+        self._count.fill_(images)
+        return sums.repeat(timesteps.shape[0] // images, 1)
 
-    def _allocate(self, rows: int, columns: int, device: torch.device) -> None:
+    def keep(self, so_far: Tensor, images: int) -> None:
+        """Keeps what a call has made of `rows`: the same in every branch, as one row decides for all of an image."""
+        self._sums[:images].copy_(so_far[:images])
+
+    def _allocate(self, images: int, device: torch.device) -> None:
         # Tensors made in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self._sums = torch.zeros(rows, columns, dtype=torch.int64, device=device)
-            self._last = torch.full((rows,), -torch.inf, device=device)
+            self._sums = torch.zeros(images, self.concepts + 1, dtype=torch.int64, device=device)
+            self._last = torch.full((images,), -torch.inf, device=device)
+            self._count = torch.zeros((), dtype=torch.int64, device=device)

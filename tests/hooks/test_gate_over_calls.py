@@ -1,9 +1,14 @@
 """A gate over the calls of a run, through the hook: when a picture begins to be treated, and when a run begins."""
 
+import threading
+
 import pytest
 import torch
 
+from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.picture_counts import PictureCounts
+from lbdt.editors.call_watch import UnprotectedError
+from lbdt.hooks import pipeline_calls
 from lbdt.hooks.run_memory import RunMemory
 from tests import toy
 from tests.repeats import repeats
@@ -213,12 +218,170 @@ def test_in_inference_mode_and_out_of_it(pipe):
             assert treated(pipe, [[1]], (999,)) == [[False]]
 
 
-def test_memory_grows_to_the_rows_and_keeps_its_place():
+def test_memory_grows_to_the_images_and_keeps_its_place():
     memory = RunMemory(2, CPU, whole_calls=True)
-    rows = memory.rows(torch.tensor([9.0, 9.0]), None)
-    rows.fill_(5)
-    again = memory.rows(torch.tensor([9.0, 10.0]), None)
-    assert again.data_ptr() == rows.data_ptr() and again.tolist() == [[5] * 3, [0] * 3]
-    many = memory.rows(torch.full((100,), 3.0), None)
-    assert many.shape == (100, 3) and not many.any()
-    assert memory.rows(torch.full((2,), 2.0), None).tolist() == [[0] * 3] * 2
+
+    def call(*timesteps, images=None, found=None):
+        images = images or len(timesteps)
+        so_far = memory.rows(torch.tensor(timesteps), None, images)
+        before = so_far.tolist()
+        memory.keep(so_far.fill_(found) if found is not None else so_far, images)
+        return before
+
+    place = memory._sums.data_ptr()
+    assert call(9.0, 9.0, found=5) == [[0] * 3] * 2
+    assert call(9.0, 10.0) == [[5] * 3, [0] * 3] and memory._sums.data_ptr() == place
+    assert call(8.0, 8.0, 8.0, 8.0, images=2) == [[5] * 3, [0] * 3] * 2, "two branches"
+    assert call(7.0, 7.0) == [[5] * 3, [0] * 3], "one again"
+    assert call(*[3.0] * 100, found=1) == [[0] * 3] * 100
+    assert call(2.0, 2.0) == [[0] * 3] * 2
+
+
+def test_guidance_that_is_switched_off_keeps_what_was_found(pictures):
+    """As diffusers' SDCFGCutoffCallback does it: from half of the steps on there is one branch."""
+
+    def cutoff(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"][-3:]
+        return tensors
+
+    with with_run_gate(toy.eraser(padding=0), 28).attach(pictures, ["Cats"], keep_masks=True) as attached:
+        made(pictures, callback_on_step_end=cutoff, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    calls = attached._recorder.read()
+    assert [call.halves for call in calls] == [2, 2, 1, 1]
+    # The prompt's rows: images 1 and 2 are found in the first call, and show less than 28 quarters in the later ones.
+    detected = [(call.cells[-3:].flatten(1) & 1).sum(1).tolist() for call in calls]
+    assert detected[0][0] == 0 < min(detected[0][1:])
+    assert all(0 < count < 7 for counts in detected[2:] for count in counts[1:])
+
+
+@pytest.mark.parametrize("how", ["set", "begin_run"])
+def test_another_thread_ends_the_run_too(pipe, how):
+    with dials().attach(pipe, ["Cats"], layout=pipe.layout) as attached:
+        assert treated(pipe, [[9], [1]], (999, 666)) == [[True]] * 2
+        change = attached.begin_run if how == "begin_run" else lambda: attached.set(concepts=["Cats"])
+        thread = threading.Thread(target=change)
+        thread.start()
+        thread.join()
+        assert treated(pipe, [[1]], (333,)) == [[False]]
+
+
+def test_set_within_a_nested_call_ends_the_outer_calls_run_too(pictures):
+    eraser = with_run_gate(toy.eraser(padding=0), 27)
+    with eraser.attach(pictures, ["Cats"]) as attached:
+
+        def inner(pipe, step, timestep, tensors):
+            attached.set(concepts=["Cats"])
+            return tensors
+
+        def outer(pipe, step, timestep, tensors):
+            if step == 1:
+                toy.images(pictures, prompts=("ab",), steps=1, callback_on_step_end=inner)
+                pipe.scheduler.set_timesteps(4)
+                counts.append([m.epoch for m in pipeline_calls.running().kept.values()])
+            return tensors
+
+        counts = []
+        made(pictures, callback_on_step_end=outer)
+        state = attached._calls.state
+        assert counts == [[state._epoch - 1]], (
+            "the outer call's memory has not heard of it before its next call"
+        )
+
+
+def test_a_reused_stand_begins_a_run():
+    pipe = toy.EchoPipe(WIDTH)
+    pipe.unet.block.compile(backend="eager")
+    eraser = dials()
+    with eraser.attach(pipe, ["Cats"], layout=pipe.layout):
+        assert treated(pipe, [[9], [9]], (999, 666)) == [[True]] * 2
+    with eraser.attach(pipe, ["Dogs"], layout=pipe.layout):
+        x = showing(0)
+        x[0, 1].view(-1)[0] = 2.0  # one patch of Dogs, which is not enough
+        with torch.no_grad():
+            assert torch.equal(pipe.unet(torch.full((1,), 333.0), x)[0], x)
+
+
+def test_every_batch_size_compiles_one_graph(tmp_path):
+    pipe = toy.pipeline(tmp_path)
+    torch._dynamo.reset()
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend=counted, dynamic=False)
+    with with_run_gate(toy.eraser(padding=0), 27).attach(pipe, ["Cats"]):
+        for size in (1, 2, 3, 4, 3, 1):
+            toy.images(pipe, prompts=("ab",) * size, steps=2)
+    assert len(graphs) == 4
+
+
+@pytest.mark.parametrize("concepts", [[[]], [[], []]], ids=str)
+def test_sets_without_a_concept_change_nothing_until_there_is_one(pictures, concepts):
+    call = {"prompts": ("cat", "dog")[: len(concepts)]}
+    base = toy.images(pictures, **call)
+    with with_run_gate(toy.eraser(padding=0), 1).attach(pictures, concepts) as attached:
+        assert repeats(toy.images(pictures, **call), base) and attached.report().gated == 0
+        attached.set(concepts=[["Cats"]] * len(concepts))
+        assert not torch.equal(toy.images(pictures, **call), base)
+
+
+def with_early(eraser):
+    """A gate of twenty timesteps, of which no picture passes the first three and every one the others."""
+    shape = len(toy.CONCEPTS), 20, 20
+    on, off = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    on[..., 1], off[..., -1] = 10, 10
+    before = eraser.dictionary
+    counts = PictureCounts(on, off, SIDE * SIDE, eraser.selection, 0.005, "run")
+    eraser.dictionary = ConceptDictionary(
+        toy.CONCEPTS,
+        tuple(range(999, 0, -50)),
+        before.mean[:, :1].expand(-1, 20, -1),
+        before.counts[:, :1].expand(-1, 20),
+        fired=before.fired,
+        gate=counts,
+    )
+    return eraser
+
+
+@pytest.mark.parametrize(
+    ("steps", "window", "refused"),
+    [
+        pytest.param(1, None, True, id="one-step"),
+        pytest.param(20, (0, 3), True, id="a-window-of-the-first"),
+        pytest.param(20, (0, 4), False, id="a-window-with-one-more"),
+        pytest.param(20, None, False, id="whole"),
+        pytest.param(2, None, False, id="two-steps"),
+    ],
+)
+def test_a_call_that_ends_while_the_gate_waits_is_refused(pictures, steps, window, refused):
+    eraser = with_early(toy.eraser(padding=0))
+    call = {"prompts": ("cat",), "steps": steps}
+    with eraser.attach(pictures, ["Cats"], steps=window):
+        if refused:
+            with pytest.raises(UnprotectedError, match=r"first 3 of the dictionary's 20 .* min_patches=1"):
+                spread(pictures, **call)
+        else:
+            spread(pictures, **call)
+    if refused:
+        with eraser.attach(pictures, ["Cats"], steps=window, on_failure="generate"):
+            with pytest.warns(RuntimeWarning, match="a concept may be left"):
+                spread(pictures, **call)
+        with eraser.attach(pictures, [[]], steps=window):
+            spread(pictures, **call)
+        eraser.min_patches = 1
+        with eraser.attach(pictures, ["Cats"], steps=window):
+            spread(pictures, **call)
+
+
+def spread(pipe, **call):
+    """Pictures whose first timestep is the schedule's largest."""
+    before = pipe.scheduler
+    pipe.scheduler = type(before).from_config(before.config, timestep_spacing="trailing")
+    try:
+        return toy.images(pipe, **call)
+    finally:
+        pipe.scheduler = before
