@@ -6,17 +6,15 @@ compared and never shut. Milliseconds are those of a call of the hooked block wi
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
-from lbdt.bench import hardware, hook, shapes, timing
+from benchmarks import hook_pair
+from lbdt.bench import hook, shapes
 from lbdt.bench.shapes import Place
 from lbdt.dictionary.picture_counts import PictureCounts
-from lbdt.runs.files import json_bytes, write_file
 
 SHARES = (0.0, 0.01, 0.1)
 
@@ -32,60 +30,30 @@ def row(name: str, share: float, place: Place, rounds: int) -> dict:
     """Times of one shape and share of detected patches."""
     shape = shapes.SHAPES[name]
     arguments = shapes.detection(shape, share, place=place)
-    given = arguments["x"] if arguments["minus"] is None else arguments["minus"]
-    call = torch.full((shape.batch,), hook.TIMESTEP, device=place.device), given, arguments["x"]
-    pipes = {version: hook.Pipe(shape, place) for version in ("gated", "published", "bare")}
-    handles = []
-    for version in ("published", "gated"):
-        eraser = hook.eraser(shape, arguments, place.seed)
-        if version == "gated":
-            eraser.dictionary = eraser.dictionary.replaced(gate=gate(shape, eraser.selection))
-        layout = pipes[version].layout
-        handles.append(eraser.attach(pipes[version], [hook.CONCEPT], seed=place.seed, layout=layout))
-    versions = {version: partial(pipe.unet, *call) for version, pipe in pipes.items()}
-    with torch.inference_mode():
-        outputs = {version: function() for version, function in versions.items()}
+    published, gated = (hook.eraser(shape, arguments, place.seed) for _ in range(2))
+    gated.dictionary = gated.dictionary.replaced(gate=gate(shape, gated.selection))
+
+    def check(outputs: Mapping[str, Tensor]) -> None:
         if not torch.equal(outputs["gated"], outputs["published"]):
             raise AssertionError(f"{name}, {share:.0%}: the gate changed what is replaced")
-        measured = timing.in_turn(versions, place.device, rounds, 60.0)
-    for handle in handles:
-        handle.remove()
-    own = {v: measured[v]["ms"]["median"] - measured["bare"]["ms"]["median"] for v in ("gated", "published")}
-    return {
-        "shape": name,
-        "share": share,
-        "ms": {version: value["ms"] for version, value in measured.items()},
-        "own_ms": own,
-        "ratio": own["gated"] / own["published"],
-    }
+
+    erasers = {"published": published, "gated": gated}
+    times = hook_pair.timed(shape, arguments, erasers, check, place, rounds)
+    return {"shape": name, "share": share, **times}
+
+
+def line(row: dict) -> str:
+    """What is printed of a row."""
+    own = row["own_ms"]
+    return (
+        f"{row['shape']}, {row['share']:4.0%} of patches detected: {own['published']:.3f} ms without the gate, "
+        f"{own['gated']:.3f} ms with: {row['ratio'] - 1:+.1%}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a line a share of detected patches; `--out FILE` keeps the times as JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", action="append", choices=list(shapes.SHAPES))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    device = torch.device(given.device)
-    place = Place(device, torch.float32 if device.type == "cpu" else torch.float16, 0)
-    rows = []
-    for name in given.shape or ["sd15-b1"]:
-        for share in SHARES:
-            rows.append(row(name, share, place, given.rounds))
-            own = rows[-1]["own_ms"]
-            print(
-                f"{name}, {share:4.0%} of patches detected: {own['published']:.3f} ms without the gate, "
-                f"{own['gated']:.3f} ms with: {rows[-1]['ratio'] - 1:+.1%}"
-            )
-    if given.out is not None:
-        about = {"device": hardware.describe(device), "threads": given.threads, "rounds": given.rounds}
-        write_file(given.out, json_bytes(about | {"rows": rows}))
+    hook_pair.run(__doc__, list(shapes.SHAPES), SHARES, row, line, arguments)
 
 
 if __name__ == "__main__":

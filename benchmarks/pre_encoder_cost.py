@@ -7,18 +7,16 @@ block without the block's own.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from lbdt.bench import hardware, hook, shapes, timing
+from benchmarks import hook_pair
+from lbdt.bench import hook, shapes
 from lbdt.bench.shapes import Place
 from lbdt.editors import ConceptEraser
-from lbdt.runs.files import json_bytes, write_file
 from lbdt.sae import SparseAutoencoder
 
 UNIONS = (2, 34)
@@ -47,58 +45,29 @@ def row(name: str, union: int, place: Place, rounds: int) -> dict:
     """Times of one shape and number of latents that are looked at."""
     shape = (shapes.SHAPES | shapes.QUICK)[name]._replace(union=union)
     arguments = shapes.detection(shape, 0.0, place=place)
-    given = arguments["x"] if arguments["minus"] is None else arguments["minus"]
-    call = torch.full((shape.batch,), hook.TIMESTEP, device=place.device), given, arguments["x"]
-    pipes = {version: hook.Pipe(shape, place) for version in ("with", "without", "bare")}
-    handles = []
-    for version in ("without", "with"):
-        made = eraser(shape, arguments, place, version == "with")
-        layout = pipes[version].layout
-        handles.append(made.attach(pipes[version], [hook.CONCEPT], seed=place.seed, layout=layout))
-    versions = {version: partial(pipe.unet, *call) for version, pipe in pipes.items()}
-    with torch.inference_mode():
-        for version, function in versions.items():
-            if not torch.equal(function(), arguments["x"]):
+
+    def check(outputs: Mapping[str, Tensor]) -> None:
+        for version, output in outputs.items():
+            if not torch.equal(output, arguments["x"]):
                 raise AssertionError(f"{name}, U {union}: {version} replaced a patch")
-        measured = timing.in_turn(versions, place.device, rounds, 60.0)
-    for handle in handles:
-        handle.remove()
-    own = {v: measured[v]["ms"]["median"] - measured["bare"]["ms"]["median"] for v in ("with", "without")}
-    return {
-        "shape": name,
-        "latents": union,
-        "ms": {version: value["ms"] for version, value in measured.items()},
-        "own_ms": own,
-        "ratio": own["with"] / own["without"],
-    }
+
+    erasers = {v: eraser(shape, arguments, place, v == "with") for v in ("without", "with")}
+    times = hook_pair.timed(shape, arguments, erasers, check, place, rounds)
+    return {"shape": name, "latents": union, **times}
+
+
+def line(row: dict) -> str:
+    """What is printed of a row."""
+    own = row["own_ms"]
+    return (
+        f"{row['shape']}, U {row['latents']:2}, nothing detected: {own['without']:.3f} ms without a pre-encoder, "
+        f"{own['with']:.3f} ms with: {row['ratio']:.1f} times"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a line a number of latents; `--out FILE` keeps the times as JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", action="append", choices=[*shapes.SHAPES, *shapes.QUICK])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    device = torch.device(given.device)
-    place = Place(device, torch.float32 if device.type == "cpu" else torch.float16, 0)
-    rows = []
-    for name in given.shape or ["sd15-b1"]:
-        for union in UNIONS:
-            rows.append(row(name, union, place, given.rounds))
-            own = rows[-1]["own_ms"]
-            print(
-                f"{name}, U {union:2}, nothing detected: {own['without']:.3f} ms without a pre-encoder, "
-                f"{own['with']:.3f} ms with: {rows[-1]['ratio']:.1f} times"
-            )
-    if given.out is not None:
-        about = {"device": hardware.describe(device), "threads": given.threads, "rounds": given.rounds}
-        write_file(given.out, json_bytes(about | {"rows": rows}))
+    hook_pair.run(__doc__, [*shapes.SHAPES, *shapes.QUICK], UNIONS, row, line, arguments)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from lbdt.runs.writable import check_out_folder
 
 _MOST = 8
 SAMPLED = Design(others=6, pairs=2, empty=1, sweep_own=3, sweep_others=3)
-"""The design on EmojiCanvas: an hour and a half on two cores instead of days."""
+"""The design on EmojiCanvas: hours on two cores instead of days."""
 QUICK = Design(
     own=1,
     others=1,

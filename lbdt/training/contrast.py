@@ -18,7 +18,7 @@ from lbdt.activations.batches import PAIRED
 from lbdt.runs.processes import Processes
 from lbdt.sae import SparseAutoencoder
 from lbdt.training.sparse import Code, EncoderInput, add_dense_gradient
-from lbdt.training.supervision import BatchLabels
+from lbdt.training.supervision import BatchLabels, pooled
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,8 @@ class Contrast:
     ) -> dict[str, Tensor]:
         """Adds the gradient of the loss; returns it as `contrast`, without its weight."""
         v = h.detach().requires_grad_(True)
-        images = v.relu().unflatten(0, (-1, labelled.patches))
-        top = max(1, math.ceil(self.pool * labelled.patches))
-        pooled = images.mean(1) if top == labelled.patches else images.topk(top, dim=1).values.mean(1)
-        loss = self.loss(
-            world.gather(pooled, labelled.present.shape[0]), labelled.concepts, labelled.styles_of
-        )
+        images = world.gather(pooled(v.relu(), labelled.patches, self.pool), labelled.present.shape[0])
+        loss = self.loss(images, labelled.concepts, labelled.styles_of)
         (dh,) = torch.autograd.grad(self.weight * loss, v)
         add_dense_gradient(sae, read, dh)
         # Every process computes it of the whole batch; the sum over processes is one of them.

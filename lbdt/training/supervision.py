@@ -130,9 +130,7 @@ class Supervision:
             v = _STEEPNESS * (share / self.strength - 0.5)
         elif self.variant == "sparse-sigmoid":
             v = v.sigmoid() * _kept(code, labelled.latents, v)
-        images = v.unflatten(0, (-1, labelled.patches))
-        top = max(1, math.ceil(self.pool * labelled.patches))
-        return images.mean(1) if top == labelled.patches else images.topk(top, dim=1).values.mean(1)
+        return pooled(v, labelled.patches, self.pool)
 
     def _assignment(self, v: Tensor, present: Tensor) -> Tensor:
         if self.variant == "paper":
@@ -154,6 +152,13 @@ class Supervision:
         over = count * h.shape[1]
         add_dense_gradient(sae, read, (h > 0).to(h.dtype) * (self.l1 / over))
         return h.relu().sum() / over
+
+
+def pooled(v: Tensor, patches: int, share: float) -> Tensor:
+    """The mean of every column of `v` [S * patches, A] over the share of an image's patches in which it is largest, one
+    patch at least: [S, A]."""
+    images, top = v.unflatten(0, (-1, patches)), max(1, math.ceil(share * patches))
+    return images.mean(1) if top == patches else images.topk(top, dim=1).values.mean(1)
 
 
 def _kept(code: Code, latents: Tensor, v: Tensor) -> Tensor:
