@@ -61,6 +61,15 @@ def test_a_second_call_gives_the_same_bytes(parts, tmp_path):
     assert kept[0] == kept[1]
 
 
+@pytest.mark.parametrize(
+    "more", [(), ("--steering", "saeuron", "--strength", -2)], ids=["no-steering", "another"]
+)
+def test_a_unit_of_no_sdxl_rule_is_refused(parts, tmp_path, more):
+    done = assemble(parts, tmp_path / "e", "--unit", "patches", *more)
+    assert done.exit_code == 2 and "--steering sdxl only" in done.stderr
+    assert not (tmp_path / "e").exists()
+
+
 def test_steering_keeps_the_decoder(parts, tmp_path):
     done = assemble(parts, tmp_path / "e", "--top-k", 1, "--steering", "sdxl", "--strength", -2)
     assert done.exit_code == 0, done.output

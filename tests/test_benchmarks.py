@@ -342,9 +342,9 @@ def test_the_gate_is_timed_where_it_changes_nothing(tmp_path, capsys):
         ["--threads", "1", "--rounds", "3", "--device", "cpu", "--out", str(tmp_path / "times.json")]
     )
     found = json.loads((tmp_path / "times.json").read_text())
-    assert [row["share"] for row in found["rows"]] == list(gate_cost.SHARES)
+    assert [(row["share"], row["over"]) for row in found["rows"]] == list(gate_cost.CASES)
     assert all(row["own_ms"]["gated"] > 0 and 0 < row["ratio"] < 10 for row in found["rows"])
-    assert capsys.readouterr().out.count("without the gate") == len(gate_cost.SHARES)
+    assert capsys.readouterr().out.count("without the gate") == len(gate_cost.CASES)
 
 
 def test_a_pre_encoder_is_timed_where_nothing_is_detected(tmp_path, capsys):

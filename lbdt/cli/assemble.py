@@ -137,6 +137,8 @@ def command(
         raise typer.BadParameter(
             "give --steering together with --strength, or with --class-params", param_hint="--steering"
         )
+    if unit is not StrengthUnit.active and steering is not SteeringRule.sdxl:
+        raise typer.BadParameter("is of --steering sdxl only; leave it out", param_hint="--unit")
     selection = {
         "top_k": top_k,
         "percentile": percentile,

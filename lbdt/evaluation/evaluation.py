@@ -254,6 +254,18 @@ class Evaluation:
                 unknown = sorted(set(self.concepts) - set(editor.concepts))
                 if unknown:
                     raise ValueError(f"kind {name}: its {editor.KIND} does not know {', '.join(unknown)}")
+            self._check_selections(plan)
+
+    def _check_selections(self, plan: SeriesPlan) -> None:
+        # One that selects nothing would end the sweep in the middle of it.
+        for series in {str(s.settings.get("selection")): s for s in plan.sweep_by_class()}.values():
+            editor = series.editors()[0]
+            for concept in self.concepts:
+                try:
+                    editor.select(concept)
+                except ValueError as error:
+                    chosen = series.settings.get("selection", "its own")
+                    raise ValueError(f"kind {plan.kind.name}: selection {chosen}: {error}") from error
 
     def _editors(self, plan: SeriesPlan) -> list[UnetEditor]:
         """The eraser of a kind, and its baseline where it has one."""

@@ -55,6 +55,19 @@ def test_with_one_strength_and_one_selection_there_is_nothing_to_choose_by_class
     assert found.by_class("toy") is None and main_row(values, "by class") is None
 
 
+def test_a_selection_that_selects_nothing_is_refused_before_the_first_picture(pipe, tmp_path):
+    def given(strength=-1.0, selection=None):
+        made = small.steering(strength)
+        made.selection = made.selection if selection is None else selection
+        made.dictionary.mean[1] = 0.0  # Dogs
+        return made
+
+    kinds = {"toy": small.kind(steering=given, strengths=(-1.0, -4.0), selections=({"percentile": 99.0},))}
+    with pytest.raises(ValueError, match=r"kind toy: selection .*Dogs"):
+        evaluated(pipe, tmp_path / "out", kinds=kinds)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("one", "each", "expected"),
     [
