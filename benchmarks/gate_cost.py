@@ -1,7 +1,7 @@
 """The eraser's hook with the gate and without, in turn, on one device: `python -m benchmarks.gate_cost`.
 
-Both replace the same patches: the gate asks for as many patches of a larger map as are one of this one, so it is counted
-and compared and never shut. Milliseconds are those of a call of the hooked block without the block's own.
+Both replace the same patches: the gate asks for as many patches of a larger map as are one of this one, so it is
+counted and compared and never shut. Milliseconds are those of a call of the hooked block without the block's own.
 """
 
 from __future__ import annotations

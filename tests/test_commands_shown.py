@@ -54,7 +54,7 @@ PUT = {
     "$W/evaluation": "evaluation",
 }
 ONE = "--processes 1 --device cpu --concept Cats --own 1 --others 1 --quick"
-CANVAS = f"{ONE} --kind sdxl --seed 500 --steps 1"
+CANVAS = f"{ONE} --kind sdxl --seed 500 --steps 2"
 ERASE = "'An image of Dogs and Cats in Sketch style.' --concept Cats --steps 2"
 ATTACK = "--quick --concept Cats --style Sketch --steps 2 --iterations 1 --timesteps 1 --device cpu"
 TRAIN = "--steps 2 --rows 32 --expansion 2 --k 4 --device cpu"
@@ -86,6 +86,7 @@ SMALL = {
     "lbdt train --stream": f"--recipe saeuron --model pipe --prompts prompts.jsonl --site {toy.HOOKPOINT} "
     f"--out streamed --sampling-steps 2 {TRAIN}",
     "lbdt erase ... --method steering": ERASE,
+    "lbdt erase --min-patches 1": ERASE,
     "lbdt concepts --eraser DIR": "",
     "lbdt attack": ATTACK,
     "lbdt attack --quick": ATTACK,

@@ -195,6 +195,20 @@ def test_the_figures_of_the_attack_are_those_of_the_linked_result():
         assert summarise(outcomes).to_dict() == run["summary"]
 
 
+def test_the_figures_of_the_gate_are_those_of_the_linked_result():
+    result = json.loads((MEASURED.parent / "results/gate-cost.json").read_text())
+    columns = {}
+    for row in result["rows"]:
+        own, more = row["own_ms"], f"({row['ratio'] - 1:+.1%})".replace("%", " %")
+        columns.setdefault(row["share"], []).append(
+            (f"{own['published']:.3f} ms", f"{own['gated']:.3f} ms {more}")
+        )
+    text = MEASURED.read_text().replace("**", "")
+    assert len(columns) == 3
+    for share, ((call, of_call), (run, over_run)) in columns.items():
+        assert f"| {100 * share:.0f} % | {call} | {of_call} | {run} | {over_run} |" in text
+
+
 def test_the_figures_of_the_early_stop_are_those_of_the_linked_result():
     result = json.loads((MEASURED.parent / "results/early-stop.json").read_text())
     own, mean, counts = (f"{read:.0f}" for read in result["mean_read"].values())

@@ -204,8 +204,8 @@ class CallWatch:
         return [
             f"timesteps {min(treated):g} to {max(treated):g}: this call is treated in the first {gate.early} of the "
             f"dictionary's {len(self.plan.timesteps)} timesteps only, where the gate leaves pictures to the calls to "
-            "come, so a concept may be left; run more steps, attach with min_patches=1, or score a dictionary at the "
-            "timesteps of such calls"
+            "come, so a concept may be left; run more steps, attach an eraser with min_patches=1 (eraser.min_patches = "
+            "1, lbdt erase --min-patches 1), or score a dictionary at the timesteps of such calls"
         ]
 
 
