@@ -103,8 +103,8 @@ class Supervision:
         latents = labelled.latents
         v = h[:, latents].detach().requires_grad_(True)
         sigmoid = sae.config.activation == "topk_sigmoid"
-        pooled = self._pooled(v, code, labelled, None if sigmoid else activation)
-        whole = world.gather(pooled, labelled.present.shape[0])
+        own = self._pooled(v, code, labelled, None if sigmoid else activation)
+        whole = world.gather(own, labelled.present.shape[0])
         assignment = self._assignment(whole, labelled.present)
         correlation = self._correlation(whole, labelled.styles)
         loss = self.weight * (assignment + self.decorrelation * correlation)
