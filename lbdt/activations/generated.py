@@ -99,7 +99,9 @@ class Generated(Source):
         if dtype not in [known for _, known in DTYPES.values()]:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype}")
         self.prompts, self.prompts_per_shard = len(self.labelled), prompts_per_shard
-        self.concepts = _names("concepts", concepts, [prompt.concept for prompt in self.labelled])
+        self.concepts = _names(
+            "concepts", concepts, [name for prompt in self.labelled for name in prompt.shown]
+        )
         self.styles = _names("styles", styles, [prompt.style for prompt in self.labelled])
         self._labels = label_places(self.labelled, self.concepts, self.styles)
         self.dtype, self.seed, self.threads = dtype, seed, threads

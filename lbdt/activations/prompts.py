@@ -14,7 +14,7 @@ from typing import Any
 from lbdt.runs.reading import brief, listed, parse_json, read_bytes, read_lines
 from lbdt.runs.wording import require_unicode
 
-_FIELDS = ("prompt", "concept", "style", "seed")
+_FIELDS = ("prompt", "concept", "style", "seed", "beside")
 MAX_BYTES = 1 << 28
 """The largest prompt file that is read."""
 MAX_PROMPTS = 1_000_000
@@ -23,12 +23,17 @@ MAX_PROMPTS = 1_000_000
 
 @dataclass(frozen=True)
 class Prompt:
-    """One image to generate: its text, the labels it carries (None: none), and the seed of its start noise."""
+    """One image to generate: its text, the labels it carries (None: none), and the seed of its start noise.
+
+    A picture of several concepts names the others in `beside`. The gate counts it for each of them
+    (`lbdt.dictionary.score`); where a picture has one label, it has none.
+    """
 
     text: str
     concept: str | None = None
     style: str | None = None
     seed: int = 0
+    beside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
@@ -43,10 +48,32 @@ class Prompt:
             raise TypeError(f"seed: expected an integer, got {brief(self.seed)}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected an integer in [0, 2^63), got {brief(self.seed)}")
+        if not isinstance(self.beside, tuple) or not all(
+            isinstance(name, str) and name for name in self.beside
+        ):
+            raise TypeError(f"beside: expected names of further concepts, got {brief(self.beside)}")
+        for name in self.beside:
+            require_unicode("beside", name)
+        if self.beside and (self.concept is None or len(set(self.shown)) < len(self.shown)):
+            raise ValueError(
+                f"beside: expected concepts other than the row's own, each once, got {listed(self.beside)} beside "
+                f"{brief(self.concept)}"
+            )
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Every concept in the picture."""
+        return () if self.concept is None else (self.concept, *self.beside)
+
+    @property
+    def label(self) -> str | None:
+        """The concept of a picture of one; None for none, and for several."""
+        return None if self.beside else self.concept
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a prompt file's row."""
-        return {"prompt": self.text, "concept": self.concept, "style": self.style, "seed": self.seed}
+        row = {"prompt": self.text, "concept": self.concept, "style": self.style, "seed": self.seed}
+        return row | ({"beside": list(self.beside)} if self.beside else {})
 
 
 @dataclass(frozen=True)
@@ -60,13 +87,14 @@ class LabelledPrompts:
     @classmethod
     def by_use(cls, prompts: Sequence[Prompt]) -> LabelledPrompts:
         """The prompts with the names that they carry, each where it comes first."""
-        used = ([getattr(prompt, label) for prompt in prompts] for label in ("concept", "style"))
-        return cls(prompts, *(tuple(n for n in dict.fromkeys(names) if n is not None) for names in used))
+        concepts = dict.fromkeys(name for prompt in prompts for name in prompt.shown)
+        styles = dict.fromkeys(prompt.style for prompt in prompts if prompt.style is not None)
+        return cls(prompts, tuple(concepts), tuple(styles))
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     """Prompts of a `.jsonl` file (one object a line) or a `.csv` file (with a header): `prompt`, and where known
-    `concept`, `style`, `seed`. Rows without a seed take their number in the file, so no two images start alike.
+    `concept`, `style`, `seed`, `beside` (further concepts in the picture: a list, or one name). Rows without a seed take their number in the file, so no two images start alike.
 
     Raises:
         ValueError: naming file and line: unreadable, empty, an unknown column, a bad value.
@@ -129,6 +157,9 @@ def _prompt(row: dict[str, Any], number: int, place: str) -> Prompt:
     try:
         seed = row.get("seed", number)
         seed = int(seed) if isinstance(seed, str) else seed
-        return Prompt(row["prompt"], row.get("concept"), row.get("style"), seed)
+        beside = row.get("beside", [])
+        beside = [beside] if isinstance(beside, str) else beside
+        beside = tuple(beside) if isinstance(beside, list) else beside
+        return Prompt(row["prompt"], row.get("concept"), row.get("style"), seed, beside)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{place}: {error}") from error

@@ -20,7 +20,7 @@ class Shard(NamedTuple):
     patches: Tensor
     """[P, T, M] int32: where on the map each lies, row by row, ascending."""
     concepts: Tensor
-    """[P] int64, places in the source's `concepts`; -1: none."""
+    """[P] int64, places in the source's `concepts`; -1: none, or several."""
     styles: Tensor
     """[P] int64, places in the source's `styles`; -1: none."""
 
@@ -79,9 +79,9 @@ def shard_count(source: Source) -> int:
 def label_places(
     prompts: Sequence[Prompt], concepts: Sequence[str], styles: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """Every prompt's places in `concepts` and `styles`, two of [prompts] int64; -1: none."""
+    """Every prompt's places in `concepts` and `styles`, two of [prompts] int64; -1: none, or several."""
     found = []
-    for names, attribute in ((concepts, "concept"), (styles, "style")):
+    for names, attribute in ((concepts, "label"), (styles, "style")):
         number = {None: -1} | {name: place for place, name in enumerate(names)}
         found.append(torch.tensor([number[getattr(p, attribute)] for p in prompts], dtype=torch.int64))
     return tuple(found)

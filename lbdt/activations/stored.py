@@ -130,7 +130,7 @@ class Stored(Source):
     def _check_prompts(self, path: Path) -> None:
         data = read_bytes(path, MAX_BYTES)
         labels = [
-            (prompt.concept in self.settings["concepts"] or prompt.concept is None)
+            set(prompt.shown) <= set(self.settings["concepts"])
             and (prompt.style in self.settings["styles"] or prompt.style is None)
             for prompt in self.labelled
         ]

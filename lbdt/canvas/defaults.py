@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lbdt import canvas
 from lbdt.activations.prompts import LabelledPrompts, Prompt
-from lbdt.canvas.generate import PictureRequest, empty_requests, object_requests
+from lbdt.canvas.generate import PictureRequest, empty_requests, object_requests, pair_requests
 from lbdt.canvas.scenes import OBJECTS, STYLES
 
 if TYPE_CHECKING:
@@ -60,6 +61,12 @@ def empty_prompts(seeds: Sequence[int], each: int = 1) -> list[Prompt]:
     return [labelled(request) for request in empty_requests(seeds, plain=True, each=each)]
 
 
+def pair_prompts(seeds: Sequence[int]) -> list[Prompt]:
+    """Every object beside another one in every style, and in none, for every seed; both are named."""
+    requests = pair_requests(seeds, plain=True)
+    return [replace(labelled(request), beside=(OBJECTS[request.objects[1]],)) for request in requests]
+
+
 def labelled(request: PictureRequest) -> Prompt:
     """A request as a prompt, whose concept is its first object."""
     concept = OBJECTS[request.objects[0]] if request.objects else None
@@ -68,8 +75,9 @@ def labelled(request: PictureRequest) -> Prompt:
     )
 
 
-def labelled_canvas_prompts(seeds: Sequence[int]) -> LabelledPrompts:
+def labelled_canvas_prompts(seeds: Sequence[int], pairs: bool = False) -> LabelledPrompts:
     """The prompts of `canvas_prompts`, and three empty scenes in every style and in none, with the names of all objects
-    and styles. Without empty scenes an SAE of few latents has none for the ground that objects hide."""
-    prompts = [*canvas_prompts(seeds), *empty_prompts(seeds, each=3)]
+    and styles. Without empty scenes an SAE of few latents has none for the ground that objects hide. With `pairs`, as
+    many of two objects, which the gate counts."""
+    prompts = [*canvas_prompts(seeds), *empty_prompts(seeds, each=3), *(pair_prompts(seeds) if pairs else ())]
     return LabelledPrompts(prompts, tuple(OBJECTS), tuple(STYLES))

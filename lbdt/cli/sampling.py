@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lbdt.activations.sites import Site
 
 _PANEL = "The pipeline"
+CANVAS = ("canvas", "canvas-pairs")
+"""EmojiCanvas's prompts: of one object and none, and of two as well."""
 _MOST = 100_000
 
 Model = Annotated[
@@ -34,7 +36,8 @@ Prompts = Annotated[
     typer.Option(
         "--prompts",
         metavar="FILE",
-        help="A .jsonl or .csv file with prompt and, where known, concept, style, seed; or canvas: EmojiCanvas's.",
+        help="A .jsonl or .csv file with prompt and, where known, concept, style, seed, beside (further concepts); or "
+        "canvas: EmojiCanvas's of one object and none, canvas-pairs: of two as well.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -43,7 +46,7 @@ CanvasSeeds = Annotated[
     typer.Option(
         "--canvas-seeds",
         metavar="FIRST:END",
-        help="Pictures of every prompt of canvas.",
+        help="Pictures of every prompt of canvas, or canvas-pairs.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -100,7 +103,7 @@ class PipelineSampling:
     model: str | None
     """Folder or Hub repository; None: EmojiCanvas."""
     prompts: str
-    """A file, or "canvas"."""
+    """A file, or one of `CANVAS`."""
     canvas_seeds: range
     steps: int
     guidance: float | None
@@ -114,10 +117,10 @@ class PipelineSampling:
 
     def labelled(self) -> LabelledPrompts:
         """The prompts, and the names of their labels."""
-        if self.prompts == "canvas":
+        if self.prompts in CANVAS:
             from lbdt.canvas.defaults import labelled_canvas_prompts
 
-            return labelled_canvas_prompts(self.canvas_seeds)
+            return labelled_canvas_prompts(self.canvas_seeds, pairs=self.prompts == CANVAS[1])
         from lbdt.activations.prompts import LabelledPrompts, read_prompts
 
         return LabelledPrompts.by_use(read_prompts(self.prompts))
@@ -171,9 +174,9 @@ def sampling_of(
     Raises:
         typer.BadParameter: bad usage.
     """
-    if model is not None and prompts == "canvas":
+    if model is not None and prompts in CANVAS:
         raise typer.BadParameter(
-            "the prompts of canvas are EmojiCanvas's: give --prompts FILE with --model",
+            f"the prompts of {prompts} are EmojiCanvas's: give --prompts FILE with --model",
             param_hint="--prompts",
         )
     try:

@@ -103,6 +103,14 @@ def command(
             help="Share of other labels' pictures that may pass the gate; 1: no gate.",
         ),
     ] = 0.005,
+    gate_activations: Annotated[
+        Path | None,
+        typer.Option(
+            "--gate-activations",
+            metavar="DIR",
+            help="Activations that the gate counts, at best of one concept and of several. Default: the others.",
+        ),
+    ] = None,
     heldout: Annotated[
         Path | None,
         typer.Option("--heldout", metavar="DIR", help="Activations on which the detection rate is measured."),
@@ -128,6 +136,10 @@ def command(
 
     The same command continues a run that was killed, and several processes may share one; the files are the same.
     """
+    if gate_activations is not None and picture_false_positive == 1:
+        raise typer.BadParameter(
+            "is for a gate, and --picture-false-positive 1 makes none", param_hint="--gate-activations"
+        )
     if activations is not None and (model is not None or prompts != "canvas"):
         raise typer.BadParameter(
             "give --activations, or --model and --prompts, not both", param_hint="--activations"
@@ -167,6 +179,7 @@ def command(
     if heldout is not None:
         held = Stored(heldout)
         check_fit(held, place, encoder)
+    gate_source = None if gate_activations is None else Stored(gate_activations)
     if activations is not None:
         source: Source = Stored(activations)
     else:
@@ -190,6 +203,7 @@ def command(
         bank_site=replaced,
         selection=select,
         picture_false_positive=None if picture_false_positive == 1 else picture_false_positive,
+        gate_source=gate_source,
         assigned=assigned,
         process=world.rank,
         processes=world.size,
@@ -208,6 +222,7 @@ def command(
         "timesteps": dictionary.timesteps.tolist(),
         "prompts": source.prompts,
         "picture_false_positive": picture_false_positive,
+        "gate_activations": None if gate_activations is None else str(gate_activations),
         "bank": 0 if dictionary.bank is None else dictionary.bank.shape[1],
         by.value: [],
         "heldout": None,

@@ -19,11 +19,11 @@ from lbdt.runs.settings import plain
 
 INFO_FILE = "dictionary.json"
 TENSORS_FILE = "dictionary.safetensors"
-_VERSION = 6
+_VERSION = 7
 _KEYS = ("version", "concepts", "timesteps", "num_latents", "peak", "calibrated", "bank")
 _SINCE = {2: {"fired"}, 3: {"assigned"}, 4: {"gate"}, 5: {"site"}}
-_GATE_KEYS = {"patches", "selection", "false_positive", "over"}
-_GATE_ADDED = {6: {"over": "call"}}
+_GATE_KEYS = {"patches", "selection", "false_positive", "over", "several"}
+_GATE_ADDED = {6: {"over": "call"}, 7: {"several": False}}
 """What the gates of older versions lack, and what they meant."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -95,6 +95,28 @@ def labels(source: Source, by: str) -> tuple[str, ...]:
 def labels_of(shard: Shard, by: str) -> Tensor:
     """[P] int64 on the CPU, places in `labels(source, by)`; -1: none."""
     return (shard.concepts if by == "concepts" else shard.styles).cpu()
+
+
+def shown_in(source: Source, shard: Shard, index: int, names: Sequence[str], by: str) -> Tensor:
+    """bool [P, C] on the CPU: which of `names` each prompt of shard `index` shows, several where it names several."""
+    place = {name: number for number, name in enumerate(names)}
+    if by == "concepts" and source.labelled is not None:
+        first = index * source.prompts_per_shard
+        prompts = source.labelled[first : first + len(shard.concepts)]
+        rows = [
+            (p, place[name]) for p, prompt in enumerate(prompts) for name in prompt.shown if name in place
+        ]
+    else:
+        own = labels(source, by)
+        rows = [
+            (p, place[own[label]])
+            for p, label in enumerate(labels_of(shard, by).tolist())
+            if label >= 0 and own[label] in place
+        ]
+    shown = torch.zeros(len(shard.concepts), len(names), dtype=torch.bool)
+    if rows:
+        shown[tuple(torch.tensor(rows).T)] = True
+    return shown
 
 
 def rows_by_label(shard: Shard, by: str) -> list[tuple[int, Tensor]]:

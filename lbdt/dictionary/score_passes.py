@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lbdt.activations.shuffle import mix
 from lbdt.dictionary.calibration import Calibration
-from lbdt.dictionary.encoding import Encoder, detected, labels_of, rows_by_label, rows_of
+from lbdt.dictionary.encoding import Encoder, detected, rows_by_label, rows_of, shown_in
 from lbdt.dictionary.statistics import ConceptStatistics
 from lbdt.reference.detect_patches import QUARTERS
 
@@ -177,7 +177,8 @@ class BankPass:
 
 class GatePass:
     """`PictureCounts` over the run: pictures by the mean number of patches in which each label is detected, over the
-    timesteps up to each one, in quarters; none of a label without a selection."""
+    timesteps up to each one, in quarters; none of a label without a selection. A picture of several concepts is one of
+    each of them, one without any label is none."""
 
     name = "gate"
 
@@ -186,16 +187,23 @@ class GatePass:
         source: Source,
         site: Site,
         by: str,
+        names: Sequence[str],
         encoder: Encoder,
         selections: Sequence[Selection | None],
         latents: int,
         most: int,
     ) -> None:
         self._source, self._site, self._by, self._encoder = source, site, by, encoder
-        self._selections, self._latents = selections, latents
+        self._names, self._selections, self._latents = names, selections, latents
         # [2, C, T, most + 1]: of pictures with the label, and of others.
         self.counts = torch.zeros(2, len(selections), len(source.timesteps), most + 1, dtype=torch.int64)
         self._sampled = torch.zeros(1, dtype=torch.int64)
+        self._several = torch.zeros(1, dtype=torch.int64)
+
+    @property
+    def several(self) -> bool:
+        """Whether a picture of several concepts was counted."""
+        return bool(self._several)
 
     @property
     def sampled(self) -> bool:
@@ -204,26 +212,29 @@ class GatePass:
 
     def feed(self, index: int) -> None:
         shard = self._source.shard(index, self._site)
-        label = labels_of(shard, self._by)
-        known = label >= 0
+        own = shown_in(self._source, shard, index, self._names, self._by)
+        # One with concepts that the dictionary has not may show any.
+        known = own.any(1)
         most = self.counts.shape[-1]
         self._sampled += int((shard.patches.cpu() != torch.arange(shard.x.shape[2])).any())
-        sums = torch.zeros(len(self._selections), len(label), dtype=torch.int64)
+        self._several += int((own.sum(1) > 1).sum())
+        sums = torch.zeros(len(self._selections), len(own), dtype=torch.int64)
         for bin, code in enumerate(self._encoder.codes(shard.x)):
             for place, selection in enumerate(self._selections):
                 if selection is None:
                     continue
                 sums[place] += detected(code, selection, bin, self._latents).sum(-1)
                 found = (sums[place] * QUARTERS // (bin + 1)).clamp(max=most - 1)  # [P]
-                for group, pictures in enumerate((label == place, known & (label != place))):
+                for group, pictures in enumerate((own[:, place], known & ~own[:, place])):
                     self.counts[group, place, bin] += found[pictures].bincount(minlength=most)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"counts": self.counts, "sampled": self._sampled}
+        return {"counts": self.counts, "sampled": self._sampled, "several": self._several}
 
     def join(self, tensors: Mapping[str, Tensor]) -> None:
         self.counts += tensors["counts"]
         self._sampled += tensors["sampled"]
+        self._several += tensors["several"]
 
 
 def run_pass(

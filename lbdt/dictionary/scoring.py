@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,16 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbdt.activations.sites import Site
-from lbdt.activations.source import require_site, shard_count
+from lbdt.activations.source import shard_count
 from lbdt.dictionary.calibration import Calibration
 from lbdt.dictionary.checks import checked_assignment
 from lbdt.dictionary.concept_dictionary import ConceptDictionary
 from lbdt.dictionary.dictionary_files import INFO_FILE
 from lbdt.dictionary.encoding import Encoder, check_fit, labels, one_thread
 from lbdt.dictionary.picture_counts import MOST_COUNTED, PictureCounts, check_rate
+from lbdt.dictionary.score_checks import (
+    bank_site_of,
+    check_gate_source,
+    check_numbers,
+    check_selection,
+    require_prompts,
+)
 from lbdt.dictionary.score_passes import BankPass, CalibrationPass, GatePass, Pass, StatisticsPass, run_pass
 from lbdt.dictionary.score_state import Finished, ScoreState
-from lbdt.dictionary.selection import check_criteria
 from lbdt.reference.detect_patches import QUARTERS
 from lbdt.runs.digests import marked, sha256
 from lbdt.runs.files import json_bytes, read_json, write_files
@@ -42,7 +47,7 @@ _COUNTED = (*_SUMMED, "candidates", "assigned")
 _USED = {
     StatisticsPass.name: _SUMMED,
     CalibrationPass.name: _COUNTED,
-    GatePass.name: (*_COUNTED, "calibrate", "selection"),
+    GatePass.name: (*_COUNTED, "calibrate", "selection", "gate_source"),
     BankPass.name: (*_COUNTED, "calibrate", "bank", "bank_site", "selection", "seed"),
 }
 """What each pass depends on: an interrupted run may go on with other settings for the passes to come."""
@@ -62,6 +67,7 @@ def score(
     bank_site: Site | None = None,
     selection: Mapping[str, Any] | None = None,
     picture_false_positive: float | None = 0.005,
+    gate_source: Source | None = None,
     assigned: Mapping[str, int] | None = None,
     process: int = 0,
     processes: int = 1,
@@ -91,6 +97,8 @@ def score(
             and in the bank.
         picture_false_positive: share of other labels' pictures, in (0, 1], that may pass the gate at a timestep
             (METHOD.md, 3.6); None, or a single label: no gate.
+        gate_source: labelled activations of the same site and timesteps that the gate counts in place of `source`'s,
+            at best of pictures of one concept and of several (`Prompt.beside`), as are to be erased from.
         assigned: the latent that each label was trained on (`lbdt.training.assignment`); other names are ignored.
         process, processes: this process's number and their count; each calls `score` with the same `folder`, and all
             return the same dictionary.
@@ -105,13 +113,17 @@ def score(
     """
     names = labels(source, by)
     check_fit(source, site, sae)
-    _check(candidates, bank, process, processes, folder, save_every, sae.config.num_latents)
+    check_numbers(candidates, bank, process, processes, folder, save_every, sae.config.num_latents)
     if calibrate and len(names) < 2:
         raise ValueError(
             f"calibration needs patches of other {by}, and there is {names[0]!r} only; add prompts or calibrate=False"
         )
-    place = _bank_site(source, site, bank_site) if bank else None
-    _check_selection(selection or {}, candidates if calibrate else None)
+    if gate_source is not None:
+        if picture_false_positive is None:
+            raise ValueError("gate_source: is for a gate, and picture_false_positive=None makes none")
+        check_gate_source(gate_source, source, site, sae, by, names)
+    place = bank_site_of(source, site, bank_site) if bank else None
+    check_selection(selection or {}, candidates if calibrate else None)
     if picture_false_positive is not None:
         check_rate(picture_false_positive)
     mine = None
@@ -127,7 +139,7 @@ def score(
         )
     work = _Work(
         *(source, site, sae, by, names, candidates, calibrate, bank, place),
-        *(dict(selection or {}), picture_false_positive, mine, seed),
+        *(dict(selection or {}), picture_false_positive, gate_source, mine, seed),
     )
     if folder is None:
         return work.run(None, save_every, 0, 1, progress)
@@ -143,7 +155,7 @@ def _in_folder(
     def state() -> ScoreState:
         finished = functools.partial(_is_finished, folder, settings)
         common = settings | {"processes": processes}
-        parts = {name: {key: common[key] for key in keys} for name, keys in _USED.items()}
+        parts = {name: {key: common[key] for key in keys if key in common} for name, keys in _USED.items()}
         return ScoreState(folder, parts, process, processes, finished)
 
     if _is_finished(folder, settings):
@@ -180,12 +192,17 @@ class _Work:
     bank_site: Site | None
     selection: dict[str, Any]
     picture_false_positive: float | None
+    gate_source: Source | None
     assigned: dict[str, int] | None
     seed: int
 
     def settings(self) -> dict[str, Any]:
         """Everything that the dictionary follows from, JSON-like."""
-        gate = {} if self.picture_false_positive is None else {"gate": self.picture_false_positive}
+        gate: dict[str, Any] = {}
+        if self.picture_false_positive is not None:
+            gate["gate"] = self.picture_false_positive
+        if self.gate_source is not None:
+            gate["gate_source"] = _source_settings(self.gate_source, self.site, None)
         return plain(
             {
                 "version": _VERSION,
@@ -218,7 +235,7 @@ class _Work:
             sums = StatisticsPass(*place, self.names, encoder, latents)
             over(sums, shards)
             dictionary = sums.statistics.build().replaced(assigned=self.assigned, site=str(self.site))
-            _require_prompts(dictionary, self.by)
+            require_prompts(dictionary, self.by)
             if self.calibrate:
                 spacing = "logit" if self.sae.config.activation == "topk_sigmoid" else "log"
                 with one_thread():
@@ -231,9 +248,11 @@ class _Work:
                 with one_thread():
                     chosen = [self._selected(dictionary, name) for name in self.names]
             if gated:
-                patches = self.source.patches(self.site)
-                seen = GatePass(*place, encoder, chosen, latents, min(QUARTERS * patches, MOST_COUNTED))
-                over(seen, shards)
+                counted = self.source if self.gate_source is None else self.gate_source
+                patches = counted.patches(self.site)
+                most = min(QUARTERS * patches, MOST_COUNTED)
+                seen = GatePass(counted, self.site, self.by, self.names, encoder, chosen, latents, most)
+                over(seen, range(shard_count(counted)))
                 if seen.sampled:
                     warnings.warn(
                         "no gate: the activations hold some patches of each map, and it counts those of whole ones; "
@@ -242,7 +261,9 @@ class _Work:
                     )
                 else:
                     gate = PictureCounts(
-                        *seen.counts, patches, self.selection, self.picture_false_positive, over="run"
+                        *(*seen.counts, patches, self.selection, self.picture_false_positive),
+                        over="run",
+                        several=seen.several,
                     )
                     dictionary = dictionary.replaced(gate=gate)
             if self.bank:
@@ -300,61 +321,6 @@ def _refuse_another(folder: Path, settings: dict[str, Any], begun: bool) -> None
     if there is None and not begun and (folder / INFO_FILE).exists():
         raise ValueError(
             f"{folder}: holds a dictionary that this command did not make; choose another folder, or delete it"
-        )
-
-
-def _check(
-    candidates: int, bank: int, process: int, processes: int, folder: Any, save_every: int, latents: int
-) -> None:
-    numbers = {
-        "candidates": (candidates, 1, latents),
-        "bank": (bank, 0, 2**20),
-        "processes": (processes, 1, 2**16),
-        "process": (process, 0, processes - 1),
-        "save_every": (save_every, 1, 2**31),
-    }
-    for name, (value, least, most) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(f"{name}: expected an integer in [{least}, {most}], got {value!r}")
-    if processes > 1 and folder is None:
-        raise ValueError("folder: several processes need one that all of them can read and write")
-
-
-def _check_selection(selection: Mapping[str, Any], candidates: int | None) -> None:
-    """Refuses, as far as can be told without the dictionary, what selects nothing; `candidates` None: no histograms."""
-    known = list(inspect.signature(check_criteria).parameters)
-    unknown = sorted(set(selection) - set(known))
-    if unknown:
-        raise ValueError(f"selection: unknown key {', '.join(unknown)}; expected some of {', '.join(known)}")
-    check_criteria(**selection)
-    if candidates is None:
-        if selection.get("thresholds") == "calibrated":
-            raise ValueError("selection: thresholds 'calibrated' need calibrate=True")
-    elif selection.get("thresholds") != "published" and (selection.get("top_k") or 0) > candidates:
-        raise ValueError(f"selection: top_k {selection['top_k']} needs as many candidates, got {candidates}")
-
-
-def _bank_site(source: Source, site: Site, given: Site | None) -> Site:
-    if given is not None:
-        require_site(source, given)
-        return given
-    wanted = Site(site.hookpoint, "output")
-    if wanted not in source.sites:
-        raise ValueError(
-            f"bank_site: an eraser replaces {wanted} unless told otherwise, and the activations hold "
-            f"{', '.join(map(str, source.sites))} only; collect it too, give bank_site={site} for an eraser of "
-            "target='update', or bank=0"
-        )
-    return wanted
-
-
-def _require_prompts(dictionary: ConceptDictionary, by: str) -> None:
-    without = [
-        name for name, counts in zip(dictionary.concepts, dictionary.counts, strict=True) if not counts.all()
-    ]
-    if without:
-        raise ValueError(
-            f"no prompts of {', '.join(without)} among the activations; collect some, or activations without these {by}"
         )
 
 

@@ -5,7 +5,8 @@ import csv
 import pytest
 
 from lbdt.activations import Prompt, read_prompts
-from lbdt.activations.prompts import prompt_lines
+from lbdt.activations.prompts import LabelledPrompts, prompt_lines
+from lbdt.activations.source import label_places
 
 TEXTS = {
     "line separator": "one\u2028two",
@@ -28,6 +29,45 @@ def test_every_text_comes_back_from_both_kinds_of_files(tmp_path, text):
         rows.writeheader()
         rows.writerows(prompt.to_dict() for prompt in prompts)
     assert read_prompts(tmp_path / "a.csv") == prompts
+
+
+def test_a_picture_of_several_concepts(tmp_path):
+    """It shows them all, and has no single label."""
+    prompts = [Prompt("a cat and a dog", "Cats", None, 0, ("Dogs",)), Prompt("a dog", "Dogs", None, 1)]
+    (tmp_path / "a.jsonl").write_bytes(prompt_lines(prompts))
+    assert b"beside" not in (tmp_path / "a.jsonl").read_bytes().splitlines()[1]
+    assert read_prompts(tmp_path / "a.jsonl") == prompts
+    (tmp_path / "a.csv").write_text("prompt,concept,beside\na cat and a dog,Cats,Dogs\na dog,Dogs,\n")
+    assert read_prompts(tmp_path / "a.csv") == prompts
+    assert [(prompt.shown, prompt.label) for prompt in prompts] == [
+        (("Cats", "Dogs"), None),
+        (("Dogs",), "Dogs"),
+    ]
+    labelled = LabelledPrompts.by_use(prompts)
+    assert labelled.concepts == ("Cats", "Dogs")
+    assert label_places(prompts, labelled.concepts, ())[0].tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('"beside": ["Dogs"]', "beside: expected concepts other than the row's own, each once"),
+        (
+            '"concept": "Cats", "beside": ["Cats"]',
+            "other than the row's own, each once, got Cats beside 'Cats'",
+        ),
+        ('"concept": "Cats", "beside": ["Dogs", "Dogs"]', "each once"),
+        ('"concept": "Cats", "beside": [3]', "beside: expected names of further concepts"),
+        ('"concept": "Cats", "beside": [""]', "beside: expected names of further concepts"),
+        ('"concept": "Cats", "beside": 0', "beside: expected names of further concepts, got 0"),
+        ('"concept": "Cats", "beside": {"Dogs": 1}', "beside: expected names of further concepts"),
+    ],
+    ids=["no-own", "its-own", "twice", "number", "empty", "zero", "object"],
+)
+def test_further_concepts_that_make_no_sense_are_refused_by_their_line(tmp_path, row, message):
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a cat", {row}}}\n')
+    with pytest.raises(ValueError, match=f"a.jsonl, line 1: .*{message}"):
+        read_prompts(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 
 from lbdt import canvas
 from lbdt.canvas import models, scenes, trainers
+from lbdt.canvas.defaults import labelled_canvas_prompts
 from lbdt.canvas.faults import FAULTS, spoiled
 from lbdt.canvas.generate import empty_requests, object_requests, one_hot, pair_requests, shown
 from tests.repeats import repeats
@@ -98,6 +99,10 @@ def test_no_two_requests_share_a_seed():
 
 def test_pairs_are_of_two_objects_and_every_object_stands_on_both_sides():
     cases = pair_requests(range(3), plain=True)
+    prompts = labelled_canvas_prompts(range(3), pairs=True).prompts[-len(cases) :]
+    assert [(p.text, p.shown) for p in prompts] == [
+        (r.prompt, tuple(canvas.OBJECTS[o] for o in r.objects)) for r in cases
+    ]
     left, right = ([case.objects[side] for case in cases] for side in (0, 1))
     assert all(a != b for a, b in zip(left, right, strict=True))
     assert set(left) == set(right) == set(range(20))

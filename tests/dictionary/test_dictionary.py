@@ -95,7 +95,7 @@ def test_without_firing_counts_the_means_order_the_latents(tmp_path):
     # As the first version wrote it.
     assert info.pop("fired") is False
     assert [info.pop(name) for name in ("assigned", "gate", "site")] == [None] * 3
-    assert info["version"] == 6
+    assert info["version"] == 7
     info["version"] = 1
     (tmp_path / "dictionary.json").write_text(json.dumps(info))
     assert ConceptDictionary.from_pretrained(tmp_path).fired is None
@@ -330,7 +330,7 @@ def test_damaged_files(tmp_path):
     make_dictionary().save_pretrained(tmp_path)
     info = json.loads((tmp_path / "dictionary.json").read_text())
     for change, message in (
-        ({"version": 7}, "expected version 1 to 6, got 7"),
+        ({"version": 8}, "expected version 1 to 7, got 8"),
         ({"version": 1}, "missing or unknown: assigned, fired, gate, site"),
         ({"colour": "red"}, "missing or unknown: colour"),
         ({"peak": "high"}, "peak: expected a finite number"),

@@ -59,7 +59,7 @@ def test_files_of_the_version_before_have_none(tmp_path):
     make().save_pretrained(tmp_path)
     path = tmp_path / "dictionary.json"
     info = json.loads(path.read_text())
-    assert (info["version"], info.pop("site")) == (6, str(SITE))
+    assert (info["version"], info.pop("site")) == (7, str(SITE))
     path.write_text(json.dumps(info | {"version": 4}))
     assert ConceptDictionary.from_pretrained(tmp_path).site is None
     path.write_text(json.dumps(info))

@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
+from lbdt.activations import Prompt
+from lbdt.activations.source import label_places
 from lbdt.dictionary import ConceptDictionary
 from lbdt.dictionary.picture_counts import PictureCounts
 from lbdt.dictionary.scoring import score
@@ -13,6 +17,7 @@ from tests.dictionary.activations import (
     CONCEPTS,
     PATCHES,
     SITE,
+    STYLES,
     TIMESTEPS,
     Lazy,
     in_memory,
@@ -100,6 +105,87 @@ def test_score_counts_every_labelled_picture(scored):
                 )
 
 
+class Several(Lazy):
+    """Every fourth prompt shows a second concept, on other patches than its own."""
+
+    def __init__(self, prompts=60):
+        super().__init__(prompts)
+        _, concept, _ = made(0, prompts)
+        self.labelled = tuple(
+            Prompt("text", None if label < 0 else CONCEPTS[label], seed=n, beside=beside(n, label))
+            for n, label in enumerate(concept.tolist())
+        )
+
+    def shard(self, index, site):
+        whole = super().shard(index, site)
+        x, concept = whole.x.clone(), whole.concepts.clone()
+        for n, prompt in enumerate(self.labelled[index * self.prompts_per_shard :][: len(x)]):
+            if prompt.beside:
+                x[n, :, 1, CONCEPTS.index(prompt.beside[0])] += 4
+                concept[n] = -1
+        return whole._replace(x=x, concepts=concept)
+
+    def labels(self):
+        return label_places(self.labelled, CONCEPTS, STYLES)
+
+
+def beside(number, label):
+    return (CONCEPTS[(label + 1) % 3],) if number % 4 == 1 and label >= 0 else ()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_pictures_of_several_concepts_are_counted_for_each_and_in_nothing_else(scored, tmp_path, processes):
+    several, given = Several(), {"picture_false_positive": 0.2, "progress": False}
+    run = partial(score, in_memory(60), SITE, make_sae(), gate_source=several, **given)
+    if processes == 1:
+        dictionary = run()
+    else:
+        with ThreadPoolExecutor(2) as pool:
+            each = [pool.submit(run, folder=tmp_path, process=p, processes=2) for p in (0, 1)]
+        dictionary = each[0].result()
+        assert torch.equal(dictionary.gate.on, each[1].result().gate.on)
+    gate = dictionary.gate
+    assert gate.several and not scored.gate.several
+    assert torch.equal(dictionary.mean, scored.mean) and torch.equal(dictionary.bank, scored.bank)
+    for place, name in enumerate(CONCEPTS):
+        own = [name in prompt.shown for prompt in several.labelled]
+        others = [bool(prompt.shown) and name not in prompt.shown for prompt in several.labelled]
+        assert (gate.on[place].sum(-1) == sum(own)).all() and sum(own) > 20
+        assert (gate.off[place].sum(-1) == sum(others)).all()
+    # A second concept lies on one patch, its own picture's on three.
+    assert gate.on[:, -1].sum() > scored.gate.on[:, -1].sum() and (gate.on[:, -1, 4] > 0).all()
+
+
+class Wrong(Several):
+    def __init__(self, timesteps=TIMESTEPS, without=None):
+        super().__init__()
+        self.timesteps = timesteps
+        self.labelled = tuple(p for p in self.labelled if without not in p.shown)
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "message"),
+    [
+        (
+            Wrong(timesteps=(900, 500, 1)),
+            {},
+            "gate_source: expected the source's timesteps 901, 501, 1, got 900",
+        ),
+        (
+            Wrong(without="Dogs"),
+            {},
+            "gate_source: expected pictures of every one of the concepts, got none of Dogs",
+        ),
+        (Several(), {"picture_false_positive": None}, "gate_source: is for a gate"),
+    ],
+    ids=["timesteps", "concepts", "no-gate"],
+)
+def test_a_source_that_the_gate_cannot_count_is_refused_at_the_door(given, more, message):
+    with pytest.raises(ValueError, match=message):
+        score(in_memory(), SITE, make_sae(), gate_source=given, progress=False, **more)
+    assert not given.asked
+
+
 def test_no_gate_where_none_is_asked_for_or_there_is_nothing_to_tell_apart():
     assert score(in_memory(), SITE, make_sae(), picture_false_positive=None, progress=False).gate is None
     alone = in_memory()
@@ -165,9 +251,27 @@ def test_a_gate_of_an_older_file_counts_a_call(scored, tmp_path):
     path = tmp_path / "dictionary.json"
     info = json.loads(path.read_text())
     info["version"] = 5
-    del info["gate"]["over"]
+    del info["gate"]["over"], info["gate"]["several"]
     path.write_text(json.dumps(info))
     assert ConceptDictionary.from_pretrained(tmp_path).gate.over == "call"
+
+
+@pytest.mark.parametrize("version", [5, 6])
+def test_a_gate_of_an_older_file_counted_pictures_of_one_concept(scored, tmp_path, version):
+    scored.save_pretrained(tmp_path)
+    path = tmp_path / "dictionary.json"
+    info = json.loads(path.read_text())
+    info["version"] = version
+    for name in ("several", "over")[: 7 - version]:
+        del info["gate"][name]
+    path.write_text(json.dumps(info))
+    assert ConceptDictionary.from_pretrained(tmp_path).gate.several is False
+
+
+def test_with_pictures_of_several_concepts_their_own_limit_is_whole():
+    on, off = torch.zeros(1, 1, 20, dtype=torch.int64), torch.zeros(1, 1, 20, dtype=torch.int64)
+    on[..., 13], off[..., 19] = 100, 100
+    assert PictureCounts(on, off, 16, {}, 0.005, "run", several=True).least().item() == 13
 
 
 def test_over_a_run_half_of_what_its_own_pictures_have_is_enough():
@@ -186,7 +290,7 @@ def test_over_a_run_its_own_pictures_come_first_but_at_its_beginning(timesteps, 
     assert gate.least().tolist() == [[4] * late + [1] * (timesteps - late)]
 
 
-GATE = {"patches": 6, "selection": {}, "false_positive": 0.1, "over": "run"}
+GATE = {"patches": 6, "selection": {}, "false_positive": 0.1, "over": "run", "several": False}
 
 
 @pytest.mark.parametrize(
@@ -195,7 +299,7 @@ GATE = {"patches": 6, "selection": {}, "false_positive": 0.1, "over": "run"}
         ([], "gate: expected null or an object"),
         (
             {"patches": 6, "selection": {}},
-            "gate: expected null or an object of false_positive, over, patches, selection",
+            "gate: expected null or an object of false_positive, over, patches, selection, several",
         ),
         ({**GATE, "patches": 0}, "gate patches: expected an integer in"),
         ({**GATE, "selection": {"x": 1}}, "gate selection: unknown key 'x'"),
@@ -203,8 +307,9 @@ GATE = {"patches": 6, "selection": {}, "false_positive": 0.1, "over": "run"}
         ({**GATE, "selection": {"top_k": 0}}, "top_k: expected an integer >= 1"),
         ({**GATE, "false_positive": 0}, "picture_false_positive: expected a share"),
         ({**GATE, "over": "day"}, "gate over: expected one of call, run"),
+        ({**GATE, "several": 1}, "gate several: expected true or false"),
     ],
-    ids=["list", "keys", "patches", "unknown", "selection", "criteria", "rate", "over"],
+    ids=["list", "keys", "patches", "unknown", "selection", "criteria", "rate", "over", "several"],
 )
 def test_bad_files(scored, tmp_path, change, message):
     scored.save_pretrained(tmp_path)

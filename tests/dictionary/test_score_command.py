@@ -90,6 +90,27 @@ def test_json_has_the_figures(folders, tmp_path):
     assert list(values["heldout"]["timesteps"]) == list(map(str, values["timesteps"]))
 
 
+def test_the_gate_counts_activations_of_its_own(folders, tmp_path):
+    """The same prompts, one of them said to show a second concept."""
+    rows = [json.loads(line) for line in (folders / "prompts.jsonl").read_text().splitlines()]
+    rows[0]["beside"] = [
+        next(row["concept"] for row in rows if row["concept"] not in (None, rows[0]["concept"]))
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = lbdt(
+        "collect", "--site", SITE, "--model", folders / "pipe", "--prompts", tmp_path / "pairs.jsonl", *MODEL, "--out",
+        tmp_path / "pairs", "--device", "cpu",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert stored(folders, tmp_path / "plain").exit_code == 0
+    done = stored(folders, tmp_path / "out", "--gate-activations", tmp_path / "pairs", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["gate_activations"] == str(tmp_path / "pairs")
+    plain, other = (ConceptDictionary.from_pretrained(tmp_path / name).gate for name in ("plain", "out"))
+    assert other.several and not plain.several
+    assert int(other.on.sum()) == int(plain.on.sum()) + 3  # timesteps
+
+
 def test_a_pipeline_gives_the_dictionary_of_its_stored_activations(folders, tmp_path):
     assert stored(folders, tmp_path / "stored").exit_code == 0
     done = lbdt(
@@ -160,6 +181,7 @@ def test_held_out_activations_of_another_site_are_refused_before_the_passes(fold
         (("--sae", "/nowhere"), "/nowhere: no such folder"),
         (("--heldout", "/nowhere"), "/nowhere: no settings.json"),
         (("--activations", "/nowhere"), "/nowhere: no settings.json"),
+        (("--gate-activations", "/nowhere"), "/nowhere: no settings.json"),
         (("--device", "cuda:77"), "--device cuda:77: not usable here"),
         (("--top-k", "1", "--percentile", "99"), "give percentile or top_k, not both"),
     ],
@@ -177,5 +199,14 @@ def test_activations_and_a_pipeline_are_not_both_taken(folders, tmp_path):
     assert (
         stored(folders, tmp_path / "out", "--model", folders / "pipe", "--prompts", "x.jsonl").exit_code == 2
     )
+    done = stored(
+        folders,
+        tmp_path / "out",
+        "--gate-activations",
+        folders / "activations",
+        "--picture-false-positive",
+        "1",
+    )
+    assert done.exit_code == 2 and "is for a gate" in done.output
     done = lbdt("score", "--sae", "x", "--site", SITE, "--out", tmp_path, "--model", folders / "pipe")
     assert done.exit_code == 2 and "the prompts of canvas are" in done.output

@@ -112,6 +112,12 @@ def test_the_whole_path_runs(folder):
         pytest.param(
             '{"prompt": "a", "concept": "c", "seed": 1}\n' * 2, {}, "'a' comes twice with seed 1", id="twice"
         ),
+        pytest.param(
+            '{"prompt": "a", "concept": "c", "beside": "d"}',
+            {},
+            "'a' has several concepts .c, d.",
+            id="several",
+        ),
         pytest.param("", {}, "holds no prompts", id="empty"),
         pytest.param(None, {"seeds": (0, 3)}, "none of them in sweep_seeds", id="seed-in-both"),
         pytest.param(None, {"seeds": (-1,)}, "expected some >= 0", id="negative-seed"),

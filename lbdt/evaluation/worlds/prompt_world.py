@@ -125,6 +125,11 @@ def prompt_world(
 def _check_rows(path: str, rows: Sequence[Prompt]) -> None:
     seen: set[tuple[str, int]] = set()
     for row in rows:
+        if row.beside:
+            raise ValueError(
+                f"{path}: {row.text!r} has several concepts ({', '.join(row.shown)}), and pictures are scored by one; "
+                "take it out"
+            )
         if row.concept is None:
             raise ValueError(
                 f"{path}: {row.text!r} has no concept, and pictures are scored by theirs; label every row, or "
