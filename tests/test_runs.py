@@ -1,6 +1,7 @@
 """`lbdt.runs`: digests that files of earlier versions carry, settings that are compared by name, and waiting."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -109,3 +110,19 @@ def test_waiting_says_so_once_and_returns_what_is_found(monkeypatch, capsys):
     assert processes.awaited(lambda: next(answers), "waiting") == 0
     assert capsys.readouterr().err == "waiting\n"
     assert processes.awaited(lambda: "there", "waiting") == "there" and not capsys.readouterr().err
+
+
+def one_fails(tries: int) -> None:
+    try:
+        with processes.joined(lambda: torch.device("cpu"), auto=False) as (world, _):
+            if world.rank == 1:
+                raise ValueError(f"/a/folder: the cause, after {tries} tries")
+            world.wait()
+    finally:
+        time.sleep(2 * world.rank)  # a process may take its time to end after its group is gone
+
+
+def test_of_several_processes_the_one_that_failed_is_heard():
+    """The other one fails as well, as its peer is gone, and often ends before it."""
+    with pytest.raises(RuntimeError, match="^/a/folder: the cause, after 3 tries$"):
+        processes.spawn(2, one_fails, 3)

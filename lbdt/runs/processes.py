@@ -22,6 +22,7 @@ _PATIENCE = datetime.timedelta(days=365)
 _ANY = ("auto", "cuda")
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.2
+_LAST_WORD_SECONDS = 10.0
 _T = TypeVar("_T")
 
 
@@ -152,7 +153,13 @@ def _spawned(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    work(*arguments)
+    try:
+        work(*arguments)
+    except RuntimeError as error:
+        if "/gloo/" in str(error) or isinstance(error, torch.distributed.DistError):
+            # Another process is about to end, and only it knows why: the parent has to hear that first.
+            time.sleep(_LAST_WORD_SECONDS)
+        raise
 
 
 def _end_with(parent: int) -> None:
