@@ -1,9 +1,9 @@
-"""How much of the dictionary a refuted candidate costs, by the order in which latents are read: `python -m
-benchmarks.early_stop`.
+"""How many patches are candidates where a concept is shown and where it is not, and how much of the dictionary it takes
+to refute one, by the order in which latents are read: `python -m benchmarks.early_stop`.
 
 Feature maps come from EmojiCanvas without an eraser; candidates are the patches above a threshold of the shipped
-eraser's concepts. A candidate is refuted once k other latents exceed its value, and the count stops there. The
-dictionary's counts are of other pictures than it is judged on.
+erasers' concepts. A candidate is refuted once k other latents exceed its value, and the count stops there. The
+dictionary's counts are of other pictures than it is judged on. `lbdt bench` draws its measured cases from the shares.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from lbdt.editors import ConceptEraser
 from lbdt.runs.files import write_file
 
 STYLES = ("Photo", "Sketch", "Neon")
+_FURTHER = (0, 5, 10, 15)
+TENTHS = tuple(0.05 + 0.1 * tenth for tenth in range(10))
+"""The middles of ten equal groups of refuted candidates, by how much is read of the dictionary."""
 
 
 def pre_activations(
-    pipe: Any, eraser: ConceptEraser, objects: list[str], steps: int, seed: int
-) -> Iterator[tuple]:
-    """(timestep, h [B * N, L]) of every UNet call on the prompts of these objects in three styles."""
+    pipe: Any, eraser: ConceptEraser, kind: str, objects: list[str], steps: int | None, seed: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(object, timestep, h [B * N, L]) of every UNet call on the prompts of these objects in three styles."""
     block = pipe.unet.get_submodule(eraser.hookpoint.removeprefix("unet."))
     seen: list[Tensor] = []
     handle = block.register_forward_hook(lambda _, given, output: seen.append(output[0] - given[0]))
@@ -37,36 +40,38 @@ def pre_activations(
         for name in objects:
             seen.clear()
             prompts = [canvas.prompt(name, style) for style in STYLES]
-            generator = torch.Generator().manual_seed(seed)
             pipe(
                 prompts,
-                num_inference_steps=steps,
-                guidance_scale=3.0,
-                generator=generator,
+                num_inference_steps=steps or canvas.KINDS[kind].steps,
+                guidance_scale=canvas.KINDS[kind].guidance,
+                generator=torch.Generator().manual_seed(seed),
                 output_type="latent",
             )
             for timestep, x in zip(pipe.scheduler.timesteps, seen, strict=True):
-                yield timestep, eraser.sae.pre_activations(x.flatten(2).transpose(1, 2)).flatten(0, 1)
+                yield name, timestep, eraser.sae.pre_activations(x.flatten(2).transpose(1, 2)).flatten(0, 1)
     finally:
         handle.remove()
 
 
-def candidates(eraser: ConceptEraser, timestep: Tensor, h: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(h [C, L], value [C], owner [C]) of the candidates of each concept."""
-    place = int(eraser.dictionary.nearest_bin(timestep.view(1)))
-    for concept in eraser.concepts:
+def candidates(
+    eraser: ConceptEraser, shown: str, timestep: Tensor, h: Tensor
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """(concept, h [C, L], value [C], owner [C]) of the candidates of the concept that is shown, and of three others."""
+    place, names = int(eraser.dictionary.nearest_bin(timestep.view(1))), eraser.concepts
+    first = names.index(shown)
+    for concept in (names[(first + further) % len(names)] for further in _FURTHER):
         selection = eraser.select(concept)
         limits = eraser.sae.to_pre_activation(selection.thresholds, selection.latents)[place]
         own = h[:, selection.latents]
         value, owner = torch.where(own > limits, own, -torch.inf).max(dim=1)
         found = value > -torch.inf
-        yield h[found], value[found], selection.latents[owner[found]]
+        yield concept, h[found], value[found], selection.latents[owner[found]]
 
 
 @torch.inference_mode()
-def measure(objects: list[str], steps: int) -> dict[str, Any]:
-    """Mean latents read until a refuted candidate is known to be one, by order."""
-    pipe, eraser = canvas.load_pipeline(), canvas.load_eraser()
+def measure(kind: str, objects: list[str], steps: int | None) -> dict[str, Any]:
+    """Shares of candidates and detections, and latents read until a refuted candidate is known to be one, by order."""
+    pipe, eraser = canvas.load_pipeline(), canvas.load_eraser(kind)
     pipe.set_progress_bar_config(disable=True)
     k, total = eraser.sae.rank_k, eraser.sae.config.num_latents
     orders = {
@@ -74,46 +79,69 @@ def measure(objects: list[str], steps: int) -> dict[str, Any]:
         "by mean activation": eraser.dictionary.replaced(fired=None).firing_order(),
         "by firing counts (the shipped dictionary)": eraser.dictionary.firing_order(),
     }
-    read = dict.fromkeys(orders, 0.0)
-    found = refuted = 0
-    for timestep, h in pre_activations(pipe, eraser, objects, steps, seed=2):
-        for rows, value, owner in candidates(eraser, timestep, h):
+    counts = {name: {"patches": 0, "candidates": 0, "detected": 0} for name in ("present", "absent")}
+    read: dict[str, dict[str, list[Tensor]]] = {name: {order: [] for order in orders} for name in counts}
+    for shown, timestep, h in pre_activations(pipe, eraser, kind, objects, steps, seed=2):
+        for concept, rows, value, owner in candidates(eraser, shown, timestep, h):
+            name = "present" if concept == shown else "absent"
             above = (rows > value.unsqueeze(1)).scatter(1, owner.unsqueeze(1), False)
             full = above.sum(dim=1) >= k
-            found, refuted = found + len(rows), refuted + int(full.sum())
-            for name, order in orders.items():
+            for key, count in (
+                ("patches", len(h)),
+                ("candidates", len(rows)),
+                ("detected", int((~full).sum())),
+            ):
+                counts[name][key] += count
+            for order, places in orders.items():
                 # The k-th latent above the value ends the count.
-                at = (above[full][:, order].cumsum(dim=1) >= k).int().argmax(dim=1) + 1
-                read[name] += float(at.sum())
-    return {
-        "benchmark": "early_stop",
-        "objects": objects,
-        "steps": steps,
-        "k": k,
-        "latents": total,
-        "candidates": found,
-        "refuted": refuted,
-        "mean_read": {name: value / max(refuted, 1) for name, value in read.items()},
-    }
+                read[name][order].append((above[full][:, places].cumsum(dim=1) >= k).int().argmax(dim=1) + 1)
+    result: dict[str, Any] = {"kind": kind, "k": k, "latents": total}
+    for name, found in counts.items():
+        depths = {order: torch.cat(parts).double() for order, parts in read[name].items()}
+        own = depths["as the SAE numbers them"]
+        result[name] = found | {
+            "mean_read": {
+                order: float(depth.mean()) if len(depth) else 0.0 for order, depth in depths.items()
+            },
+            "read_tenths": torch.quantile(own, torch.tensor(TENTHS).double()).tolist() if len(own) else [],
+        }
+    return result
+
+
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A Markdown table."""
+    table = [
+        "| kind | concept | candidates, % | detected, % | latents read of a refuted one | in the order of means | of firing "
+        "counts | of |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for name in ("present", "absent"):
+            part = row[name]
+            shares = (100 * part[key] / part["patches"] for key in ("candidates", "detected"))
+            read = " | ".join(f"{mean:.0f}" for mean in part["mean_read"].values())
+            table.append(
+                f"| {row['kind']} | {name} | {' | '.join(f'{share:.1f}' for share in shares)} | {read} | "
+                f"{row['latents']:,} |"
+            )
+    return table
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; writes it with --out."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=20)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--kind", action="append", choices=list(canvas.KINDS), help="default: all")
+    parser.add_argument("--steps", type=int, help="default: the kind's own")
     parser.add_argument("--object", action="append", metavar="NAME", help="default: five objects")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     objects = options.object or ["Cats", "Dogs", "Trees", "Sea", "Human"]
-    result = measure(objects, options.steps) | hardware.describe(torch.device("cpu"))
-    print(
-        f"{result['candidates']} candidates, {result['refuted']} refuted (not among the {result['k']} largest "
-        f"of {result['latents']} latents)\n\n| latents in order | read per refuted candidate | share |\n|---|---|---|"
-    )
-    for name, mean in result["mean_read"].items():
-        print(f"| {name} | {mean:.1f} | {mean / result['latents']:.1%} |")
+    rows = [measure(kind, objects, options.steps) for kind in options.kind or canvas.KINDS]
+    result = {"benchmark": "early_stop", "objects": objects, "steps": options.steps, "kinds": rows}
+    print("\n".join(lines(rows)))
     if options.out:
-        write_file(options.out, (json.dumps(result, indent=1) + "\n").encode())
+        about = hardware.describe(torch.device("cpu"))
+        write_file(options.out, (json.dumps(result | about, indent=1) + "\n").encode())
     return 0
 
 

@@ -14,12 +14,15 @@ from torch import Tensor
 from lbdt import ops, reference, testing
 from lbdt.bench import baselines, shapes
 from lbdt.bench.baselines import compiled
+from lbdt.bench.measured_shares import MEASURED
 from lbdt.bench.shapes import Place, Shape
 from lbdt.donors import MEAN_OF, DonorSource
 from lbdt.ops.record_patches import FIELDS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTSIDE = "none in the first k"
+UNIONS = (34, 137)
+"""Latents that are watched, beside the shape's own few: of about 5 and 20 concepts."""
 PLAIN = "NCHW, random"
 _LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 # One share for these: they differ in how much a patch costs, not in how that grows with the share.
@@ -86,10 +89,15 @@ def specs(
     shares: Sequence[float],
     dtypes: Iterable[str],
     shortened: Iterable[str] = (),
+    measured: Iterable[str] = (),
 ) -> list[Spec]:
-    """All cases of the named ops, shapes, shares and dtypes; of the `shortened` shapes only three shares."""
+    """All cases of the named ops, shapes, shares and dtypes; of the `shortened` shapes only three shares, of the
+    `measured` ones also what detects with the shares of pictures, and with more latents."""
     found = []
     for dtype, name, op in itertools.product(dtypes, names, wanted):
+        if name in shapes.HOST:
+            found += [Spec(op, name, 0.0, "", dtype)] * (op == "hook")
+            continue
         own = [share for share in shares if share in _FEW] if name in shortened else shares
         if op in ("encode_topk", "patch_uniform", "record_patches"):
             found.append(Spec(op, name, None, "", dtype))
@@ -97,6 +105,9 @@ def specs(
         found += [Spec(op, name, share, PLAIN if op == "replace_patches_" else "", dtype) for share in own]
         if op == "detect_patches" and name not in shortened:
             found += [Spec(op, name, share, OUTSIDE, dtype) for share in own if share in (0.1, 1.0)]
+        if op in ("detect_patches", "hook") and name in measured:
+            found += [Spec(op, name, 0.0, f"U {union}", dtype) for union in UNIONS]
+            found += [Spec(op, name, MEASURED[case].candidates, case, dtype) for case in MEASURED]
         if op == "replace_patches_" and _OTHERS_AT in own and name not in shortened:
             found += [Spec(op, name, _OTHERS_AT, variant, dtype) for variant in _OTHERS]
     return found
@@ -104,14 +115,16 @@ def specs(
 
 def build(spec: Spec, device: torch.device | None = None, seed: int = 0) -> TimedCase:
     """The case with its inputs on the device (default: CPU)."""
-    shape = (shapes.SHAPES | shapes.QUICK)[spec.shape]
+    shape = (shapes.SHAPES | shapes.QUICK | shapes.HOST)[spec.shape]
+    if spec.variant.startswith("U "):
+        shape = shape._replace(union=int(spec.variant[2:]))
     return _BUILD[spec.op](spec, shape, Place(device or torch.device("cpu"), DTYPES[spec.dtype], seed))
 
 
 def _detect(spec: Spec, shape: Shape, place: Place) -> TimedCase:
-    inside = spec.variant != OUTSIDE
-    arguments = shapes.detection(shape, spec.share, inside, place)
-    wanted = round(spec.share * shape.patches) if inside else 0
+    inside, measured = spec.variant != OUTSIDE, MEASURED.get(spec.variant)
+    arguments = shapes.detection(shape, spec.share, inside, place, measured)
+    wanted, refuted = _expected(shape, spec)
 
     def check(versions: dict[str, Callable]) -> int:
         masks = {name: version() for name, version in versions.items()}
@@ -127,7 +140,8 @@ def _detect(spec: Spec, shape: Shape, place: Place) -> TimedCase:
         "compiled": partial(compiled(baselines.literal), **arguments),
     }
     backend = ops.explain("detect_patches", **arguments).backend
-    return TimedCase(spec, versions, check, *detection_floor(shape, wanted, place.dtype.itemsize), backend)
+    size = detection_floor(shape, wanted, place.dtype.itemsize, refuted)
+    return TimedCase(spec, versions, check, *size, backend)
 
 
 def _replace(spec: Spec, shape: Shape, place: Place) -> TimedCase:
@@ -278,8 +292,8 @@ def _record(spec: Spec, shape: Shape, place: Place) -> TimedCase:
 def _hook(spec: Spec, shape: Shape, place: Place) -> TimedCase:
     from lbdt.bench.hook import Stand
 
-    stand = Stand(shape, spec.share, place)
-    detected = round(spec.share * shape.patches)
+    stand = Stand(shape, spec.share, place, MEASURED.get(spec.variant))
+    detected, refuted = _expected(shape, spec)
     mask = baselines.literal(**stand.arguments)
     replaced = baselines.grow(mask, shape.height, shape.grid_width, shapes.PADDING)
 
@@ -293,7 +307,7 @@ def _hook(spec: Spec, shape: Shape, place: Place) -> TimedCase:
             _require(torch.equal(where, wanted), spec, f"the masks differ: {name} and the literal one")
         return detected
 
-    read, flops = detection_floor(shape, detected, place.dtype.itemsize)
+    read, flops = detection_floor(shape, detected, place.dtype.itemsize, refuted)
     written, more = replacement_floor(shape, replaced, place.dtype.itemsize, "random", False)
     used = {
         "detect_patches": ops.explain("detect_patches", **stand.arguments),
@@ -319,16 +333,29 @@ def changed(before: Tensor, after: Tensor) -> Tensor:
     return (before != after).flatten(2).any(dim=1)
 
 
-def detection_floor(shape: Shape, counted: int, size: int) -> tuple[int, int]:
-    """Bytes and flops of reading the feature map and the own rows and multiplying them, and, for `counted`
-    patches that must be ranked among all latents, of the whole dictionary; `size` bytes an element."""
+def _expected(shape: Shape, spec: Spec) -> tuple[int, int]:
+    """How many patches are detected, and how many are candidates and refuted."""
+    measured = MEASURED.get(spec.variant)
+    above = round(spec.share * shape.patches)
+    detected = 0 if spec.variant == OUTSIDE else above
+    if measured is not None:
+        detected = round(measured.detected * shape.patches)
+    return detected, above - detected
+
+
+def detection_floor(shape: Shape, counted: int, size: int, refuted: int = 0) -> tuple[int, int]:
+    """Bytes and flops of reading the feature map and the own rows and multiplying them, for `counted` patches that
+    must be ranked among all latents, of the whole dictionary, and for `refuted` ones of k of it; `size` bytes an
+    element."""
     maps = 2 if shape.update else 1
     moved = size * shape.width * (maps * shape.patches + shape.union)
     flops = 2 * shape.patches * shape.union * shape.width
     if counted:
         moved += size * shape.latents * shape.width
         flops += 2 * counted * shape.latents * shape.width
-    return moved, flops
+    elif refuted:
+        moved += size * shape.k * shape.width
+    return moved, flops + 2 * refuted * shape.k * shape.width
 
 
 def replacement_floor(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lbdt import reference
 from lbdt.bench import shapes
 from lbdt.bench.baselines import PublishedHook, compiled, literal
+from lbdt.bench.measured_shares import MeasuredShares
 from lbdt.bench.shapes import Place, Shape
 from lbdt.dictionary import ConceptDictionary
 from lbdt.editors import ConceptEraser
@@ -95,8 +96,10 @@ def eraser(shape: Shape, arguments: dict[str, Any], seed: int, **settings: Any) 
 class Stand:
     """The same block four times: bare, with lbdt's hook, the published one, and the compiled formula."""
 
-    def __init__(self, shape: Shape, share: float, place: Place) -> None:
-        self.arguments = shapes.detection(shape, share, place=place)
+    def __init__(
+        self, shape: Shape, share: float, place: Place, measured: MeasuredShares | None = None
+    ) -> None:
+        self.arguments = shapes.detection(shape, share, place=place, measured=measured)
         self.x: Tensor = self.arguments["x"]
         # Without an update SAE nobody looks at the block's input.
         given = self.x if self.arguments["minus"] is None else self.arguments["minus"]

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lbdt.bench.measured_shares import MeasuredShares
+
 PADDING = 1
 THRESHOLD = 0.25  # on pre-activations
 BANK = 32
@@ -78,6 +80,7 @@ SHAPES = {
         target="update",
     ),
 }
+HOST = {"host": Shape("so small that only the host's time counts", 1, 2, 8, 2, 2, latents=16, k=2, union=2)}
 QUICK = {"quick": Shape("small sizes, for tests", 1, 2, 64, 8, 8, latents=1024, k=8, union=2)}
 SHARES = (0.0, 0.01, 0.1, 0.5, 1.0)
 
@@ -113,19 +116,31 @@ def _placed_encoder(width: int, latents: int, union: int, place: Place) -> tuple
     return place.put(weight), place.put(own)
 
 
-def detection(shape: Shape, share: float, inside: bool = True, place: Place | None = None) -> dict[str, Any]:
+def detection(
+    shape: Shape,
+    share: float,
+    inside: bool = True,
+    place: Place | None = None,
+    measured: MeasuredShares | None = None,
+) -> dict[str, Any]:
     """Arguments of `detect_patches` with exactly `round(share * N)` patches above the threshold.
 
     Where `inside`, these patches' pre-activation is above all others (8, the others are N(0, 1)), so all are
     detected and the count has to read the whole dictionary: the dearest case. Otherwise it is 0.5: above the
-    threshold, but not among the k largest, and the count may stop early.
+    threshold, but not among the k largest, and the count may stop early. With `measured`, its shares of the patches are
+    of either kind, those that are refuted as deep in the dictionary as it says.
     """
     place = place or Place()
     weight, own = _encoder(shape.width, shape.latents, shape.union, place.seed)
     g = torch.Generator().manual_seed(place.seed + 1)
     rows = torch.randn(shape.patches, shape.width, generator=g)
     wanted = torch.full((shape.patches, shape.union), _LOW)
-    wanted[chosen(shape, share, g), 0] = _HIGH if inside else _MIDDLE
+    above = chosen(shape, share if measured is None else measured.candidates, g)
+    wanted[above, 0] = _HIGH if inside else _MIDDLE
+    if measured is not None:
+        refuted = above[round(measured.detected * shape.patches) :]
+        values = measured.values(shape.k, shape.latents)
+        wanted[refuted, 0] = values[torch.arange(len(refuted)) * len(values) // max(len(refuted), 1)]
     # The smallest change of x that gives the own latents these pre-activations.
     rows += (wanted - rows @ weight[own].t()) @ torch.linalg.pinv(weight[own]).t()
     x, minus = feature_map(shape, rows), None

@@ -35,7 +35,8 @@ def command(
         typer.Option(
             "--shape",
             metavar="NAME",
-            help="sd15-b1, sd15-b4, sd15-b8, sdxl-1024, sdxl-turbo or canvas; may be repeated. Default: all.",
+            help="sd15-b1, sd15-b4, sd15-b8, sdxl-1024, sdxl-turbo, canvas or host (so small that only the host's time "
+            "counts); may be repeated. Default: all.",
         ),
     ] = None,
     share: Annotated[
