@@ -42,6 +42,18 @@ class Branches(NamedTuple):
         """How many branches there are, as far as is known."""
         return 1 if self.names is None else len(self.names)
 
+    @property
+    def cond(self) -> int:
+        """The place of the branch that the gate counts for all; -1: each counts for itself."""
+        return -1 if self.names is None or len(self.names) == 1 else _place(self.names, "cond")
+
+    @property
+    def of_the_prompt(self) -> tuple[int, ...]:
+        """The places of the branches that read the prompt, where there are others that can be told from them."""
+        if self.cond < 0:
+            return ()
+        return tuple(place for place, name in enumerate(self.names) if name in OF_THE_PROMPT)
+
 
 @dataclass
 class Now:
@@ -85,6 +97,10 @@ class Now:
         self.timesteps = self.rows = self.mask = self.avoid = self.sums = self.gated = self.grid = None
         self.memory = self.looked = self.looked_input = self.target_input = None
         self.labels = False
+
+
+def _place(names: tuple[str, ...], name: str) -> int:
+    return names.index(name) if name in names else -1
 
 
 class _PerThread(threading.local):
