@@ -163,7 +163,8 @@ class _TargetHook(_Hook):
         raw = feature_maps.tensor_of(output, self.place)
         x = self._feature_map(output, now)
         given = self._input(now.target_input, x)
-        height, width = feature_maps.grid_of(x, now.grid or self.state.cut_grid())
+        around = None if x.dim() == 4 else now.grid or self.state.cut_grid()
+        height, width = feature_maps.grid_of(x, around)
         if self.recorder.rows.device != x.device:
             self.recorder.to(x.device)
         out = self._within_memory(now, partial(self._treated, x, given, height, width, now))
