@@ -222,7 +222,9 @@ def _check(
     if height < 0 or width < 0 or height * width != patches or (grid and grid != (height, width)):
         raise ValueError(f"height, width: expected x's grid, got {height} x {width} for x {list(x.shape)}")
     if max(height, width) > MOST_PATCHES or (height**2 + 2 * width**2) * patches >= 1 << 63:
-        raise ValueError(f"height, width: expected a grid whose squared distances fit, got {height} x {width}")
+        raise ValueError(
+            f"height, width: expected a grid whose squared distances fit, got {height} x {width}"
+        )
     if not 1 <= images <= max(batch, 1) or batch % images:
         raise ValueError(f"images: expected a divisor of the {batch} rows of x, got {images}")
     if padding < 0:

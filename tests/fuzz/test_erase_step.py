@@ -1,4 +1,4 @@
-"""Fuzz targets of erase_step, whose arguments are those of four ops: as in test_ops.py, and past the wrapper's checks."""
+"""Fuzz targets of erase_step, whose arguments are those of four ops: as in test_ops.py, and past the checks."""
 
 import inspect
 
@@ -78,11 +78,9 @@ def case(random):
         "least": None if gate is None else integers(random, bins * concepts, 9).view(bins, concepts),
         "schedule": random.choice((None, timesteps(random, random.randint(1, 4)))),
     }
-    laid = {
-        name: laid_out(random, v) if name in ("x", "minus", "weight") and v is not None else v
-        for name, v in given.items()
-    }
-    given = laid | {
+    for name in ("x", "minus", "weight"):
+        given[name] = None if given[name] is None else laid_out(random, given[name])
+    given |= {
         "k": random.randint(0, latents),
         "images": images,
         "height": height,
