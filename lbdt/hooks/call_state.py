@@ -186,15 +186,12 @@ class CallState:
         if self._only_memory is not None:
             self._only_memory.begin()
 
-    def _memory(self, known_rows: bool) -> RunMemory | None:
-        """What is kept of the run that the denoiser call belongs to."""
-        if not self._concepts:
-            return None
-        if self._is_shared():
+    def _memory(self, shared: bool, call: PipelineCall | None, known_rows: bool) -> RunMemory:
+        """What is kept of the run that the denoiser call belongs to; `shared`: compiled, so that `call` is not known."""
+        if shared:
             memory, announced = self._only_memory, bool(self._announced.name)
             memory.whole_calls = announced
         else:
-            call = pipeline_calls.running()
             memory, announced = self._own_memory(call), call is not None
         if announced and not known_rows:
             # It may call the denoiser several times a step, branch by branch: each counts for itself.
@@ -241,17 +238,19 @@ class CallState:
 
         Raises ValueError where a `layout` that is needed does not fit it.
         """
-        now = self.now()
+        shared, call = self._is_shared(), None
+        now = self._only if shared else self._threads.now
         now.clear()
         now.pipe = self.pipe
-        if self._is_shared():
+        if shared:
             announced = self._announced
         else:
             call = pipeline_calls.running()
-            announced = Announced(self._is_own(call))
             if call is not None:
-                announced = Announced(announced.acting, type(call.pipe).__name__, call.size, call.branches)
-            elif not announced.acting:
+                announced = Announced(self._is_own(call), type(call.pipe).__name__, call.size, call.branches)
+            else:
+                announced = Announced(self._is_own(call))
+            if call is None and not announced.acting:
                 warnings.warn(
                     "lbdt: a denoiser with an attached editor was called from another thread than the one that "
                     "attached, and by no pipeline that the editor is attached to; such calls are left as they are. "
@@ -262,7 +261,8 @@ class CallState:
         now.acting = announced.acting
         if now.acting:
             now.branches = announced.rows(timesteps.shape[0], self.layout)
-            now.memory = self._memory(now.branches.names is not None)
+            if self._concepts:
+                now.memory = self._memory(shared, call, now.branches.names is not None)
             if not torch.compiler.is_compiling():
                 self.begun += 1
         now.timesteps = timesteps

@@ -313,7 +313,8 @@ def test_opcheck(given, backend):
 
 
 def positional(arguments, source=0):
-    """The arguments of `erase_step_or_none`."""
+    """The arguments of `erase_step_or_none`, which is not called unless it serves."""
+    assert serves(arguments["x"], None)
     names = inspect.signature(ops.erase_step).parameters
     return [
         source if name == "source" else arguments.get(name, parameter.default)
