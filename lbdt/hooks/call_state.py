@@ -187,7 +187,7 @@ class CallState:
             self._only_memory.begin()
 
     def _memory(self, shared: bool, call: PipelineCall | None, known_rows: bool) -> RunMemory:
-        """What is kept of the run that the denoiser call belongs to; `shared`: compiled, so that `call` is not known."""
+        """What is kept of the run that the denoiser call belongs to; `shared`: it is compiled, and `call` not known."""
         if shared:
             memory, announced = self._only_memory, bool(self._announced.name)
             memory.whole_calls = announced
