@@ -173,6 +173,7 @@ def inside(cases: int) -> int:
         f"--fuzz-cases={cases}",
         "tests/fuzz/test_ops.py",
         "tests/fuzz/test_internal_ops.py",
+        "tests/fuzz/test_erase_step.py",
     ]
     return int(pytest.main(targets) != 0)
 

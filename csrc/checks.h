@@ -130,6 +130,16 @@ inline torch::stable::Tensor apart(const torch::stable::Tensor& t, const Span& w
   return Span(t).meets(written) ? torch::stable::clone(t) : t;
 }
 
+// A feature map of `batch` images with a grid of `count` patches; `keys`: whether donors are ordered by distance.
+inline void check_grid(int64_t batch, int64_t height, int64_t width, int64_t count, bool keys) {
+  STD_TORCH_CHECK(batch < kMostChannels, "x: expected fewer than 2^31 images, got ", batch);
+  STD_TORCH_CHECK(
+      std::max({height, width, count}) <= kMostPatches, "x: expected at most 2^30 patches, got ", height, " x ", width);
+  STD_TORCH_CHECK(
+      !keys || (static_cast<double>(height) * height + static_cast<double>(width) * width) * count < 0x1p63,
+      "x: expected a grid whose squared distances times patches fit an int64, got ", height, " x ", width);
+}
+
 // The arguments of replace_patches_cpp; `out` is x itself in place, and the others are `apart` from it.
 inline void check_replace_patches(
     const torch::stable::Tensor& x,
@@ -150,12 +160,7 @@ inline void check_replace_patches(
           dtype == ScalarType::BFloat16,
       "x: expected float32, float64, float16 or bfloat16, got ", torch::headeronly::toString(dtype));
   const int64_t batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3), count = patches(x);
-  STD_TORCH_CHECK(batch < kMostChannels, "x: expected fewer than 2^31 images, got ", batch);
-  STD_TORCH_CHECK(
-      std::max({height, width, count}) <= kMostPatches, "x: expected at most 2^30 patches, got ", height, " x ", width);
-  STD_TORCH_CHECK(
-      !keys || (static_cast<double>(height) * height + static_cast<double>(width) * width) * count < 0x1p63,
-      "x: expected a grid whose squared distances times patches fit an int64, got ", height, " x ", width);
+  check_grid(batch, height, width, count, keys);
   STD_TORCH_CHECK(padding >= 0, "padding: expected >= 0, got ", padding);
   const Span where = check("mask", mask, x, ScalarType::Bool, {batch, count});
   const Span numbers = check("u", u, x, ScalarType::Float, {batch, count});

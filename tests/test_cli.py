@@ -154,7 +154,14 @@ def test_concepts_of_a_calibrated_eraser(tmp_path):
 def test_env_names_a_backend_for_every_op():
     values = json.loads(lbdt("env", "--json").stdout)
     assert set(values["ops"]["cpu"]) == {
-        *("detect_patches", "replace_patches_", "encode_topk", "patch_uniform", "record_patches")
+        *(
+            "detect_patches",
+            "replace_patches_",
+            "encode_topk",
+            "patch_uniform",
+            "record_patches",
+            "erase_step",
+        )
     }
     assert values["devices"][-1]["name"] == "cpu" and values["packages"]["torch"]
     assert lbdt("env").stdout.splitlines() == env.lines(env.backends_here())

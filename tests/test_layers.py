@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lbdt"
 LAYERS = (
-    {"_build", "donors", "runs", "testing"},
+    {"_build", "call_rows", "donors", "runs", "testing"},
     {"formats", "kernels", "reference"},
     {"ops", "sae"},
     {"hooks"},

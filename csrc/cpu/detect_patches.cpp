@@ -10,6 +10,8 @@
 // early. Reads x once and, where there is a candidate, the dictionary once. Holds C d floats.
 
 #include "checks.h"
+#include "comparisons.h"
+#include "detection.h"
 #include "feature_map.h"
 #include "gate.h"
 #include "tiles.h"
@@ -25,6 +27,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -34,11 +37,15 @@
 
 namespace {
 
+using lbdt::count_larger;
+using lbdt::DetectCall;
 using lbdt::divide_up;
 using lbdt::FeatureMap;
 using lbdt::Floats;
 using lbdt::floats;
 using lbdt::Gate;
+using lbdt::keep_evidence;
+using lbdt::keep_largest;
 using lbdt::kBlock;
 using lbdt::kernels;
 using lbdt::kGrain;
@@ -52,55 +59,16 @@ using torch::stable::Tensor;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kZeros[kBlock] = {};
 
-// The largest value of each patch above its threshold, so far, and the latent that has it.
-LBDT_CLONES void keep_largest(
-    const float* h, int64_t patches, float floor, int32_t latent, float* largest, int32_t* owner) {
-  for (int64_t i = 0; i < patches; ++i) {
-    const bool larger = h[i] > floor && h[i] > largest[i];
-    largest[i] = larger ? h[i] : largest[i];
-    owner[i] = larger ? latent : owner[i];
-  }
-}
-
-LBDT_CLONES void keep_evidence(const float* h, int64_t patches, float floor, uint8_t* evidence) {
-  for (int64_t i = 0; i < patches; ++i) evidence[i] |= h[i] > floor;
-}
-
-// The owner is left out by index, not by value: its two computations may round differently.
-LBDT_CLONES void count_larger(
-    const float* h,
-    int64_t rows,
-    int64_t patches,
-    int32_t first,
-    const float* value,
-    const int32_t* owner,
-    int32_t* count) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < patches; ++i)
-      count[i] += (h[r * patches + i] > value[i]) & (owner[i] != first + static_cast<int32_t>(r));
-}
-
-struct Call {
-  const Tensor& weight;
-  const float* bias;
-  const int64_t* latents;
-  const float* thresholds;
-  const int64_t* bins;
-  const uint8_t* enabled;
-  int64_t union_size, k;
-  bool* mask;
-  std::optional<Gate> gate;
-};
-
 template <typename T>
 class Detection {
  public:
-  Detection(const Call& call, const FeatureMap<T>& x)
+  Detection(const DetectCall& call, const FeatureMap<T>& x)
       : call_(call),
         x_(x),
         largest_(x.images * x.patches, -kInf),
         owner_(x.images * x.patches),
-        evidence_(call.gate ? call.gate->concepts * x.images * x.patches : 0) {}
+        evidence_(call.gate ? call.gate->concepts * x.images * x.patches : 0),
+        odd_(call.not_finite ? x.images * x.patches : 0, 1) {}
 
   void run() {
     find_largest();
@@ -111,6 +79,7 @@ class Detection {
     }
     if (call_.k > 0) rank(alive);
     if (call_.gate) call_.gate->close(call_.mask, evidence_.data(), call_.bins, x_.images, x_.patches);
+    if (call_.not_finite) count_not_finite();
   }
 
  private:
@@ -118,21 +87,26 @@ class Detection {
     Floats weight;             // [U, d]
     std::vector<float> bias;   // [U]
     std::vector<float> floor;  // [B, U], +inf where a latent does not count
+    std::vector<int64_t> end;  // [B], the latents that need be looked at: none behind it counts
   };
 
   Watched watch() const {
     const int64_t count = call_.union_size, width = x_.width;
-    Watched own{floats(count * width), {}, {}};
+    Watched own{floats(count * width), {}, {}, {}};
     for (int64_t u = 0; u < count; ++u) {
       float* to = own.weight.get() + u * width;
       const Rows row = lbdt::dictionary_rows<T>(call_.weight, call_.latents[u], 1, to);
       if (row.data != to) std::copy_n(row.data, width, to);
       own.bias.push_back(call_.bias[call_.latents[u]]);
     }
-    for (int64_t b = 0; b < x_.images; ++b)
-      for (int64_t u = 0; u < count; ++u)
+    for (int64_t b = 0; b < x_.images; ++b) {
+      own.end.push_back(std::min<int64_t>(count, call_.not_finite != nullptr));  // the first tells odd patches
+      for (int64_t u = 0; u < count; ++u) {
         own.floor.push_back(
             call_.enabled[b * count + u] ? call_.thresholds[call_.bins[b] * count + u] : kInf);
+        if (own.floor.back() < kInf) own.end[b] = u + 1;
+      }
+    }
     return own;
   }
 
@@ -149,6 +123,7 @@ class Detection {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t image = task / tasks, start = task % tasks * size;
         const int64_t count = std::min(size, x_.patches - start);
+        if (own.end[image] == 0) continue;
         if (x_.in_rows()) {
           largest_in_rows(own, turned.get(), lanes, image, start, count, room.get(), h.get());
         } else {
@@ -165,10 +140,11 @@ class Detection {
     const Rows panel = x_.columns(image, start, count, lanes, room);
     float* largest = largest_.data() + image * x_.patches + start;
     int32_t* owner = owner_.data() + image * x_.patches + start;
-    for (int64_t u = 0; u < call_.union_size; u += kBlock) {
-      const int64_t some = std::min(kBlock, call_.union_size - u);
+    for (int64_t u = 0; u < own.end[image]; u += kBlock) {
+      const int64_t some = std::min(kBlock, own.end[image] - u);
       const Rows rows{own.weight.get() + u * x_.width, x_.width};
       product(rows, own.bias.data() + u, some, panel.data, panel.step, x_.width, h, lanes);
+      if (u == 0) keep_odd(h, 1, image * x_.patches + start, count);
       for (int64_t r = 0; r < some; ++r) {
         const float floor = own.floor[image * call_.union_size + u + r];
         keep_largest(
@@ -189,10 +165,12 @@ class Detection {
       float* room,
       float* h) {
     const Rows rows = x_.rows(image, start, count, room);
-    for (int64_t u = 0; u < call_.union_size; u += most) {
+    for (int64_t u = 0; u < own.end[image]; u += most) {
+      // As many as were turned side by side, for the sake of the panel's step.
       const int64_t some = std::min(most, call_.union_size - u);
       const int64_t lanes = divide_up(some, kernels().lanes) * kernels().lanes;
       product(rows, kZeros, count, turned + u * x_.width, lanes, x_.width, h, lanes);
+      if (u == 0) keep_odd(h, lanes, image * x_.patches + start, count);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t r = 0; r < some; ++r) {
           const int64_t patch = image * x_.patches + start + i;
@@ -204,6 +182,22 @@ class Detection {
             owner_[patch] = static_cast<int32_t>(call_.latents[u + r]);
           }
         }
+    }
+  }
+
+  // Keeps which patches have a pre-activation, `step` apart, that is not finite: a NaN or infinity among the channels
+  // never leaves the sum.
+  void keep_odd(const float* h, int64_t step, int64_t patch, int64_t count) {
+    if (!call_.not_finite) return;
+    for (int64_t i = 0; i < count; ++i) odd_[patch + i] = !std::isfinite(h[i * step]);
+  }
+
+  // Sums of finite values may overflow, so odd patches are read again.
+  void count_not_finite() const {
+    for (int64_t b = 0; b < x_.images; ++b) {
+      call_.not_finite[b] = 0;
+      for (int64_t p = 0; p < x_.patches; ++p)
+        call_.not_finite[b] += odd_[b * x_.patches + p] && !x_.is_finite(b, p);
     }
   }
 
@@ -296,18 +290,32 @@ class Detection {
     });
   }
 
-  const Call& call_;
+  const DetectCall& call_;
   const FeatureMap<T>& x_;
   std::vector<float> largest_;  // [B * N], -inf where no watched latent is above its threshold
   std::vector<int32_t> owner_;
   std::vector<uint8_t> evidence_;  // [C, B * N]; empty without a gate
+  std::vector<uint8_t> odd_;       // [B * N], whether a patch may hold a NaN or infinity; empty where not asked for
 };
 
 template <typename T>
-void detect(const Tensor& x, const std::optional<Tensor>& minus, const Call& call) {
+void detect_in(const Tensor& x, const std::optional<Tensor>& minus, const DetectCall& call) {
   const FeatureMap<T> map(x, minus);
   Detection<T>(call, map).run();
 }
+
+}  // namespace
+
+void lbdt::detect(const Tensor& x, const std::optional<Tensor>& minus, const DetectCall& call) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return detect_in<float>(x, minus, call);
+    case ScalarType::Half: return detect_in<torch::headeronly::Half>(x, minus, call);
+    case ScalarType::BFloat16: return detect_in<torch::headeronly::BFloat16>(x, minus, call);
+    default: STD_TORCH_CHECK(false, "x: expected float32, float16 or bfloat16");
+  }
+}
+
+namespace {
 
 void detect_patches_cpp(
     const Tensor x,             // [B, d, H, W] or [B, d, N], any strides
@@ -360,7 +368,7 @@ void detect_patches_cpp(
     if (gate) gate->close(static_cast<bool*>(mask.mutable_data_ptr()), nullptr, bin, batch, lbdt::patches(x));
     return;
   }
-  const Call call{
+  const DetectCall call{
       weight,
       static_cast<const float*>(bias.const_data_ptr()),
       static_cast<const int64_t*>(latents.const_data_ptr()),
@@ -371,12 +379,7 @@ void detect_patches_cpp(
       k,
       static_cast<bool*>(mask.mutable_data_ptr()),
       gate};
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return detect<float>(x, minus, call);
-    case ScalarType::Half: return detect<torch::headeronly::Half>(x, minus, call);
-    case ScalarType::BFloat16: return detect<torch::headeronly::BFloat16>(x, minus, call);
-    default: STD_TORCH_CHECK(false, "x: expected float32, float16 or bfloat16");
-  }
+  lbdt::detect(x, minus, call);
 }
 
 }  // namespace

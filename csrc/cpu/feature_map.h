@@ -12,6 +12,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -99,6 +100,17 @@ class FeatureMap {
   }
 
   int64_t images, width, patches;  // B, d, N
+
+  // Whether all of a patch is, in x and in minus.
+  bool is_finite(int64_t image, int64_t patch) const {
+    const auto all = [&](const Map& map) {
+      const T* from = map.find(image, patch);
+      for (int64_t c = 0; c < width; ++c)
+        if (!std::isfinite(static_cast<float>(from[c * map.channel]))) return false;
+      return true;
+    };
+    return all(x_) && (!minus_.data || all(minus_));
+  }
 
   // A patch is one run of memory, and patches are not: they are read fastest as rows.
   bool in_rows() const { return x_.channel == 1 && x_.step != 1; }

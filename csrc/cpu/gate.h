@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -80,17 +81,19 @@ struct Gate {
   // Takes from `mask` [B, N] the patches that are evidence for no concept that their deciding row carries. `evidence`
   // [C, B * N]: whether a patch is evidence for a concept, where the mask is set; `bin` [B].
   void close(bool* mask, const uint8_t* evidence, const int64_t* bin, int64_t batch, int64_t patches) const {
-    std::vector<uint8_t> kept(patches), carries(concepts);
+    std::vector<uint8_t> kept(patches), carries(concepts), any(batch);
     std::vector<int64_t> counts(batch * concepts);
-    for (int64_t b = 0; b < batch; ++b)
-      for (int64_t c = 0; c < concepts; ++c) {
+    for (int64_t b = 0; b < batch; ++b) {
+      any[b] = patches > 0 && std::memchr(mask + b * patches, true, patches) != nullptr;
+      // Most rows of most calls have nothing to be counted.
+      for (int64_t c = 0; any[b] && c < concepts; ++c) {
         const uint8_t* own = evidence + (c * batch + b) * patches;
         int64_t& count = counts[b * concepts + c];
         for (int64_t p = 0; p < patches; ++p) count += mask[b * patches + p] && own[p];
       }
+    }
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t row = deciding ? deciding[b] : b;
-      std::fill(kept.begin(), kept.end(), 0);
       int64_t* sums = so_far ? so_far + b * (concepts + 1) : nullptr;
       if (sums) sums[concepts] = std::min(sums[concepts], kFound) + 1;
       for (int64_t c = 0; c < concepts; ++c) {
@@ -98,6 +101,9 @@ struct Gate {
         carries[c] = sums ? carried(sums[c], count, sums[concepts], needed, patches)
                           : needed <= 1 || scaled(count, patches) >= needed;
       }
+      if (gated) gated[b] = 0;
+      if (!any[b]) continue;
+      std::fill(kept.begin(), kept.end(), 0);
       for (int64_t c = 0; c < concepts; ++c)
         if (carries[c])
           for (int64_t p = 0; p < patches; ++p) kept[p] |= evidence[(c * batch + b) * patches + p];

@@ -4,31 +4,20 @@
 
 #include "checks.h"
 #include "patch_uniform.h"
+#include "timesteps.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <vector>
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 1 << 12;  // numbers drawn per task
-
-template <typename T, typename Wide>
-void read_timesteps(const Tensor& timesteps, std::vector<uint32_t>& words) {
-  const T* from = static_cast<const T*>(timesteps.const_data_ptr());
-  for (size_t i = 0; i < words.size(); ++i)
-    words[i] = lbdt::timestep_word(static_cast<Wide>(from[static_cast<int64_t>(i) * timesteps.stride(0)]));
-}
 
 void patch_uniform_cpp(
     const Tensor seeds,      // [B] int64, any stride, as the next two
@@ -38,15 +27,8 @@ void patch_uniform_cpp(
   lbdt::check_patch_uniform(seeds, timesteps, halves, out);
   const int64_t batch = out.size(0), patches = out.size(1);
   std::vector<uint32_t> times(batch);
-  switch (timesteps.scalar_type()) {
-    case ScalarType::Long: read_timesteps<int64_t, int64_t>(timesteps, times); break;
-    case ScalarType::Int: read_timesteps<int32_t, int64_t>(timesteps, times); break;
-    case ScalarType::Float: read_timesteps<float, double>(timesteps, times); break;
-    case ScalarType::Double: read_timesteps<double, double>(timesteps, times); break;
-    case ScalarType::Half: read_timesteps<torch::headeronly::Half, double>(timesteps, times); break;
-    case ScalarType::BFloat16: read_timesteps<torch::headeronly::BFloat16, double>(timesteps, times); break;
-    default: STD_TORCH_CHECK(false, "timesteps: expected int64, int32 or a floating point dtype");
-  }
+  lbdt::each_timestep(
+      "timesteps", timesteps, [&](int64_t row, auto value) { times[row] = lbdt::timestep_word(value); });
   const int64_t* seed = static_cast<const int64_t*>(seeds.const_data_ptr());
   const int64_t* half = static_cast<const int64_t*>(halves.const_data_ptr());
   const int64_t seed_step = seeds.stride(0), half_step = halves.stride(0);

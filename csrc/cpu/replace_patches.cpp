@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "replace_patches.h"
+#include "replacement.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
@@ -26,6 +27,7 @@
 namespace {
 
 using lbdt::Grid;
+using lbdt::ReplaceCall;
 using lbdt::Strides;
 using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
@@ -64,14 +66,20 @@ struct Plan {
   }
 };
 
-struct Call {
-  const Tensor& x;
-  const Tensor& out;  // x itself in place
-  Strides in, to;
-  Grid grid;
-  int64_t channels, bank_rows;
-  const std::optional<Tensor>& bank;
-  bool in_place;
+struct Call : ReplaceCall {
+  explicit Call(const ReplaceCall& call) : ReplaceCall(call), channels(x.size(1)), in(strides(x)) {}
+
+  Strides strides(const Tensor& t) const {
+    if (t.dim() == 4) return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+    return {t.stride(0), t.stride(1), grid.width * t.stride(2), t.stride(2)};
+  }
+  // The first element of an image's rows of the bank.
+  int64_t bank_at(int64_t image) const { return (bank_of ? bank_of[image] : image) * bank_rows * channels; }
+
+  int64_t channels;
+  Strides in, to{};
+  void* out = nullptr;  // x's own memory in place
+  bool in_place = false;
 };
 
 template <typename Bit>
@@ -115,23 +123,18 @@ void find_nearest(const Call& call, const Image& image, int patch, int64_t targe
       plan.from[i][target] = call.in.at(static_cast<int>(best[i] % call.grid.patches()), call.grid);
 }
 
-Plan make_plan(
-    const Call& call,
-    const uint8_t* mask,
-    const float* u,
-    const uint8_t* avoid,
-    int padding,
-    int source,
-    bool* replaced) {
+Plan make_plan(const Call& call) {
   const Grid grid = call.grid;
+  const int source = call.source;
+  const int padding = static_cast<int>(std::min<int64_t>(call.padding, std::max(grid.height, grid.width)));
   const int64_t batch = call.x.size(0), patches = grid.patches();
   Plan plan;
   plan.images.resize(batch);
   // Small grids are not worth waking another thread.
   parallel_for(0, batch, kGrain / patches + 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const uint8_t* own = avoid == nullptr ? nullptr : avoid + b * patches;
-      plan.images[b] = dilate(mask + b * patches, own, grid, padding);
+      const uint8_t* own = call.avoid == nullptr ? nullptr : call.avoid + b * patches;
+      plan.images[b] = dilate(call.mask + b * patches, own, grid, padding);
     }
   });
   const int most = source == lbdt::kMean ? lbdt::kMeanOf : 1;
@@ -142,24 +145,22 @@ Plan make_plan(
     const bool served = image.free > 0 || call.bank_rows > 0;
     for (int p = 0; p < patches; ++p) {
       const bool taken = served && lbdt::get_bit(image.masked.data(), p);
-      replaced[b * patches + p] = taken;
+      call.replaced[b * patches + p] = taken;
       if (taken) plan.targets.push_back({static_cast<int>(b), p});
     }
     image.last = static_cast<int64_t>(plan.targets.size());
   }
   const int64_t count = static_cast<int64_t>(plan.targets.size());
-  plan.to.resize(count);
   for (int i = 0; i < most; ++i) plan.from[i].resize(count);
   parallel_for(0, count, 256, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const auto [b, p] = plan.targets[i];
       const Image& image = plan.images[b];
-      const float number = u[b * patches + p];
-      plan.to[i] = call.to.at(p, grid);
+      const auto number = [&, row = b, patch = p] { return call.numbers.at(row, patch, patches); };
       if (image.free == 0) {
-        plan.from[0][i] = lbdt::pick(number, static_cast<int>(call.bank_rows)) * call.channels;
+        plan.from[0][i] = lbdt::pick(number(), static_cast<int>(call.bank_rows)) * call.channels;
       } else if (source == lbdt::kRandom) {
-        const int rank = lbdt::pick(number, image.free);
+        const int rank = lbdt::pick(number(), image.free);
         plan.from[0][i] =
             call.in.at(lbdt::select_free(image.closed(), image.before.data(), grid.words(), rank), grid);
       } else if (source == lbdt::kMean) {
@@ -213,8 +214,8 @@ void copy_plane(const T* from, Strides in, T* to, Strides out, Grid grid) {
 template <typename T>
 void write_planes(const Call& call, const Plan& plan) {
   const T* x = static_cast<const T*>(call.x.const_data_ptr());
-  const T* bank = call.bank ? static_cast<const T*>(call.bank->const_data_ptr()) : nullptr;
-  T* out = static_cast<T*>(call.out.mutable_data_ptr());
+  const T* bank = static_cast<const T*>(call.bank);
+  T* out = static_cast<T*>(call.out);
   const int64_t planes = call.x.size(0) * call.channels;
   const int64_t moved = call.in_place ? static_cast<int64_t>(plan.targets.size()) / call.x.size(0)
                                       : static_cast<int64_t>(call.grid.patches());
@@ -225,7 +226,7 @@ void write_planes(const Call& call, const Plan& plan) {
       T* to = out + b * call.to.image + c * call.to.channel;
       const T* from = x + b * call.in.image + c * call.in.channel;
       if (!call.in_place) copy_plane(from, call.in, to, call.to, call.grid);
-      if (image.donors == 0 && bank) from = bank + b * call.bank_rows * call.channels + c;
+      if (image.donors == 0 && bank) from = bank + call.bank_at(b) + c;
       with_donors(image.donors, [&](auto donors) {
         const int64_t* offset[donors];
         for (int k = 0; k < donors; ++k) offset[k] = plan.from[k].data();
@@ -245,14 +246,14 @@ void write_planes(const Call& call, const Plan& plan) {
 template <typename T>
 void write_rows(const Call& call, const Plan& plan) {
   const T* x = static_cast<const T*>(call.x.const_data_ptr());
-  const T* bank = call.bank ? static_cast<const T*>(call.bank->const_data_ptr()) : nullptr;
-  T* out = static_cast<T*>(call.out.mutable_data_ptr());
+  const T* bank = static_cast<const T*>(call.bank);
+  T* out = static_cast<T*>(call.out);
   const int64_t channels = call.channels, bytes = channels * static_cast<int64_t>(sizeof(T));
   auto replace = [&](int64_t i) {
     const int b = plan.targets[i].image;
     const Image& image = plan.images[b];
     T* to = out + b * call.to.image + plan.to[i];
-    const T* base = image.donors == 0 ? bank + b * call.bank_rows * channels : x + b * call.in.image;
+    const T* base = image.donors == 0 ? bank + call.bank_at(b) : x + b * call.in.image;
     with_donors(image.donors, [&](auto donors) {
       if constexpr (donors == 1) {
         std::memmove(to, base + plan.from[0][i], bytes);
@@ -288,9 +289,35 @@ void write_rows(const Call& call, const Plan& plan) {
   });
 }
 
-Strides strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
+}  // namespace
 
-void replace(
+void lbdt::replace(const ReplaceCall& arguments, bool in_place, const Output& output) {
+  if (arguments.x.numel() == 0) return;
+  Call call(arguments);
+  Plan plan = make_plan(call);
+  const std::optional<Tensor> out = output(static_cast<int64_t>(plan.targets.size()));
+  if (!out) return;
+  call.to = call.strides(*out);
+  call.out = out->mutable_data_ptr();
+  call.in_place = in_place;
+  for (const Target& target : plan.targets) plan.to.push_back(call.to.at(target.patch, call.grid));
+  const bool rows = call.in.channel == 1 && call.to.channel == 1;
+  auto write = [&](auto element) {
+    using T = decltype(element);
+    return rows ? write_rows<T>(call, plan) : write_planes<T>(call, plan);
+  };
+  switch (call.x.scalar_type()) {
+    case ScalarType::Float: return write(float{});
+    case ScalarType::Double: return write(double{});
+    case ScalarType::Half: return write(torch::headeronly::Half{});
+    case ScalarType::BFloat16: return write(torch::headeronly::BFloat16{});
+    default: STD_TORCH_CHECK(false, "x: expected float32, float64, float16 or bfloat16");
+  }
+}
+
+namespace {
+
+void run(
     const Tensor x,              // [B, d, H, W], any strides
     const Tensor mask,           // [B, N] bool, contiguous
     const Tensor u,              // [B, N] float32, contiguous
@@ -303,36 +330,25 @@ void replace(
     bool in_place) {
   STD_TORCH_CHECK(source >= lbdt::kRandom && source <= lbdt::kRow, "source: expected 0 to 3, got ", source);
   lbdt::check_replace_patches(x, mask, u, bank, avoid, padding, source != lbdt::kRandom, out, replaced, in_place);
-  if (x.numel() == 0) return;
-  const int64_t height = x.size(2), width = x.size(3);
-  const Grid grid{static_cast<int>(height), static_cast<int>(width)};
-  const Call call{x, out, strides(x), strides(out), grid, x.size(1), bank ? bank->size(1) : 0, bank, in_place};
-  const Plan plan = make_plan(
-      call,
+  const ReplaceCall call{
+      x,
+      Grid{static_cast<int>(x.size(2)), static_cast<int>(x.size(3))},
       static_cast<const uint8_t*>(mask.const_data_ptr()),
-      static_cast<const float*>(u.const_data_ptr()),
+      {static_cast<const float*>(u.const_data_ptr())},
+      bank ? bank->const_data_ptr() : nullptr,
+      bank ? bank->size(1) : 0,
+      nullptr,
       avoid ? static_cast<const uint8_t*>(avoid->const_data_ptr()) : nullptr,
-      static_cast<int>(std::min(padding, std::max(height, width))),
+      padding,
       static_cast<int>(source),
-      static_cast<bool*>(replaced.mutable_data_ptr()));
-  const bool rows = call.in.channel == 1 && call.to.channel == 1;
-  auto write = [&](auto element) {
-    using T = decltype(element);
-    return rows ? write_rows<T>(call, plan) : write_planes<T>(call, plan);
-  };
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return write(float{});
-    case ScalarType::Double: return write(double{});
-    case ScalarType::Half: return write(torch::headeronly::Half{});
-    case ScalarType::BFloat16: return write(torch::headeronly::BFloat16{});
-    default: STD_TORCH_CHECK(false, "x: expected float32, float64, float16 or bfloat16");
-  }
+      static_cast<bool*>(replaced.mutable_data_ptr())};
+  lbdt::replace(call, in_place, [&](int64_t) { return out; });
 }
 
 void replace_patches_cpp(
     const Tensor x, const Tensor mask, const Tensor u, std::optional<Tensor> bank, std::optional<Tensor> avoid,
     int64_t padding, int64_t source, Tensor out, Tensor replaced) {
-  replace(x, mask, u, bank, avoid, padding, source, out, replaced, false);
+  run(x, mask, u, bank, avoid, padding, source, out, replaced, false);
 }
 
 void replace_patches_cpp_(
@@ -341,7 +357,7 @@ void replace_patches_cpp_(
   const lbdt::Span written(x);
   if (bank) bank = lbdt::apart(*bank, written);
   if (avoid) avoid = lbdt::apart(*avoid, written);
-  replace(
+  run(
       x, lbdt::apart(mask, written), lbdt::apart(u, written), bank, avoid, padding, source, x, replaced, true);
 }
 

@@ -110,6 +110,7 @@ def _ops(device: str) -> dict[str, Any]:
             u,
             one,
         ),
+        "erase_step": (x,),
     }
     answer = {}
     for op, given in arguments.items():

@@ -163,18 +163,25 @@ class _TargetHook(_Hook):
         raw = feature_maps.tensor_of(output, self.place)
         x = self._feature_map(output, now)
         given = self._input(now.target_input, x)
-        height, width = feature_maps.grid_of(x, now.grid or self.state.cut_grid())
-        edited = self._within_memory(now, partial(self._edited, x, given, height, width, now))
-        if edited is None:
+        around = None if x.dim() == 4 else now.grid or self.state.cut_grid()
+        height, width = feature_maps.grid_of(x, around)
+        if self.recorder.rows.device != x.device:
+            self.recorder.to(x.device)
+        out = self._within_memory(now, partial(self._treated, x, given, height, width, now))
+        if out is None:
             return output
-        out, mask, changed = edited
-        if self.recorder.rows.device != mask.device:
-            self.recorder.to(mask.device)
-        rows = self.plan.rows(now)
-        self.recorder.add(rows.timesteps, mask, changed, now.sums, height, width, rows.halves, now.gated)
         # Nothing of the call may be kept alive, nor met by the next one.
         now.clear()
+        if out is x:
+            return output
         return feature_maps.with_tensor(output, feature_maps.from_patches(out, raw), self.place)
+
+    def _treated(self, x: Tensor, given: Tensor | None, height: int, width: int, now: Now) -> Tensor:
+        """The new `x`, of which is recorded what was done; `x` itself where that is known to be nothing."""
+        out, mask, changed = self._edited(x, given, height, width, now)
+        rows = self.plan.rows(now)
+        self.recorder.add(rows.timesteps, mask, changed, now.sums, height, width, rows.halves, now.gated)
+        return out
 
     def _edited(
         self, x: Tensor, given: Tensor | None, height: int, width: int, now: Now
@@ -191,6 +198,13 @@ class EraseHook(_TargetHook):
         needs_input = on_update or (detects and plan.options.on_update)
         super().__init__(plan, state, recorder, needs_input)
         self.detects, self.on_update = detects, on_update
+
+    def _treated(self, x: Tensor, given: Tensor | None, height: int, width: int, now: Now) -> Tensor:
+        if not (self.detects and self.plan.serves(x)):
+            return super()._treated(x, given, height, width, now)
+        minus = given if self.plan.options.on_update else None
+        out = self.plan.step(x, minus, height, width, now, self.recorder)
+        return x if out is None else out
 
     def _edited(
         self, x: Tensor, given: Tensor | None, height: int, width: int, now: Now

@@ -42,6 +42,18 @@ class Branches(NamedTuple):
         """How many branches there are, as far as is known."""
         return 1 if self.names is None else len(self.names)
 
+    @property
+    def cond(self) -> int:
+        """The place of the branch that the gate counts for all; -1: each counts for itself."""
+        return -1 if self.names is None or len(self.names) == 1 else _place(self.names, "cond")
+
+    @property
+    def of_the_prompt(self) -> tuple[int, ...]:
+        """The places of the branches that read the prompt, where there are others that can be told from them."""
+        if self.cond < 0:
+            return ()
+        return tuple(place for place, name in enumerate(self.names) if name in OF_THE_PROMPT)
+
 
 @dataclass
 class Now:
@@ -85,6 +97,10 @@ class Now:
         self.timesteps = self.rows = self.mask = self.avoid = self.sums = self.gated = self.grid = None
         self.memory = self.looked = self.looked_input = self.target_input = None
         self.labels = False
+
+
+def _place(names: tuple[str, ...], name: str) -> int:
+    return names.index(name) if name in names else -1
 
 
 class _PerThread(threading.local):
@@ -170,15 +186,12 @@ class CallState:
         if self._only_memory is not None:
             self._only_memory.begin()
 
-    def _memory(self, known_rows: bool) -> RunMemory | None:
-        """What is kept of the run that the denoiser call belongs to."""
-        if not self._concepts:
-            return None
-        if self._is_shared():
+    def _memory(self, shared: bool, call: PipelineCall | None, known_rows: bool) -> RunMemory:
+        """What is kept of the run that the denoiser call belongs to; `shared`: it is compiled, and `call` not known."""
+        if shared:
             memory, announced = self._only_memory, bool(self._announced.name)
             memory.whole_calls = announced
         else:
-            call = pipeline_calls.running()
             memory, announced = self._own_memory(call), call is not None
         if announced and not known_rows:
             # It may call the denoiser several times a step, branch by branch: each counts for itself.
@@ -225,17 +238,19 @@ class CallState:
 
         Raises ValueError where a `layout` that is needed does not fit it.
         """
-        now = self.now()
+        shared, call = self._is_shared(), None
+        now = self._only if shared else self._threads.now
         now.clear()
         now.pipe = self.pipe
-        if self._is_shared():
+        if shared:
             announced = self._announced
         else:
             call = pipeline_calls.running()
-            announced = Announced(self._is_own(call))
             if call is not None:
-                announced = Announced(announced.acting, type(call.pipe).__name__, call.size, call.branches)
-            elif not announced.acting:
+                announced = Announced(self._is_own(call), type(call.pipe).__name__, call.size, call.branches)
+            else:
+                announced = Announced(self._is_own(call))
+            if call is None and not announced.acting:
                 warnings.warn(
                     "lbdt: a denoiser with an attached editor was called from another thread than the one that "
                     "attached, and by no pipeline that the editor is attached to; such calls are left as they are. "
@@ -246,7 +261,8 @@ class CallState:
         now.acting = announced.acting
         if now.acting:
             now.branches = announced.rows(timesteps.shape[0], self.layout)
-            now.memory = self._memory(now.branches.names is not None)
+            if self._concepts:
+                now.memory = self._memory(shared, call, now.branches.names is not None)
             if not torch.compiler.is_compiling():
                 self.begun += 1
         now.timesteps = timesteps

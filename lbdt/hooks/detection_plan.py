@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lbdt import ops
-from lbdt.hooks.call_state import OF_THE_PROMPT, Branches, Now
+from lbdt import call_rows, ops
+from lbdt.hooks.call_state import Branches, Now
 from lbdt.hooks.pre_encoder import PreEncoder
 
 MOST_PADDING = 65_535
@@ -253,48 +253,31 @@ class DetectionPlan:
         if self.options.steps is None:
             return None
         timesteps = self.rows(now).timesteps
-        schedule = now.schedule.to(timesteps.device)
-        # The nearest entry, not equality: a pipeline may round the timesteps to half precision.
-        step = (timesteps.unsqueeze(1) - schedule.to(torch.float32)).abs().argmin(1)
-        return (step >= self.options.steps[0]) & (step < self.options.steps[1])
+        return call_rows.in_window(timesteps, now.schedule.to(timesteps.device), self.options.steps)
 
     def rows(self, now: Now) -> CallRows:
         """What the plan says of each row of this UNet call, worked out once a call: every small operation counts."""
         if now.rows is None:
-            batch = now.timesteps.shape[0]
-            halves, images = now.branches.count, now.branches.images
-            names = now.branches.names or ("cond",)
-            row = torch.arange(batch, device=now.timesteps.device)
-            half = row // images
-            image = row - half * images
-            seeds, sets = self.seeds, self.enabled
-            each = images // seeds.shape[0]
-            if seeds.shape[0] == 1:
-                seeds = seeds + image
-            else:
-                seeds = seeds.index_select(0, image // each) + image % each
-            if sets.shape[0] == 1:
-                enabled = sets.expand(batch, -1)
-            else:
-                enabled = sets.index_select(0, image // (images // sets.shape[0]))
+            branches = now.branches
+            images, prompted = branches.images, branches.of_the_prompt
+            image, half = call_rows.images_of(now.timesteps.shape[0], images, now.timesteps.device)
             timesteps = now.timesteps.to(torch.float32)
-            deciding = treated = None
-            if halves > 1 and "cond" in names:
-                if self.gate is not None:
-                    deciding = image + names.index("cond") * images
-                if self.options.rows == "cond":
-                    treated = half == names.index("cond")
-                    for place, name in enumerate(names):
-                        if name in OF_THE_PROMPT and name != "cond":
-                            treated = treated | (half == place)
+            gated = self.gate is not None and branches.cond >= 0
             now.rows = CallRows(
-                timesteps, self.bins(timesteps), half, halves, seeds, enabled, deciding, treated
+                timesteps,
+                self.bins(timesteps),
+                half,
+                branches.count,
+                call_rows.seeds_of(self.seeds, image, images),
+                call_rows.sets_of(self.enabled, image, images),
+                image + branches.cond * images if gated else None,
+                call_rows.in_branches(half, prompted) if prompted and self.options.rows == "cond" else None,
             )
         return now.rows
 
     def bins(self, timesteps: Tensor) -> Tensor:
         """The dictionary bin nearest to each timestep [B] float32 -> int64 [B], without a host sync."""
-        return (timesteps.unsqueeze(-1) - self.timesteps).abs().argmin(-1)
+        return call_rows.nearest(timesteps, self.timesteps)
 
 
 class EditPlan(DetectionPlan):

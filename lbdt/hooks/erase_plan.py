@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from lbdt import ops
+from lbdt.donors import SOURCES
 from lbdt.hooks.call_state import Now
 from lbdt.hooks.detection_plan import DetectionOptions, DetectionPlan, Gate
 from lbdt.hooks.pre_encoder import PreEncoder
+from lbdt.hooks.recorder import Recorder
+from lbdt.ops.erase_step import erase_step_or_none, serves
 
 
 class KnownLatents(NamedTuple):
@@ -48,14 +51,61 @@ class ErasePlan(DetectionPlan):
     ) -> None:
         super().__init__(options, *tensors, gate=gate, pre=pre)
         self.known = known
-        self.bank, self.padding, self.source, self.target = bank, padding, source, target
-        self._exact_bank = bank
+        # Contiguous, as `step` takes it.
+        self._exact_bank = None if bank is None else bank.contiguous()
+        self.bank, self.padding, self.source, self.target = self._exact_bank, padding, source, target
+        self._source = SOURCES.index(source)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves the tensors; `dtype` is that of the activations, which the encoder rows and the bank take."""
         super().to(device, dtype)
         self.bank = None if self._exact_bank is None else self._exact_bank.to(device, dtype)
         self.known = None if self.known is None else KnownLatents(*(t.to(device) for t in self.known))
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether `step` may stand for `detect`, `replace` and what records them."""
+        return self.pre is None and self.target == "output" and serves(x, self.bank)
+
+    def step(
+        self, x: Tensor, minus: Tensor | None, height: int, width: int, now: Now, recorder: Recorder
+    ) -> Tensor | None:
+        """`x` with what was detected replaced, and recorded, in one op; None where nothing was."""
+        branches, options, gate, known = now.branches, self.options, self.gate, self.known
+        prompted = branches.of_the_prompt if options.rows == "cond" else ()
+        cond = -1 if gate is None else branches.cond
+        run = None, None, None, False
+        if gate is not None and gate.over_run:
+            images = x.shape[0] if cond < 0 else branches.images
+            run = *now.memory.tensors(images, x.device), now.memory.whole_calls
+        return erase_step_or_none(
+            x,
+            now.timesteps,
+            self.weight,
+            self.bias,
+            self.latents,
+            self.thresholds,
+            self.timesteps,
+            self.enabled,
+            self.seeds,
+            options.k,
+            branches.images,
+            height,
+            width,
+            recorder.sizes(height, width, branches.count, x.shape[0]),
+            recorder.rows,
+            recorder.cells,
+            recorder.written,
+            minus,
+            self.bank,
+            *((None, None) if known is None else known),
+            self.padding,
+            self._source,
+            *((None, None, 0) if gate is None else gate[:3]),
+            cond,
+            sum(1 << place for place in prompted) if prompted else -1,
+            *((None, 0, 0) if options.steps is None else (now.schedule.to(x.device), *options.steps)),
+            *run,
+        )
 
     def detect(self, x: Tensor, minus: Tensor | None, now: Now) -> Tensor:
         """What `DetectionPlan.detect` does; where patches of known concepts are no donors, it keeps which they are."""

@@ -89,8 +89,13 @@ class Recorder:
     ) -> None:
         """Writes one call. `mask` before padding, `replaced` after it, both bool; `sums`: of what was looked at, over
         its channels; `gated`: the patches that the gate took, iff the recorder is of a gate."""
-        sizes = ((height * _SIDE + width) * 8 + halves) * _SIDE + mask.shape[0]
+        sizes = self.sizes(height, width, halves, mask.shape[0])
         ops.record_patches(mask, replaced, timesteps, sizes, self.rows, self.cells, self.written, sums, gated)
+
+    @staticmethod
+    def sizes(height: int, width: int, halves: int, batch: int) -> int:
+        """What the rows of a call keep of its grid and rows."""
+        return ((height * _SIDE + width) * 8 + halves) * _SIDE + batch
 
     def _gated(self, rows: list[list[int]]) -> int:
         """How many of these rows lost all that was detected to the gate."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lbdt import call_rows
+
 _IMAGES = 64
 """Images that there is room for from the start: compiled code must find the tensors that it will write."""
 
@@ -34,14 +36,14 @@ class RunMemory:
 
         `inside` [B] bool: the rows for which this call belongs to a run (None: all); for others one begins after it.
         """
-        if images > self._sums.shape[0] or self._sums.device != timesteps.device:
-            self._allocate(max(images, self._sums.shape[0]), timesteps.device)
-        sums, last, now = self._sums[:images], self._last[:images], timesteps[:images]
-        begins = (now > last if self.whole_calls else now >= last) | (self._count != images)
-        sums.masked_fill_(begins.unsqueeze(1), 0)
-        last.copy_(now if inside is None else now.masked_fill(~inside[:images], -torch.inf))
-        self._count.fill_(images)
-        return sums.repeat(timesteps.shape[0] // images, 1)
+        sums, last, count = self.tensors(images, timesteps.device)
+        return call_rows.begin_call(sums[:images], last[:images], count, timesteps, inside, self.whole_calls)
+
+    def tensors(self, images: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """`run_sums`, `run_last` and `run_count` of `lbdt.ops.erase_step`, with room for so many images."""
+        if images > self._sums.shape[0] or self._sums.device != device:
+            self._allocate(max(images, self._sums.shape[0]), device)
+        return self._sums, self._last, self._count
 
     def keep(self, so_far: Tensor, images: int) -> None:
         """Keeps what a call has made of `rows`: the same in every branch, as one row decides for all of an image."""

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 _STRIDED = torch.strided
-_OPTIONAL = ("minus", "bank", "avoid", "sums", "owners", "least", "deciding", "gated", "so_far")
+_OPTIONAL = (
+    *("minus", "bank", "avoid", "sums", "owners", "least", "deciding", "gated", "so_far"),
+    *("known_latents", "known_thresholds", "schedule", "run_sums", "run_last", "run_count"),
+)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

@@ -49,10 +49,11 @@ def define(schema: str) -> None:
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def define_internal(schema: str) -> None:
-    """Defines an op that the C++ library alone implements: it writes into its arguments and returns nothing."""
+def define_internal(schema: str, fake: Callable[..., Any] = lambda *args: None) -> None:
+    """Defines an op that the C++ library alone implements: it writes into its arguments and returns nothing, or what
+    `fake` says."""
     define(schema)
-    torch.library.register_fake(f"lbdt::{schema.partition('(')[0]}", lambda *args: None, lib=_LIBRARY)
+    torch.library.register_fake(f"lbdt::{schema.partition('(')[0]}", fake, lib=_LIBRARY)
 
 
 def implement(op: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -108,14 +109,21 @@ def call(op: str, backend: str, *args: Any) -> Any:
     """Runs `op` on the chosen backend."""
     if _LOG.isEnabledFor(logging.DEBUG):
         _log_once(_choose(op, backend, args, {}))
+    name = chosen(op, *args, backend=backend) or _choose(op, backend, args, {}).backend
+    return _registry[op][name].run(*args)
+
+
+def chosen(op: str, *args: Any, backend: str = "") -> str | None:
+    """The backend that serves `op` with these arguments, as many of them as its backends look at; None where the one
+    that is forced cannot."""
     wanted = _requested(backend)
     for name in BACKENDS if wanted == "auto" else (wanted,):
-        chosen = _registry[op].get(name)
-        if chosen is None or chosen.supports(*args) is not None:
+        known = _registry[op].get(name)
+        if known is None or known.supports(*args) is not None:
             continue
-        if wanted != "auto" or chosen.declines(*args) is None:
-            return chosen.run(*args)
-    return _registry[op][_choose(op, backend, args, {}).backend].run(*args)
+        if wanted != "auto" or known.declines(*args) is None:
+            return name
+    return None
 
 
 def _log_once(choice: Choice) -> None:

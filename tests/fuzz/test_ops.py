@@ -1,4 +1,5 @@
-"""Fuzz targets, one an op: made-up arguments, good and bad, on every backend that is here.
+"""Fuzz targets, one an op (that of erase_step is in test_erase_step.py): made-up arguments, good and bad, on every
+backend that is here.
 
 Good ones: all backends give the same. Bad ones: a documented exception, the same of all backends, and nothing changed.
 Where memory is read or written outside of a tensor only a sanitizer may see it: `python -m benchmarks.sanitize --asan`.

@@ -293,20 +293,24 @@ def test_what_is_seen_in_a_call_is_refused_or_said(pipe, change, spoil, text):
     assert f"NOT PROTECTED: {report.failures[0]}" in str(report)
 
 
-def test_no_memory_in_the_hook_is_an_error_or_leaves_the_images_and_says_so(pipe, monkeypatch):
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_no_memory_in_the_hook_is_an_error_or_leaves_the_images_and_says_so(pipe, monkeypatch, backend):
     from lbdt import ops
+    from lbdt.hooks import erase_plan
 
     def none(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory")
 
     base = toy.images(pipe)
-    with toy.eraser().attach(pipe, ["Cats"], on_failure="generate") as handle:
-        monkeypatch.setattr(ops, "replace_patches", none)
-        with pytest.warns(RuntimeWarning, match="out of memory in the hook"):
-            assert repeats(toy.images(pipe), base)
-        assert len(handle.report().failures) >= 3
-    with toy.eraser().attach(pipe, ["Cats"]), pytest.raises(torch.OutOfMemoryError):
-        toy.images(pipe)
+    monkeypatch.setattr(ops, "replace_patches", none)
+    monkeypatch.setattr(erase_plan, "erase_step_or_none", none)
+    with ops.use_backend(backend):
+        with toy.eraser().attach(pipe, ["Cats"], on_failure="generate") as handle:
+            with pytest.warns(RuntimeWarning, match="out of memory in the hook"):
+                assert repeats(toy.images(pipe), base)
+            assert len(handle.report().failures) >= 3
+        with toy.eraser().attach(pipe, ["Cats"]), pytest.raises(torch.OutOfMemoryError):
+            toy.images(pipe)
 
 
 def test_no_memory_at_an_earlier_block_leaves_the_images_and_says_so(pipe, monkeypatch):

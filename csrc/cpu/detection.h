@@ -1,0 +1,31 @@
+// What detect_patches.cpp computes, for other ops that have checked their arguments.
+
+#pragma once
+
+#include "gate.h"
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace lbdt {
+
+struct DetectCall {
+  const torch::stable::Tensor& weight;  // [L, d] dtype of x, any strides
+  const float* bias;                    // [L]
+  const int64_t* latents;               // [U], in [0, L)
+  const float* thresholds;              // [T, U]
+  const int64_t* bins;                  // [B], in [0, T)
+  const uint8_t* enabled;               // [B, U]
+  int64_t union_size, k;
+  bool* mask;  // [B, N], out
+  std::optional<Gate> gate;
+  int64_t* not_finite = nullptr;  // [B], out: the patches with a NaN or infinity in x or minus; null: not asked for
+};
+
+// Fills what is out of `call`, for x [B, d, H, W] or [B, d, N] in float32, float16 or bfloat16, and `minus` like it.
+void detect(
+    const torch::stable::Tensor& x, const std::optional<torch::stable::Tensor>& minus, const DetectCall& call);
+
+}  // namespace lbdt

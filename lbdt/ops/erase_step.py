@@ -1,0 +1,383 @@
+"""`lbdt::erase_step`: all that an eraser does in one denoiser call, so that a step costs one call on the host."""
+
+import torch
+from torch import Tensor
+
+from lbdt import reference
+from lbdt.donors import SOURCES
+from lbdt.ops import _checks, _cpu, _dispatch
+from lbdt.ops.detect_patches import MOST_PATCHES
+from lbdt.ops.record_patches import FIELDS
+
+# Those that may be left out, and the place of `source`.
+_DEFAULTS = reference.erase_step.__defaults__
+_SOURCE = 22
+_WRITTEN = ("rows", "cells", "written", "run_sums", "run_last", "run_count")
+_STRIDED = ("x", "timesteps", "weight", "minus", "schedule")
+_TIMES = (torch.int64, torch.int32, *_checks.FLOATS)
+_dispatch.define(
+    "erase_step(Tensor x, Tensor timesteps, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
+    "Tensor times, Tensor enabled, Tensor seeds, int k, int images, int height, int width, int sizes, "
+    "Tensor(a!) rows, Tensor(b!) cells, Tensor(c!) written, Tensor? minus=None, Tensor? bank=None, "
+    "Tensor? known_latents=None, Tensor? known_thresholds=None, int padding=0, str source='random', "
+    "Tensor? owners=None, Tensor? least=None, int least_of=0, int cond=-1, int counted=-1, Tensor? schedule=None, "
+    "int first=0, int last=0, Tensor(d!)? run_sums=None, Tensor(e!)? run_last=None, Tensor(f!)? run_count=None, "
+    "bool whole_calls=False, *, str backend='') -> Tensor"
+)
+# Contiguous but for x, weight, minus, timesteps and schedule; bias and thresholds in float32; source is an index into
+# SOURCES. The result is like x, or where nothing was replaced has no image.
+_dispatch.define_internal(
+    "erase_step_cpp(Tensor x, Tensor timesteps, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
+    "Tensor times, Tensor enabled, Tensor seeds, int k, int images, int height, int width, int sizes, "
+    "Tensor(a!) rows, Tensor(b!) cells, Tensor(c!) written, Tensor? minus=None, Tensor? bank=None, "
+    "Tensor? known_latents=None, Tensor? known_thresholds=None, int padding=0, int source=0, "
+    "Tensor? owners=None, Tensor? least=None, int least_of=0, int cond=-1, int counted=-1, Tensor? schedule=None, "
+    "int first=0, int last=0, Tensor(d!)? run_sums=None, Tensor(e!)? run_last=None, Tensor(f!)? run_count=None, "
+    "bool whole_calls=False) -> Tensor",
+    lambda x, *args: x.new_empty((torch.library.get_ctx().new_dynamic_size(), *x.shape[1:])),
+)
+
+
+def erase_step(
+    x: Tensor,  # [B, d, H, W] or [B, d, N]
+    timesteps: Tensor,  # [B]
+    weight: Tensor,  # [L, d]
+    bias: Tensor,  # [L]
+    latents: Tensor,  # [U]
+    thresholds: Tensor,  # [T, U]
+    times: Tensor,  # [T]
+    enabled: Tensor,  # [S, U]
+    seeds: Tensor,  # [R]
+    k: int,
+    images: int,
+    height: int,
+    width: int,
+    sizes: int,
+    rows: Tensor,  # [*, 5], one more with least
+    cells: Tensor,  # [*]
+    written: Tensor,  # [2]
+    minus: Tensor | None = None,  # like x
+    bank: Tensor | None = None,  # [T, M, d]
+    known_latents: Tensor | None = None,  # [V]
+    known_thresholds: Tensor | None = None,  # [T, V]
+    padding: int = 0,
+    source: str = "random",
+    owners: Tensor | None = None,  # [U]
+    least: Tensor | None = None,  # [T, C]
+    least_of: int = 0,
+    cond: int = -1,
+    counted: int = -1,
+    schedule: Tensor | None = None,  # [*]
+    first: int = 0,
+    last: int = 0,
+    run_sums: Tensor | None = None,  # [*, C + 1]
+    run_last: Tensor | None = None,  # [*]
+    run_count: Tensor | None = None,  # []
+    whole_calls: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor:  # like x
+    """Detects, replaces and records: `detect_patches`, `patch_uniform`, `replace_patches` and `record_patches` of one
+    denoiser call, with what the rows' settings and the run's memory make of their arguments.
+
+    Eq.: METHOD.md, 2.2, 2.5, 2.6 and 4.1 to 4.4; arXiv 2606.31699. Rows are images, branch by branch.
+
+    Args:
+        x, weight, bias, latents, thresholds, k, minus, owners, least, least_of: as in `detect_patches`.
+        timesteps: float32 | float16 | bfloat16 | float64 | int64 | int32, the value the denoiser was called with.
+        times: float32, the bins: a row is of the nearest one, of two the first.
+        enabled: bool, the latents of each set: one for all images, or for as many images each.
+        seeds: int64, of which s stands for s, s + 1, ... for as many images each.
+        images: of which there are B / images branches.
+        height, width, padding, source: as in `replace_patches`; height * width = N.
+        sizes, rows, cells, written: as in `record_patches`, with one column for patches that hold a NaN or infinity in
+            x or minus, and with `least` one for those that the gate took.
+        bank: like x; the embeddings of each bin, for rows without a free patch.
+        known_latents, known_thresholds: int64 and float32, as latents and thresholds: where one of these is detected
+            there is no donor (`avoid` of `replace_patches`).
+        cond: the branch whose rows decide in the gate for all of an image; -1: each row for itself.
+        counted: bit i says whether branch i is treated, that of 63 of all from there on.
+        schedule: of the dtypes of timesteps; where given, rows are treated whose nearest entry is one of [first, last).
+        run_sums, run_last, run_count: int64, float32 and int64, contiguous, written: the gate is over the calls of a
+            run (METHOD.md, 2.6). What each image has, its last timestep and how many images there were.
+        whole_calls: whether an image goes on with its run where its timestep is that of the call before.
+        backend: "auto", or one to force (`lbdt.ops.use_backend`).
+
+    Returns:
+        A new tensor. No gradient. Accumulated in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError, IndexError: the argument, what was expected, what was given. RuntimeError where what is
+            written shares memory with another argument, or x requires grad.
+    """
+    _checks.no_gradient("erase_step", x, bank)
+    return torch.ops.lbdt.erase_step(
+        x,
+        timesteps,
+        weight,
+        bias,
+        latents,
+        thresholds,
+        times,
+        enabled,
+        seeds,
+        k,
+        images,
+        height,
+        width,
+        sizes,
+        rows,
+        cells,
+        written,
+        minus,
+        bank,
+        known_latents,
+        known_thresholds,
+        padding,
+        source,
+        owners,
+        least,
+        least_of,
+        cond,
+        counted,
+        schedule,
+        first,
+        last,
+        run_sums,
+        run_last,
+        run_count,
+        whole_calls,
+        backend=backend or "",
+    )
+
+
+def serves(x: Tensor, bank: Tensor | None) -> bool:
+    """Whether `erase_step_or_none` may stand for the op: a plain call without a gradient, which the C++ backend would
+    serve."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        # What records ops would keep which way this call has gone.
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.jit.is_tracing()
+        and not _checks.wants_gradient(x, bank)
+        and _dispatch.chosen("erase_step", x) == "cpp"
+    )
+
+
+def erase_step_or_none(*arguments) -> Tensor | None:
+    """`erase_step` by the C++ op, with all arguments by position and the source as its place in SOURCES; None where
+    nothing was replaced, so that the result is x. Where the op's own checks fail, those of `erase_step` speak."""
+    try:
+        out = torch.ops.lbdt.erase_step_cpp.default(*arguments)
+    except RuntimeError:
+        # Nothing was written. What only lies otherwise in memory is copied there.
+        named = (*arguments[:_SOURCE], SOURCES[arguments[_SOURCE]], *arguments[_SOURCE + 1 :])
+        return torch.ops.lbdt.erase_step(*named, backend="cpp")
+    return out if out.shape[0] else None
+
+
+@_checks.tensors
+def _check(
+    x,
+    timesteps,
+    weight,
+    bias,
+    latents,
+    thresholds,
+    times,
+    enabled,
+    seeds,
+    k,
+    images,
+    height,
+    width,
+    sizes,
+    rows,
+    cells,
+    written,
+    minus,
+    bank,
+    known_latents,
+    known_thresholds,
+    padding,
+    source,
+    owners,
+    least,
+    least_of,
+    cond,
+    counted,
+    schedule,
+    first,
+    last,
+    run_sums,
+    run_last,
+    run_count,
+    whole_calls,
+) -> None:
+    batch, channels, patches = _checks.feature_map(x)
+    _checks.encoder(x, channels, weight, bias, k, least=0)
+    grid = tuple(x.shape[2:]) if x.dim() == 4 else None
+    if height < 0 or width < 0 or height * width != patches or (grid and grid != (height, width)):
+        raise ValueError(f"height, width: expected x's grid, got {height} x {width} for x {list(x.shape)}")
+    if max(height, width) > MOST_PATCHES or (height**2 + 2 * width**2) * patches >= 1 << 63:
+        raise ValueError(
+            f"height, width: expected a grid whose squared distances fit, got {height} x {width}"
+        )
+    if not 1 <= images <= max(batch, 1) or batch % images:
+        raise ValueError(f"images: expected a divisor of the {batch} rows of x, got {images}")
+    if padding < 0:
+        raise ValueError(f"padding: expected >= 0, got {padding}")
+    if source not in SOURCES:
+        raise ValueError(f"source: expected one of {', '.join(SOURCES)}, got {source!r}")
+    if not -1 <= cond < max(batch // images, 1):
+        raise ValueError(f"cond: expected -1 or one of the {batch // images} branches, got {cond}")
+    _checks.shape("timesteps", timesteps, (batch,), "[B]")
+    _checks.dtype("timesteps", timesteps, *_TIMES)
+    bins, union = thresholds.shape if thresholds.dim() == 2 else (0, -1)
+    if bins == 0 or latents.dim() != 1 or latents.shape[0] != union:
+        raise ValueError(
+            f"latents, thresholds: expected [U] and [T >= 1, U], got {list(latents.shape)}, {list(thresholds.shape)}"
+        )
+    _checks.shape("times", times, (bins,), "[T]")
+    for name, tensor, axes in (("enabled", enabled, (union,)), ("seeds", seeds, ())):
+        if (
+            tuple(tensor.shape[1:]) != axes
+            or not tensor.dim()
+            or not tensor.shape[0]
+            or images % tensor.shape[0]
+        ):
+            wanted = f"a divisor of {images} images{', U = ' + str(union) if axes else ''}"
+            raise ValueError(f"{name}: expected [{wanted}], got {list(tensor.shape)}")
+    given = [
+        ("timesteps", timesteps, timesteps.dtype),
+        ("latents", latents, torch.int64),
+        ("thresholds", thresholds, torch.float32),
+        ("times", times, torch.float32),
+        ("enabled", enabled, torch.bool),
+        ("seeds", seeds, torch.int64),
+    ]
+    if minus is not None:
+        _checks.shape("minus", minus, tuple(x.shape), "the shape of x")
+        given.append(("minus", minus, x.dtype))
+    if bank is not None:
+        if bank.dim() != 3 or (bank.shape[0], bank.shape[2]) != (bins, channels) or bank.shape[1] == 0:
+            raise ValueError(
+                f"bank: expected [T, M, d] = [{bins}, M >= 1, {channels}], got {list(bank.shape)}"
+            )
+        given.append(("bank", bank, x.dtype))
+    if (known_latents is None) != (known_thresholds is None):
+        raise ValueError("known_latents, known_thresholds: expected both or none")
+    if known_latents is not None:
+        known = known_latents.shape[0] if known_latents.dim() == 1 else -1
+        if known < 0 or tuple(known_thresholds.shape) != (bins, known):
+            shapes = f"{list(known_latents.shape)}, {list(known_thresholds.shape)}"
+            raise ValueError(f"known_latents, known_thresholds: expected [V] and [{bins}, V], got {shapes}")
+        given.append(("known_latents", known_latents, torch.int64))
+        given.append(("known_thresholds", known_thresholds, torch.float32))
+    if least is not None or owners is not None:
+        _checks.gate(x, union, bins, owners, least, least_of, None, None, None, MOST_PATCHES)
+    if schedule is not None:
+        if schedule.dim() != 1 or schedule.shape[0] == 0:
+            raise ValueError(f"schedule: expected [1 or more], got {list(schedule.shape)}")
+        _checks.dtype("schedule", schedule, *_TIMES)
+        given.append(("schedule", schedule, schedule.dtype))
+    runs = run_sums, run_last, run_count
+    if any((tensor is None) != (run_sums is None) for tensor in runs) or (
+        run_sums is not None and least is None
+    ):
+        raise ValueError("run_sums, run_last, run_count: expected all, and least with them, or none")
+    _check_recorded(rows, cells, written, sizes, FIELDS + 1 + (least is not None))
+    written_to = [
+        ("rows", rows, torch.int64),
+        ("cells", cells, torch.uint8),
+        ("written", written, torch.int64),
+    ]
+    if run_sums is not None:
+        room, counting = run_last.shape[0] if run_last.dim() == 1 else 0, batch if cond < 0 else images
+        _checks.shape("run_sums", run_sums, (room, least.shape[1] + 1), "[*, C + 1]")
+        _checks.shape("run_count", run_count, (), "[]")
+        if room < counting:
+            raise ValueError(f"run_last: expected [{counting} or more], got {list(run_last.shape)}")
+        written_to.append(("run_sums", run_sums, torch.int64))
+        written_to.append(("run_last", run_last, torch.float32))
+        written_to.append(("run_count", run_count, torch.int64))
+    for name, tensor, kind in (*given, *written_to):
+        _checks.dtype(name, tensor, kind)
+        _checks.device(name, tensor, x)
+    for name, tensor, _ in written_to:
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous memory, got strides {list(tensor.stride())}")
+
+
+def _fake(x, *given, backend=""):
+    _check(x, *_complete((x, *given))[1:])
+    return torch.empty_like(x)
+
+
+def _complete(given: tuple) -> tuple:
+    """All arguments: torch leaves those at the end out that are as by default."""
+    missing = _check.__wrapped__.__code__.co_argcount - len(given)
+    return given + _DEFAULTS[len(_DEFAULTS) - missing :]
+
+
+def _check_recorded(rows, cells, written, sizes, fields) -> None:
+    if rows.dim() != 2 or rows.shape[0] == 0 or rows.shape[1] != fields:
+        raise ValueError(f"rows: expected [R >= 1, {fields}], got {list(rows.shape)}")
+    if cells.dim() != 1:
+        raise ValueError(f"cells: expected [C], got {list(cells.shape)}")
+    _checks.shape("written", written, (2,), "[2]")
+    if not 0 <= sizes < 1 << 63:
+        raise ValueError(f"sizes: expected 0 <= sizes < 2**63, got {sizes}")
+
+
+def _run(*given, backend=""):
+    arguments = _complete(given)
+    _check(*arguments)
+    named = dict(zip(_names(), arguments, strict=True))
+    latents = named["weight"].shape[0]
+    _checks.within("latents", named["latents"], latents, "L, the latents of weight")
+    if named["known_latents"] is not None:
+        _checks.within("known_latents", named["known_latents"], latents, "L, the latents of weight")
+    if named["least"] is not None:
+        _checks.within("owners", named["owners"], named["least"].shape[1], "C, the concepts of least")
+    return _dispatch.call("erase_step", backend, *arguments)
+
+
+def _names() -> tuple[str, ...]:
+    code = _check.__wrapped__.__code__
+    return code.co_varnames[: code.co_argcount]
+
+
+def _cpp_supports(x, *args, **kwargs) -> str | None:
+    return _cpu.supports_product("erase_step_cpp", x)
+
+
+def _cpp(*arguments) -> Tensor:
+    laid_out = []
+    for name, value in zip(_names(), arguments, strict=True):
+        if name == "source":
+            value = SOURCES.index(value)
+        elif name == "bias":
+            value = value.float().contiguous()
+        elif isinstance(value, Tensor) and name not in (*_WRITTEN, *_STRIDED):
+            value = value.contiguous()
+        laid_out.append(value)
+    x = arguments[0]
+    out = torch.ops.lbdt.erase_step_cpp(*laid_out)
+    return out if out.shape[0] else x.clone()
+
+
+def _alone(*arguments) -> Tensor:
+    """The reference, on tensors to be written that share no memory; the C++ op looks itself."""
+    named = dict(zip(_names(), arguments, strict=True))
+    written = {name: named.pop(name) for name in _WRITTEN}
+    others = [value for value in named.values() if isinstance(value, Tensor)]
+    _checks.own_memory({name: value for name, value in written.items() if value is not None}, *others)
+    return reference.erase_step(*arguments)
+
+
+_dispatch.implement("erase_step", _run, _fake)
+_dispatch.register("erase_step", "cpp", _cpp_supports, _cpp, _cpu.declines_product)
+_dispatch.register("erase_step", "reference", _dispatch.always, _alone)
