@@ -111,8 +111,8 @@ def measure(kind: str, objects: list[str], steps: int | None) -> dict[str, Any]:
 def lines(rows: list[dict[str, Any]]) -> list[str]:
     """A Markdown table."""
     table = [
-        "| kind | concept | candidates, % | detected, % | latents read of a refuted one | in the order of means | of firing "
-        "counts | of |",
+        "| kind | concept | candidates, % | detected, % | latents read of a refuted one | in the order of means "
+        "| of firing counts | of |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -25,8 +25,8 @@ train() {
     --out "$work/$1/sae" "${@:4}"
 }
 
-# finish KIND PREFIX SELECTION RULE STRENGTH: dictionary, eraser, pictures; PREFIX: of the activations' names; SELECTION:
-# options in one word
+# finish KIND PREFIX SELECTION RULE STRENGTH: dictionary, eraser, pictures; PREFIX: of the activations' names;
+# SELECTION: options in one word
 finish() {
   local folder="$work/$1" select
   read -ra select <<<"$3"

@@ -94,7 +94,8 @@ class LabelledPrompts:
 
 def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     """Prompts of a `.jsonl` file (one object a line) or a `.csv` file (with a header): `prompt`, and where known
-    `concept`, `style`, `seed`, `beside` (further concepts in the picture: a list, or one name). Rows without a seed take their number in the file, so no two images start alike.
+    `concept`, `style`, `seed`, `beside` (further concepts in the picture: a list, or one name). Rows without a seed
+    take their number in the file, so no two images start alike.
 
     Raises:
         ValueError: naming file and line: unreadable, empty, an unknown column, a bad value.

@@ -1,5 +1,5 @@
-"""What share of the patches is a candidate, and how long it takes to refute one, as `python -m benchmarks.early_stop`
-measured it on EmojiCanvas: the cases of `lbdt bench` that are as pictures are."""
+"""Shares of patches that are candidates and detected, and how much is read to refute one: those of EmojiCanvas, from
+which `lbdt bench` makes cases that are as pictures are. `python -m benchmarks.early_stop` measured them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class MeasuredShares(NamedTuple):
-    """Of an eraser's pictures with a concept, or without it."""
+    """Measured on pictures with a concept, or without it."""
 
     candidates: float
     """Share of the patches in which a threshold is passed, before the rank test."""

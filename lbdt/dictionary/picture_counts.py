@@ -22,8 +22,8 @@ LATE = 0.15
 """The share of a run's calls from which on `LEAST_KEPT` binds a gate over the run. Before, little is known of a
 picture, and little is lost where it is left."""
 MARGIN = 0.5
-"""The share of what `LEAST_KEPT` allows that a gate over the run asks for where only pictures of one thing were counted:
-those of several show less of each."""
+"""The share of what `LEAST_KEPT` allows that a gate over the run asks for where only pictures of one thing were
+counted: those of several show less of each."""
 LEAST_KEPT = 0.99
 """The share of a concept's own pictures, of those detected at a timestep, that a gate lets pass whatever else it
 should do."""
