@@ -60,4 +60,4 @@ MEASURED: dict[str, MeasuredShares] = {
         0.129, 0.013, (0.042, 0.062, 0.08, 0.117, 0.183, 0.258, 0.357, 0.467, 0.606, 0.794)
     ),
 }
-"""By kind of eraser, and whether the concept is in the picture."""
+"""The shares of each kind of eraser, where the concept is in the picture and where it is not."""
