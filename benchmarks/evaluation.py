@@ -69,7 +69,8 @@ def others_line(values: Mapping[str, Any]) -> str:
     rates = [
         cells.mean_of(cells.main_row(kind, "per"), "AR others") for kind in cells.kinds_of(values).values()
     ]
-    return f"{min(rates):.0f} to {max(rates):.0f} %"
+    least, most = (f"{rate:.1f}" for rate in (min(rates), max(rates)))
+    return f"{least} to {most} %"
 
 
 def main_lines(values: Mapping[str, Any]) -> list[str]:
