@@ -75,7 +75,6 @@ SMALL = {
     "--guidance 9": "--steps 2 --device cpu",
     "lbdt evaluate": CANVAS,
     "lbdt evaluate --quick": CANVAS,
-    "lbdt evaluate --kind saeuron --kind saemnesia --kind gsae --kind sdxl": CANVAS,
     "lbdt evaluate --out '$W/evaluation'": CANVAS,
     "lbdt evaluate --world unlearncanvas --model style50 --eraser saeuron=DIR --steering saeuron=DIR "
     "--object-classifier style50_cls.pth --style-classifier style50.pth": f"{ONE} --seed 188 --steps 2 "
@@ -93,13 +92,15 @@ SMALL = {
     "lbdt attack --world unlearncanvas --model style50 --eraser DIR --classifier style50_cls.pth": "--quick --concept "
     "Cats --style Joy --tokens 1 --steps 2 --iterations 1 --timesteps 1 --device cpu",
     "lbdt bench --threads 2": BENCH,
-    "lbdt bench --op hook --shape sd15-b1 --threads 2 --cold": "--rounds 2 --share 1",
+    "lbdt bench --op hook --shape sd15-b1 --shape host --threads 2 --cold": "--rounds 2 --share 1",
     "torchrun --nproc_per_node N -m lbdt collect ...": f"--model pipe --prompts prompts.jsonl --site {toy.HOOKPOINT} "
     "--out shared --steps 2 --device cpu",
     "torchrun --nproc_per_node N -m lbdt evaluate": CANVAS,
     "torchrun --nproc_per_node N -m lbdt evaluate ...": CANVAS,
     "torchrun --nproc_per_node N -m lbdt attack ...": ATTACK,
-    **dict.fromkeys(("lbdt assemble", "lbdt collect", "lbdt convert", "lbdt erase", "lbdt score"), HELP),
+    **dict.fromkeys(
+        ("lbdt assemble", "lbdt bench", "lbdt collect", "lbdt convert", "lbdt erase", "lbdt score"), HELP
+    ),
 }
 
 PARSED = (
