@@ -279,22 +279,19 @@ def test_targets_on_a_gpu():
             row("detect_patches", 1.0, floor=floor),
             row("hook", 0.0, published=ratio),
         ]
-        step = {"present": {"percent_of_step": 2.5 * percent}, "absent": {"percent_of_step": percent}}
+        step = {"present": {"percent_of_step": 5 * percent}, "absent": {"percent_of_step": percent}}
         return [t["met"] for t in runner.targets(rows, step, "cuda")]
 
-    assert met(1.5, 14.9, 30, 0.19) == [True] * 5
-    assert met(1.6, 15.1, 29, 0.21) == [False] * 5
-    assert met(1.0, None, 30, 0.19)[1] is False
+    assert met(1.5, 14.9, 30, 0.09) == [True] * 5
+    assert met(1.6, 15.1, 29, 0.11) == [False] * 5
+    assert met(1.0, None, 30, 0.09)[1] is False
 
 
 def test_a_unet_step_is_timed_with_the_hook_in_it():
-    from lbdt.bench import unet
-    from lbdt.bench.measured_shares import MEASURED
+    from lbdt.bench.unet import measure
 
-    step = unet.measure(torch.device("cpu"), quick=True, rounds=2, seed=0, budget=0.05)
-    for name, case in unet.CASES.items():
-        assert abs(step[name]["share"] - MEASURED[case].detected) < 0.1
-    assert step["absent"]["share"] < step["present"]["share"]
+    step = measure(torch.device("cpu"), quick=True, rounds=2, seed=0, budget=0.05)
+    assert 0.03 < step["present"]["share"] < 0.15 and step["absent"]["share"] == 0
     assert step["present"]["step_ms"]["median"] > 0
     assert len(timing_table.lines({**_EMPTY, "unet": step})) >= 4
 

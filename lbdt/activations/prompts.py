@@ -158,7 +158,8 @@ def _prompt(row: dict[str, Any], number: int, place: str) -> Prompt:
     try:
         seed = row.get("seed", number)
         seed = int(seed) if isinstance(seed, str) else seed
-        beside = row.get("beside", [])
+        beside = row.get("beside")
+        beside = [] if beside is None else beside
         beside = [beside] if isinstance(beside, str) else beside
         beside = tuple(beside) if isinstance(beside, list) else beside
         return Prompt(row["prompt"], row.get("concept"), row.get("style"), seed, beside)

@@ -252,7 +252,7 @@ def targets(rows: list[dict[str, Any]], unet: dict[str, Any] | None, device: str
                 warm is not None and got < 15,
             )
         least("hook, every share", hook(None), "published", 30)
-        for name, most in (("present", 0.5), ("absent", 0.2)):
+        for name, most in (("present", 0.5), ("absent", 0.1)):
             if unet is not None:
                 got = unet[name]["percent_of_step"]
                 add(f"hook, concept {name}: under {most:g} % of a UNet step", got, got < most)

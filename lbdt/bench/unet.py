@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from lbdt.bench import hardware, hook, shapes, timing
-from lbdt.bench.measured_shares import MEASURED, MeasuredShares
 from lbdt.bench.shapes import Place, Shape
 
 HOOKPOINT = "unet.up_blocks.1.attentions.1"
-CASES = {"present": "saeuron, present", "absent": "saeuron, absent"}
-"""The measured shares that a concept has where it is, and where it is not."""
+_SHARE = 0.1
 _SCALE = 50.0
-"""The first latent of the concept over the others, so that a patch above the threshold is among the k largest too."""
+"""The concept's latents over the others, so that a patch above the threshold is among the k largest too."""
 
 SD15 = dict(sample_size=64, cross_attention_dim=768)
 TINY = dict(
@@ -81,8 +79,8 @@ def measure(
         components={"unet": runner},
         scheduler=SimpleNamespace(timesteps=torch.tensor(hook.TIMESTEPS)),
     )
-    for name, case in CASES.items():
-        eraser = hook.eraser(shape, _encoder(shape, x, MEASURED[case], place), seed)
+    for name, share in (("present", _SHARE), ("absent", 0.0)):
+        eraser = hook.eraser(shape, _encoder(shape, x, share, place), seed)
         stand, bare = hook.Pipe(shape, place), hook.Pipe(shape, place)
         call = (inputs["timestep"], x, x)
         versions = {"ours": partial(stand.unet, *call), "bare": partial(bare.unet, *call)}
@@ -125,23 +123,17 @@ def _feature_map(unet: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return kept[0]
 
 
-def _encoder(shape: Shape, x: Tensor, measured: MeasuredShares, place: Place) -> dict[str, Tensor]:
-    """A random encoder of which one own latent is detected on about as many patches of `x` as was measured, and another
-    one a candidate on about as many, which the median one of is refuted as deep in the dictionary."""
+def _encoder(shape: Shape, x: Tensor, share: float, place: Place) -> dict[str, Tensor]:
+    """A random encoder whose own latents are above the threshold on about `share` of the patches of `x`."""
     g = torch.Generator().manual_seed(place.seed)
     weight = torch.randn(shape.latents, shape.width, generator=g) / shape.width**0.5
     own = torch.arange(shape.union)
-    weight[0] *= _SCALE
-    h = x.flatten(2).transpose(1, 2).flatten(0, 1).float().cpu() @ weight.t()
-    bias = torch.zeros(shape.latents)
+    weight[own] *= _SCALE
+    h = x.flatten(2).transpose(1, 2).flatten(0, 1).float().cpu() @ weight[0]
+    bias = torch.full((shape.latents,), 0.0)
     bias[own] = -torch.finfo(torch.float16).max
-    bias[0] = -h[:, 0].quantile(1 - measured.detected)
-    # Scaled and moved so that this share passes the threshold, and their median is so much of the others' deviation.
-    least, median = h[:, 1].quantile(1 - measured.candidates), h[:, 1].quantile(1 - measured.candidates / 2)
-    wanted = measured.values(shape.k, shape.latents)[5] * h[:, 2:].std()
-    scale = (wanted - shapes.THRESHOLD) / (median - least)
-    weight[1] *= scale
-    bias[1] = shapes.THRESHOLD - scale * least
+    if share:
+        bias[0] = -h.quantile(1 - share)
     return {
         "weight": place.put(weight),
         "bias": bias.to(place.device),

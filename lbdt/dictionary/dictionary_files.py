@@ -23,7 +23,7 @@ _VERSION = 7
 _KEYS = ("version", "concepts", "timesteps", "num_latents", "peak", "calibrated", "bank")
 _SINCE = {2: {"fired"}, 3: {"assigned"}, 4: {"gate"}, 5: {"site"}}
 _GATE_KEYS = {"patches", "selection", "false_positive", "over", "several"}
-_GATE_ADDED = {6: {"over": "call"}, 7: {"several": False}}
+_GATE_ADDED = {6: {"over": "call"}, 7: {"several": []}}
 """What the gates of older versions lack, and what they meant."""
 
 
@@ -152,6 +152,10 @@ def load(path_or_repo: str | os.PathLike[str], subfolder: str | None) -> tuple[P
         "assigned": assigned,
         "gate": None
         if gate is None
-        else PictureCounts(tensors["gate_on"].long(), tensors["gate_off"].long(), **gate),
+        else PictureCounts(
+            *(tensors[name].long() for name in ("gate_on", "gate_off")),
+            **gate
+            | {"several": tuple(gate["several"]) if isinstance(gate["several"], list) else gate["several"]},
+        ),
         "site": info.get("site"),
     }

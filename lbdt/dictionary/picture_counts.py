@@ -22,8 +22,10 @@ LATE = 0.15
 """The share of a run's calls from which on `LEAST_KEPT` binds a gate over the run. Before, little is known of a
 picture, and little is lost where it is left."""
 MARGIN = 0.5
-"""The share of what `LEAST_KEPT` allows that a gate over the run asks for where only pictures of one thing were
-counted: those of several show less of each."""
+"""The share of what `LEAST_KEPT` allows that a gate over the run asks for where too few pictures of several things were
+counted: those show less of each than pictures of one."""
+SEVERAL = 0.1
+"""The share of a concept's own pictures that have to show others too, so that the limit takes account of them."""
 LEAST_KEPT = 0.99
 """The share of a concept's own pictures, of those detected at a timestep, that a gate lets pass whatever else it
 should do."""
@@ -45,8 +47,8 @@ class PictureCounts:
     """The share of other concepts' pictures that may pass the gate, in (0, 1]."""
     over: str = "call"
     """What was counted: the patches of a "call", or quarters of their mean over the calls of the "run" up to it."""
-    several: bool = False
-    """Whether pictures of several concepts were among those that were counted."""
+    several: tuple[int, ...] = ()
+    """How many of each concept's own pictures show others too, [C]; empty: none of any."""
 
     def check(self, concepts: int, bins: int) -> None:
         """ValueError unless the shapes are those of a dictionary, and the values such as `score` writes."""
@@ -66,8 +68,10 @@ class PictureCounts:
         check_rate(self.false_positive)
         if self.over not in OVER:
             raise ValueError(f"gate over: expected one of {', '.join(OVER)}, got {brief(self.over)}")
-        if not isinstance(self.several, bool):
-            raise ValueError(f"gate several: expected true or false, got {brief(self.several)}")
+        if not isinstance(self.several, tuple) or len(self.several) not in (0, concepts):
+            raise ValueError(f"gate several: expected no number or {concepts}, got {brief(self.several)}")
+        if any(type(count) is not int or count < 0 for count in self.several):
+            raise ValueError("gate several: expected integers >= 0")
         if not isinstance(self.selection, Mapping):
             raise ValueError(f"gate selection: expected keywords of select, got {brief(self.selection)}")
         unknown = sorted(set(self.selection) - set(inspect.signature(check_criteria).parameters))
@@ -84,8 +88,8 @@ class PictureCounts:
         """The gate: [C, T] int64, the least number of patches that at most a share `false_positive` of the other
         concepts' pictures reaches, but never more than a share `LEAST_KEPT` of the concept's own pictures has, of those
         in which anything is detected: what is to be erased goes before what is to be left. Over a run that holds from a
-        share `LATE` of the timesteps on, where these are four or more, and is half as many (`MARGIN`) unless pictures
-        of several concepts were counted."""
+        share `LATE` of the timesteps on, where these are four or more, and is half as many (`MARGIN`) unless a share
+        `SEVERAL` of the own pictures is of several concepts."""
         reach = [
             h.flip(-1).cumsum(-1).flip(-1) for h in (self.on, self.off)
         ]  # pictures with so many patches, or more
@@ -95,7 +99,9 @@ class PictureCounts:
         needed = (reach[0][..., 1:2] * LEAST_KEPT).ceil()
         most = ((reach[0][..., 1:] >= needed) & (reach[0][..., 1:] > 0)).sum(-1).clamp(min=1)
         if self.over == "run":
-            most = most if self.several else (most * MARGIN).long().clamp(min=1)
+            several = torch.tensor(self.several or [0] * self.on.shape[0])
+            enough = (several > 0) & (several >= SEVERAL * self.on[:, 0].sum(-1))
+            most = torch.where(enough.unsqueeze(1), most, (most * MARGIN).long().clamp(min=1))
             most[:, : self.early] = wanted[:, : self.early]
         return torch.minimum(wanted, most)
 

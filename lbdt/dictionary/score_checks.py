@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lbdt.activations.sites import Site
 from lbdt.activations.source import require_site
 from lbdt.dictionary.encoding import check_fit, labels
@@ -69,6 +71,13 @@ def check_gate_source(
     if without:
         raise ValueError(
             f"gate_source: expected pictures of every one of the {by}, got none of {listed(without)}"
+        )
+    if len(names) < 2:
+        raise ValueError(f"gate_source: a gate tells {by} apart, and there is {names[0]!r} only")
+    patches = given.shard(0, site).patches.cpu()
+    if bool((patches != torch.arange(patches.shape[2])).any()):
+        raise ValueError(
+            "gate_source: holds some patches of each map, and the gate counts those of whole ones; collect all patches"
         )
 
 

@@ -198,12 +198,12 @@ class GatePass:
         # [2, C, T, most + 1]: of pictures with the label, and of others.
         self.counts = torch.zeros(2, len(selections), len(source.timesteps), most + 1, dtype=torch.int64)
         self._sampled = torch.zeros(1, dtype=torch.int64)
-        self._several = torch.zeros(1, dtype=torch.int64)
+        self._several = torch.zeros(len(selections), dtype=torch.int64)
 
     @property
-    def several(self) -> bool:
-        """Whether a picture of several concepts was counted."""
-        return bool(self._several)
+    def several(self) -> tuple[int, ...]:
+        """How many of each label's pictures show others too; empty: none of any."""
+        return tuple(self._several.tolist()) if self._several.any() else ()
 
     @property
     def sampled(self) -> bool:
@@ -217,7 +217,7 @@ class GatePass:
         known = own.any(1)
         most = self.counts.shape[-1]
         self._sampled += int((shard.patches.cpu() != torch.arange(shard.x.shape[2])).any())
-        self._several += int((own.sum(1) > 1).sum())
+        self._several += own[own.sum(1) > 1].sum(0)
         sums = torch.zeros(len(self._selections), len(own), dtype=torch.int64)
         for bin, code in enumerate(self._encoder.codes(shard.x)):
             for place, selection in enumerate(self._selections):

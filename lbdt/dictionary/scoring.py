@@ -47,7 +47,7 @@ _COUNTED = (*_SUMMED, "candidates", "assigned")
 _USED = {
     StatisticsPass.name: _SUMMED,
     CalibrationPass.name: _COUNTED,
-    GatePass.name: (*_COUNTED, "calibrate", "selection", "gate_source"),
+    GatePass.name: (*_COUNTED, "calibrate", "selection", "gate_source", "counts"),
     BankPass.name: (*_COUNTED, "calibrate", "bank", "bank_site", "selection", "seed"),
 }
 """What each pass depends on: an interrupted run may go on with other settings for the passes to come."""
@@ -80,9 +80,9 @@ def score(
 
     One pass over the shards for the means, one for calibrated thresholds, one for the gate, and one over at most 64
     shards for the bank; a `Generated` source runs the pipeline in each. Prompts without a label are left out
-    everywhere. One shard is in memory at a time, beside [C, T, L] sums. Sums are whole numbers, and the SAE runs on one
-    thread a bin, so that the same shards give the same bytes with any number of processes or threads, interrupted or
-    not, on one kind of machine.
+    everywhere, those of several concepts of all but the gate. One shard is in memory at a time, beside [C, T, L] sums.
+    Sums are whole numbers, and the SAE runs on one thread a bin, so that the same shards give the same bytes with any
+    number of processes or threads, interrupted or not, on one kind of machine.
 
     Args:
         source: labelled activations.
@@ -154,7 +154,7 @@ def _in_folder(
 
     def state() -> ScoreState:
         finished = functools.partial(_is_finished, folder, settings)
-        common = settings | {"processes": processes}
+        common = settings | {"processes": processes, "counts": "run, several"}
         parts = {name: {key: common[key] for key in keys if key in common} for name, keys in _USED.items()}
         return ScoreState(folder, parts, process, processes, finished)
 
@@ -351,7 +351,7 @@ def _source_settings(source: Source, site: Site, bank_site: Site | None) -> dict
     if given is None:
         sites = {site, bank_site} - {None}
         shards = (source.shard(i, s) for s in sorted(sites) for i in range(shard_count(source)))
-        return {
+        given = {
             "timesteps": list(source.timesteps),
             "prompts": source.prompts,
             "prompts_per_shard": source.prompts_per_shard,

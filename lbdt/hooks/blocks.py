@@ -200,6 +200,8 @@ class EraseHook(_TargetHook):
         self.detects, self.on_update = detects, on_update
 
     def _treated(self, x: Tensor, given: Tensor | None, height: int, width: int, now: Now) -> Tensor:
+        if x.shape[0] == 0:
+            return x
         if not (self.detects and self.plan.serves(x)):
             return super()._treated(x, given, height, width, now)
         minus = given if self.plan.options.on_update else None

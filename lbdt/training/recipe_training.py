@@ -241,6 +241,12 @@ def _labels(
             raise ValueError(f"assign: recipe {recipe.name} uses no labels; leave it out")
         return None
     _require_names(source)
+    several = sum(bool(prompt.beside) for prompt in source.labelled or ())
+    if several:
+        raise ValueError(
+            f"activations: recipe {recipe.name} takes a picture's labels for all that is in it, and {several} of the "
+            "prompts name several concepts (beside); collect without these, which are for the gate of lbdt score"
+        )
     if recipe.contrastive:
         if assignment is not None:
             raise ValueError(

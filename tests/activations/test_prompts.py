@@ -37,6 +37,9 @@ def test_a_picture_of_several_concepts(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(prompt_lines(prompts))
     assert b"beside" not in (tmp_path / "a.jsonl").read_bytes().splitlines()[1]
     assert read_prompts(tmp_path / "a.jsonl") == prompts
+    line = '{"prompt": "a dog", "concept": "Dogs", "style": null, "beside": null, "seed": 1}'
+    (tmp_path / "b.jsonl").write_text(line)
+    assert read_prompts(tmp_path / "b.jsonl") == prompts[1:]
     (tmp_path / "a.csv").write_text("prompt,concept,beside\na cat and a dog,Cats,Dogs\na dog,Dogs,\n")
     assert read_prompts(tmp_path / "a.csv") == prompts
     assert [(prompt.shown, prompt.label) for prompt in prompts] == [

@@ -145,15 +145,22 @@ def test_pictures_of_several_concepts_are_counted_for_each_and_in_nothing_else(s
         dictionary = each[0].result()
         assert torch.equal(dictionary.gate.on, each[1].result().gate.on)
     gate = dictionary.gate
-    assert gate.several and not scored.gate.several
+    assert not scored.gate.several
     assert torch.equal(dictionary.mean, scored.mean) and torch.equal(dictionary.bank, scored.bank)
     for place, name in enumerate(CONCEPTS):
+        assert gate.several[place] == sum(name in p.shown for p in several.labelled if p.beside) > 0
         own = [name in prompt.shown for prompt in several.labelled]
         others = [bool(prompt.shown) and name not in prompt.shown for prompt in several.labelled]
         assert (gate.on[place].sum(-1) == sum(own)).all() and sum(own) > 20
         assert (gate.off[place].sum(-1) == sum(others)).all()
     # A second concept lies on one patch, its own picture's on three.
     assert gate.on[:, -1].sum() > scored.gate.on[:, -1].sum() and (gate.on[:, -1, 4] > 0).all()
+
+
+class Sampled(Lazy):
+    def shard(self, index, site):
+        whole = super().shard(index, site)
+        return whole._replace(patches=whole.patches + (whole.patches >= 3))
 
 
 class Wrong(Several):
@@ -177,13 +184,24 @@ class Wrong(Several):
             "gate_source: expected pictures of every one of the concepts, got none of Dogs",
         ),
         (Several(), {"picture_false_positive": None}, "gate_source: is for a gate"),
+        (Sampled(60), {}, "gate_source: holds some patches of each map"),
     ],
-    ids=["timesteps", "concepts", "no-gate"],
+    ids=["timesteps", "concepts", "no-gate", "sampled"],
 )
 def test_a_source_that_the_gate_cannot_count_is_refused_at_the_door(given, more, message):
+    source = Lazy()
     with pytest.raises(ValueError, match=message):
-        score(in_memory(), SITE, make_sae(), gate_source=given, progress=False, **more)
-    assert not given.asked
+        score(source, SITE, make_sae(), gate_source=given, progress=False, **more)
+    assert not source.asked
+
+
+def test_a_source_for_the_gate_of_a_single_concept_is_refused():
+    alone = in_memory()
+    alone.concepts, alone._concept = ("Cats",), torch.zeros_like(alone._concept)
+    with pytest.raises(
+        ValueError, match="gate_source: a gate tells concepts apart, and there is 'Cats' only"
+    ):
+        score(alone, SITE, make_sae(), gate_source=alone, calibrate=False, progress=False)
 
 
 def test_no_gate_where_none_is_asked_for_or_there_is_nothing_to_tell_apart():
@@ -195,11 +213,6 @@ def test_no_gate_where_none_is_asked_for_or_there_is_nothing_to_tell_apart():
 
 
 def test_no_gate_of_sampled_patches():
-    class Sampled(Lazy):
-        def shard(self, index, site):
-            whole = super().shard(index, site)
-            return whole._replace(patches=whole.patches + (whole.patches >= 3))
-
     with pytest.warns(UserWarning, match="no gate: the activations hold some patches of each map"):
         assert score(Sampled(), SITE, make_sae(), progress=False).gate is None
 
@@ -265,13 +278,24 @@ def test_a_gate_of_an_older_file_counted_pictures_of_one_concept(scored, tmp_pat
     for name in ("several", "over")[: 7 - version]:
         del info["gate"][name]
     path.write_text(json.dumps(info))
-    assert ConceptDictionary.from_pretrained(tmp_path).gate.several is False
+    assert ConceptDictionary.from_pretrained(tmp_path).gate.several == ()
 
 
-def test_with_pictures_of_several_concepts_their_own_limit_is_whole():
-    on, off = torch.zeros(1, 1, 20, dtype=torch.int64), torch.zeros(1, 1, 20, dtype=torch.int64)
+@pytest.mark.parametrize(
+    ("several", "least"),
+    [
+        pytest.param((), [6, 6], id="none"),
+        pytest.param((10, 0), [13, 6], id="of-one-concept-only"),
+        pytest.param((9, 100), [6, 13], id="too-few-of-one"),
+        pytest.param((10, 50), [13, 13], id="of-both"),
+    ],
+)
+def test_the_limit_is_whole_for_concepts_of_which_enough_pictures_show_others_too(several, least):
+    on, off = torch.zeros(2, 1, 20, dtype=torch.int64), torch.zeros(2, 1, 20, dtype=torch.int64)
     on[..., 13], off[..., 19] = 100, 100
-    assert PictureCounts(on, off, 16, {}, 0.005, "run", several=True).least().item() == 13
+    counted = PictureCounts(on, off, 16, {}, 0.005, "run", several=several)
+    counted.check(2, 1)
+    assert counted.least().flatten().tolist() == least
 
 
 def test_over_a_run_half_of_what_its_own_pictures_have_is_enough():
@@ -290,7 +314,7 @@ def test_over_a_run_its_own_pictures_come_first_but_at_its_beginning(timesteps, 
     assert gate.least().tolist() == [[4] * late + [1] * (timesteps - late)]
 
 
-GATE = {"patches": 6, "selection": {}, "false_positive": 0.1, "over": "run", "several": False}
+GATE = {"patches": 6, "selection": {}, "false_positive": 0.1, "over": "run", "several": []}
 
 
 @pytest.mark.parametrize(
@@ -307,9 +331,23 @@ GATE = {"patches": 6, "selection": {}, "false_positive": 0.1, "over": "run", "se
         ({**GATE, "selection": {"top_k": 0}}, "top_k: expected an integer >= 1"),
         ({**GATE, "false_positive": 0}, "picture_false_positive: expected a share"),
         ({**GATE, "over": "day"}, "gate over: expected one of call, run"),
-        ({**GATE, "several": 1}, "gate several: expected true or false"),
+        ({**GATE, "several": 1}, "gate several: expected no number or 3, got 1"),
+        ({**GATE, "several": [1]}, "gate several: expected no number or 3, got tuple"),
+        ({**GATE, "several": [1, -1, 0]}, "gate several: expected integers >= 0"),
     ],
-    ids=["list", "keys", "patches", "unknown", "selection", "criteria", "rate", "over", "several"],
+    ids=[
+        "list",
+        "keys",
+        "patches",
+        "unknown",
+        "selection",
+        "criteria",
+        "rate",
+        "over",
+        "several",
+        "count",
+        "negative",
+    ],
 )
 def test_bad_files(scored, tmp_path, change, message):
     scored.save_pretrained(tmp_path)

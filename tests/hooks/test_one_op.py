@@ -116,6 +116,18 @@ def test_it_does_what_the_five_ops_do(settings, attach, call, used, monkeypatch)
     assert any(bool(mask[1].any()) for mask in where), "nothing was detected"
 
 
+@pytest.mark.parametrize("run", [False, True], ids=["no-gate", "run"])
+@pytest.mark.parametrize("one", [True, False], ids=["one-op", "five-ops"])
+def test_a_call_without_rows_passes(run, one, monkeypatch):
+    eraser = toy.eraser(hookpoint="unet.block")
+    if not one:
+        apart(monkeypatch)
+    pipe = toy.EchoPipe(toy.WIDTH)
+    with (with_run_gate(eraser, 44) if run else eraser).attach(pipe, ["Cats"], layout=GUIDED):
+        x = torch.zeros(0, toy.WIDTH, 4, 4)
+        assert pipe.unet(torch.zeros(0), x, x)[0].shape == x.shape
+
+
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
     return toy.pipeline(tmp_path_factory.mktemp("toy"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lbdt.activations import Prompt
 from lbdt.activations.batches import Batches
 from lbdt.runs.folder import held
 from lbdt.sae import SAEConfig, SparseAutoencoder
@@ -247,6 +248,15 @@ def test_recipes_need_what_they_are_for(tmp_path):
     output = SparseAutoencoder(SAEConfig(planted.D, 8, 2))
     with pytest.raises(ValueError, match="for the block's output"):
         train_recipe(RECIPES["saemnesia"], source, planted.SITE, out, start=output)
+    pairs = planted.source(16)
+    pairs.labelled = tuple(
+        Prompt("text", *planted.CONCEPT_NAMES[:1], beside=planted.CONCEPT_NAMES[1:2]) for _ in range(16)
+    )
+    for name in ("gsae", "saeparate"):
+        with pytest.raises(
+            ValueError, match=f"recipe {name} takes a picture's labels for all that is in it, and 16 of"
+        ):
+            train_recipe(RECIPES[name], pairs, planted.SITE, out)
     assert not out.exists()
 
 
