@@ -28,6 +28,8 @@ class SourcePart(Source):
         places = [self._places(index) for index in range(shard_count(source))]
         first = [index * source.prompts_per_shard for index in range(shard_count(source))]
         self._all = torch.cat([place + start for place, start in zip(places, first, strict=True)])
+        if source.labelled is not None:
+            self.labelled = tuple(source.labelled[prompt] for prompt in self._all.tolist())
         self.prompts = len(self._all)
         self.prompts_per_shard = source.prompts_per_shard - held if keep else held
 

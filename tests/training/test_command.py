@@ -107,6 +107,7 @@ def test_bad_usage_is_exit_code_2(tmp_path):
 @pytest.mark.parametrize(("prompts", "share"), [(48, 0.125), (45, 0.25), (41, 0.5), (8, 0.125)])
 def test_a_split_gives_each_prompt_to_one_side(prompts, share):
     whole = planted.source(prompts)
+    whole.labelled = tuple(Prompt("text", seed=seed) for seed in range(prompts))
     parts = split(whole, share)
     everything = torch.cat([whole.shard(i, planted.SITE).x for i in range(shard_count(whole))])
     seen = []
@@ -116,7 +117,9 @@ def test_a_split_gives_each_prompt_to_one_side(prompts, share):
         x = torch.cat([shard.x for shard in shards])
         assert len(x) == part.prompts
         assert torch.equal(part.labels()[0], torch.cat([shard.concepts for shard in shards]))
-        seen += [int((everything == row).flatten(1).all(1).nonzero()) for row in x]
+        own = [int((everything == row).flatten(1).all(1).nonzero()) for row in x]
+        assert [prompt.seed for prompt in part.labelled] == own
+        seen += own
     assert sorted(seen) == list(range(prompts))
     concepts = parts[1].labels()[0]
     assert len(concepts) < 2 or concepts.unique().numel() > 1

@@ -252,11 +252,15 @@ def test_recipes_need_what_they_are_for(tmp_path):
     pairs.labelled = tuple(
         Prompt("text", *planted.CONCEPT_NAMES[:1], beside=planted.CONCEPT_NAMES[1:2]) for _ in range(16)
     )
-    for name in ("gsae", "saeparate"):
+    for name, part, count in (
+        ("gsae", pairs, 16),
+        ("saeparate", pairs, 16),
+        ("gsae", split(pairs, 0.25)[0], 12),
+    ):
         with pytest.raises(
-            ValueError, match=f"recipe {name} takes a picture's labels for all that is in it, and 16 of"
+            ValueError, match=f"recipe {name} takes a picture's labels for all that is in it, and {count} of"
         ):
-            train_recipe(RECIPES[name], pairs, planted.SITE, out)
+            train_recipe(RECIPES[name], part, planted.SITE, out)
     assert not out.exists()
 
 
