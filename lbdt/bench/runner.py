@@ -62,7 +62,7 @@ class BenchOptions:
         on_gpu = self.device.type == "cuda"
         # Eight images take seconds a call on a CPU, and grow with the share as one does.
         slow = [] if on_gpu or self.shapes else [name for name in known if known[name].images > 1]
-        return cases.specs(
+        found = cases.specs(
             self.ops or cases.OPS,
             self.shapes or (shapes.QUICK if self.quick else known),
             self.shares or shapes.SHARES,
@@ -70,6 +70,12 @@ class BenchOptions:
             shortened=slow,
             measured=() if self.quick or self.shares else (_SHAPE,),
         )
+        if not found:
+            raise ValueError(
+                f"--op {', '.join(self.ops)}: has no case at --shape {', '.join(self.shapes)}, where only the hook is "
+                "timed"
+            )
+        return found
 
     def command(self) -> str:
         """A command line that measures the same."""
