@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbdt.donors import SOURCES
+
 _STRIDED = torch.strided
 _OPTIONAL = (
     *("minus", "bank", "avoid", "sums", "owners", "least", "deciding", "gated", "so_far"),
@@ -55,6 +57,19 @@ def device(name: str, tensor: Tensor, x: Tensor, like: str = "x") -> None:
         raise ValueError(f"{name}: expected on {x.device} like {like}, got {tensor.device}")
 
 
+def target(name: str, tensor: Tensor, kind: torch.dtype, x: Tensor, like: str = "x") -> None:
+    """Checks a buffer of this dtype that is written in place, on the device of `x`, which is called `like`."""
+    dtype(name, tensor, kind)
+    device(name, tensor, x, like)
+    contiguous(name, tensor)
+
+
+def contiguous(name: str, tensor: Tensor) -> None:
+    """ValueError unless the elements of `tensor` lie one after another."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected contiguous memory, got strides {list(tensor.stride())}")
+
+
 def feature_map(x: Tensor) -> tuple[int, int, int]:
     """Batch, channels and patches of `x` [B, d, H, W] or [B, d, N]; raises on anything else."""
     dtype("x", x, *FLOATS)
@@ -62,6 +77,41 @@ def feature_map(x: Tensor) -> tuple[int, int, int]:
         raise ValueError(f"x: expected [B, d, H, W] or [B, d, N], got shape {list(x.shape)}")
     patches = x.shape[2] if x.dim() == 3 else x.shape[2] * x.shape[3]
     return x.shape[0], x.shape[1], patches
+
+
+def grid(x: Tensor, height: int, width: int) -> None:
+    """ValueError unless that is the grid of `x` [B, d, H, W], or one of the patches of [B, d, N]."""
+    own, patches = tuple(x.shape[2:]) if x.dim() == 4 else None, x.shape[2:].numel()
+    if height < 0 or width < 0 or height * width != patches or (own and own != (height, width)):
+        given = f"x has {list(own)}" if own else f"x has {patches} patches"
+        raise ValueError(f"height, width: expected x's grid, got {height} x {width}, but {given}")
+
+
+def donors(padding: int, source: str) -> None:
+    """ValueError unless donors can be chosen by these."""
+    if padding < 0:
+        raise ValueError(f"padding: expected >= 0, got {padding}")
+    if source not in SOURCES:
+        raise ValueError(f"source: expected one of {', '.join(SOURCES)}, got {source!r}")
+
+
+def buffers(
+    like: Tensor, named: str, sizes: int, rows: Tensor, cells: Tensor, written: Tensor, fields: int
+) -> None:
+    """Checks the ring buffers, whose rows have so many `fields`, on the device of `like`, which is called `named`."""
+    shape("written", written, (2,), "[2]")
+    if rows.dim() != 2 or rows.shape[0] == 0 or rows.shape[1] != fields:
+        raise ValueError(f"rows: expected [R >= 1, {fields}], got {list(rows.shape)}")
+    if cells.dim() != 1:
+        raise ValueError(f"cells: expected [C], got {list(cells.shape)}")
+    for name, tensor, kind in (
+        ("rows", rows, torch.int64),
+        ("cells", cells, torch.uint8),
+        ("written", written, torch.int64),
+    ):
+        target(name, tensor, kind, like, named)
+    if not 0 <= sizes < 1 << 63:
+        raise ValueError(f"sizes: expected 0 <= sizes < 2**63, got {sizes}")
 
 
 def encoder(x: Tensor, width: int, weight: Tensor, bias: Tensor, k: int, least: int) -> None:
@@ -113,8 +163,8 @@ def gate(
         shape("so_far", so_far, (x.shape[0], least.shape[1] + 1), "[B, C + 1]")
         given.append(("so_far", so_far))
     for name, tensor in (("gated", gated), ("so_far", so_far)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected contiguous memory, got strides {list(tensor.stride())}")
+        if tensor is not None:
+            contiguous(name, tensor)
     for name, tensor in given:
         dtype(name, tensor, torch.int64)
         device(name, tensor, x)

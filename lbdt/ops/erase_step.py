@@ -1,5 +1,7 @@
 """`lbdt::erase_step`: all that an eraser does in one denoiser call, so that a step costs one call on the host."""
 
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,9 @@ from lbdt.ops import _checks, _cpu, _dispatch
 from lbdt.ops.detect_patches import MOST_PATCHES
 from lbdt.ops.record_patches import FIELDS
 
-# Those that may be left out, and the place of `source`.
-_DEFAULTS = reference.erase_step.__defaults__
-_SOURCE = 22
+_NAMES = tuple(inspect.signature(reference.erase_step).parameters)
+_DEFAULTS = reference.erase_step.__defaults__  # of those at the end
+_SOURCE = _NAMES.index("source")
 _WRITTEN = ("rows", "cells", "written", "run_sums", "run_last", "run_count")
 _STRIDED = ("x", "timesteps", "weight", "minus", "schedule")
 _TIMES = (torch.int64, torch.int32, *_checks.FLOATS)
@@ -218,19 +220,14 @@ def _check(
 ) -> None:
     batch, channels, patches = _checks.feature_map(x)
     _checks.encoder(x, channels, weight, bias, k, least=0)
-    grid = tuple(x.shape[2:]) if x.dim() == 4 else None
-    if height < 0 or width < 0 or height * width != patches or (grid and grid != (height, width)):
-        raise ValueError(f"height, width: expected x's grid, got {height} x {width} for x {list(x.shape)}")
+    _checks.grid(x, height, width)
     if max(height, width) > MOST_PATCHES or (height**2 + 2 * width**2) * patches >= 1 << 63:
         raise ValueError(
             f"height, width: expected a grid whose squared distances fit, got {height} x {width}"
         )
     if not 1 <= images <= max(batch, 1) or batch % images:
         raise ValueError(f"images: expected a divisor of the {batch} rows of x, got {images}")
-    if padding < 0:
-        raise ValueError(f"padding: expected >= 0, got {padding}")
-    if source not in SOURCES:
-        raise ValueError(f"source: expected one of {', '.join(SOURCES)}, got {source!r}")
+    _checks.donors(padding, source)
     if not -1 <= cond < max(batch // images, 1):
         raise ValueError(f"cond: expected -1 or one of the {batch // images} branches, got {cond}")
     _checks.shape("timesteps", timesteps, (batch,), "[B]")
@@ -288,27 +285,19 @@ def _check(
         run_sums is not None and least is None
     ):
         raise ValueError("run_sums, run_last, run_count: expected all, and least with them, or none")
-    _check_recorded(rows, cells, written, sizes, FIELDS + 1 + (least is not None))
-    written_to = [
-        ("rows", rows, torch.int64),
-        ("cells", cells, torch.uint8),
-        ("written", written, torch.int64),
-    ]
+    _checks.buffers(x, "x", sizes, rows, cells, written, FIELDS + 1 + (least is not None))
     if run_sums is not None:
         room, counting = run_last.shape[0] if run_last.dim() == 1 else 0, batch if cond < 0 else images
         _checks.shape("run_sums", run_sums, (room, least.shape[1] + 1), "[*, C + 1]")
         _checks.shape("run_count", run_count, (), "[]")
         if room < counting:
             raise ValueError(f"run_last: expected [{counting} or more], got {list(run_last.shape)}")
-        written_to.append(("run_sums", run_sums, torch.int64))
-        written_to.append(("run_last", run_last, torch.float32))
-        written_to.append(("run_count", run_count, torch.int64))
-    for name, tensor, kind in (*given, *written_to):
+        kinds = torch.int64, torch.float32, torch.int64
+        for name, tensor, kind in zip(("run_sums", "run_last", "run_count"), runs, kinds, strict=True):
+            _checks.target(name, tensor, kind, x)
+    for name, tensor, kind in given:
         _checks.dtype(name, tensor, kind)
         _checks.device(name, tensor, x)
-    for name, tensor, _ in written_to:
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected contiguous memory, got strides {list(tensor.stride())}")
 
 
 def _fake(x, *given, backend=""):
@@ -318,24 +307,14 @@ def _fake(x, *given, backend=""):
 
 def _complete(given: tuple) -> tuple:
     """All arguments: torch leaves those at the end out that are as by default."""
-    missing = _check.__wrapped__.__code__.co_argcount - len(given)
+    missing = len(_NAMES) - len(given)
     return given + _DEFAULTS[len(_DEFAULTS) - missing :]
-
-
-def _check_recorded(rows, cells, written, sizes, fields) -> None:
-    if rows.dim() != 2 or rows.shape[0] == 0 or rows.shape[1] != fields:
-        raise ValueError(f"rows: expected [R >= 1, {fields}], got {list(rows.shape)}")
-    if cells.dim() != 1:
-        raise ValueError(f"cells: expected [C], got {list(cells.shape)}")
-    _checks.shape("written", written, (2,), "[2]")
-    if not 0 <= sizes < 1 << 63:
-        raise ValueError(f"sizes: expected 0 <= sizes < 2**63, got {sizes}")
 
 
 def _run(*given, backend=""):
     arguments = _complete(given)
     _check(*arguments)
-    named = dict(zip(_names(), arguments, strict=True))
+    named = dict(zip(_NAMES, arguments, strict=True))
     latents = named["weight"].shape[0]
     _checks.within("latents", named["latents"], latents, "L, the latents of weight")
     if named["known_latents"] is not None:
@@ -345,18 +324,13 @@ def _run(*given, backend=""):
     return _dispatch.call("erase_step", backend, *arguments)
 
 
-def _names() -> tuple[str, ...]:
-    code = _check.__wrapped__.__code__
-    return code.co_varnames[: code.co_argcount]
-
-
 def _cpp_supports(x, *args, **kwargs) -> str | None:
     return _cpu.supports_product("erase_step_cpp", x)
 
 
 def _cpp(*arguments) -> Tensor:
     laid_out = []
-    for name, value in zip(_names(), arguments, strict=True):
+    for name, value in zip(_NAMES, arguments, strict=True):
         if name == "source":
             value = SOURCES.index(value)
         elif name == "bias":
@@ -371,7 +345,7 @@ def _cpp(*arguments) -> Tensor:
 
 def _alone(*arguments) -> Tensor:
     """The reference, on tensors to be written that share no memory; the C++ op looks itself."""
-    named = dict(zip(_names(), arguments, strict=True))
+    named = dict(zip(_NAMES, arguments, strict=True))
     written = {name: named.pop(name) for name in _WRITTEN}
     others = [value for value in named.values() if isinstance(value, Tensor)]
     _checks.own_memory({name: value for name, value in written.items() if value is not None}, *others)

@@ -63,19 +63,10 @@ def _check(mask, replaced, timesteps, sizes, rows, cells, written, sums, gated) 
         raise ValueError(f"mask: expected [B, N], got {list(mask.shape)}")
     _checks.shape("replaced", replaced, tuple(mask.shape), "[B, N]")
     _checks.shape("timesteps", timesteps, (mask.shape[0],), "[B]")
-    _checks.shape("written", written, (2,), "[2]")
-    fields = FIELDS + (sums is not None) + (gated is not None)
-    if rows.dim() != 2 or rows.shape[0] == 0 or rows.shape[1] != fields:
-        raise ValueError(f"rows: expected [R >= 1, {fields}], got {list(rows.shape)}")
-    if cells.dim() != 1:
-        raise ValueError(f"cells: expected [C], got {list(cells.shape)}")
     for name, tensor, dtype in (
         ("mask", mask, torch.bool),
         ("replaced", replaced, torch.bool),
         ("timesteps", timesteps, torch.float32),
-        ("rows", rows, torch.int64),
-        ("cells", cells, torch.uint8),
-        ("written", written, torch.int64),
     ):
         _checks.dtype(name, tensor, dtype)
         _checks.device(name, tensor, mask, like="mask")
@@ -87,11 +78,9 @@ def _check(mask, replaced, timesteps, sizes, rows, cells, written, sums, gated) 
         _checks.shape("gated", gated, (mask.shape[0],), "[B]")
         _checks.dtype("gated", gated, torch.int64)
         _checks.device("gated", gated, mask, like="mask")
-    for name, tensor in (("rows", rows), ("cells", cells), ("written", written)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected contiguous memory, got strides {list(tensor.stride())}")
-    if not 0 <= sizes < 1 << 63:
-        raise ValueError(f"sizes: expected 0 <= sizes < 2**63, got {sizes}")
+    _checks.buffers(
+        mask, "mask", sizes, rows, cells, written, FIELDS + (sums is not None) + (gated is not None)
+    )
 
 
 def _fake(

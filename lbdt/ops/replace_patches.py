@@ -134,18 +134,12 @@ class _WithGradient(torch.autograd.Function):
 @_checks.tensors
 def _check(x, mask, u, height, width, padding, source, bank, avoid) -> None:
     batch, channels, patches = _checks.feature_map(x)
-    grid = tuple(x.shape[2:]) if x.dim() == 4 else None
-    if height < 0 or width < 0 or height * width != patches or (grid and grid != (height, width)):
-        given = f"x has {list(grid)}" if grid else f"x has {patches} patches"
-        raise ValueError(f"height, width: expected x's grid, got {height} x {width}, but {given}")
+    _checks.grid(x, height, width)
     for name, tensor, kind in (("mask", mask, torch.bool), ("u", u, torch.float32)):
         _checks.shape(name, tensor, (batch, patches), "[B, N]")
         _checks.dtype(name, tensor, kind)
         _checks.device(name, tensor, x)
-    if padding < 0:
-        raise ValueError(f"padding: expected >= 0, got {padding}")
-    if source not in SOURCES:
-        raise ValueError(f"source: expected one of {', '.join(SOURCES)}, got {source!r}")
+    _checks.donors(padding, source)
     farthest = height**2 + width**2 * (2 if source == DonorSource.row else 1)
     if source != DonorSource.random and farthest * patches >= 1 << 63:
         raise ValueError(
