@@ -97,26 +97,19 @@ def labels_of(shard: Shard, by: str) -> Tensor:
     return (shard.concepts if by == "concepts" else shard.styles).cpu()
 
 
-def shown_in(source: Source, shard: Shard, index: int, names: Sequence[str], by: str) -> Tensor:
-    """bool [P, C] on the CPU: which of `names` each prompt of shard `index` shows, several where it names several."""
-    place = {name: number for number, name in enumerate(names)}
+def shown_names(source: Source, by: str, label: Tensor, first: int = 0) -> list[tuple[str, ...]]:
+    """The names that each prompt from `first` on shows, several where it names several; `label` [P] int64: their places
+    in `labels(source, by)`, -1: none."""
     if by == "concepts" and source.labelled is not None:
-        first = index * source.prompts_per_shard
-        prompts = source.labelled[first : first + len(shard.concepts)]
-        rows = [
-            (p, place[name]) for p, prompt in enumerate(prompts) for name in prompt.shown if name in place
-        ]
-    else:
-        own = labels(source, by)
-        rows = [
-            (p, place[own[label]])
-            for p, label in enumerate(labels_of(shard, by).tolist())
-            if label >= 0 and own[label] in place
-        ]
-    shown = torch.zeros(len(shard.concepts), len(names), dtype=torch.bool)
-    if rows:
-        shown[tuple(torch.tensor(rows).T)] = True
-    return shown
+        return [prompt.shown for prompt in source.labelled[first : first + len(label)]]
+    own = labels(source, by)
+    return [(own[place],) if place >= 0 else () for place in label.tolist()]
+
+
+def shown_in(source: Source, shard: Shard, index: int, names: Sequence[str], by: str) -> Tensor:
+    """bool [P, C] on the CPU: which of `names` each prompt of shard `index` shows."""
+    shown = shown_names(source, by, labels_of(shard, by), index * source.prompts_per_shard)
+    return torch.tensor([[name in own for name in names] for own in shown], dtype=torch.bool)
 
 
 def rows_by_label(shard: Shard, by: str) -> list[tuple[int, Tensor]]:

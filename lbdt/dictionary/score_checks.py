@@ -10,7 +10,7 @@ import torch
 
 from lbdt.activations.sites import Site
 from lbdt.activations.source import require_site
-from lbdt.dictionary.encoding import check_fit, labels
+from lbdt.dictionary.encoding import check_fit, shown_names
 from lbdt.dictionary.selection import check_criteria
 from lbdt.runs.reading import listed
 
@@ -62,11 +62,8 @@ def check_gate_source(
             f"gate_source: expected the source's timesteps {listed(source.timesteps)}, got {listed(given.timesteps)}; "
             "collect it with the same steps"
         )
-    if by == "concepts" and given.labelled is not None:
-        shown = {name for prompt in given.labelled for name in prompt.shown}
-    else:
-        own, numbers = labels(given, by), given.labels()[("concepts", "styles").index(by)]
-        shown = {own[number] for number in numbers.unique().tolist() if number >= 0}
+    label = given.labels()[("concepts", "styles").index(by)]
+    shown = {name for own in shown_names(given, by, label) for name in own}
     without = [name for name in names if name not in shown]
     if without:
         raise ValueError(
