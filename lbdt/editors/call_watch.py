@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lbdt import call_rows
 from lbdt.activations.capture import is_compiled
 from lbdt.hooks import lookup, pipeline_calls
 from lbdt.hooks.call_state import CallState
@@ -211,8 +212,8 @@ class CallWatch:
 
 def _steps(rows: list[Row], call: PipelineCall) -> list[int]:
     """The step of the schedule that each row is of."""
-    schedule = call.pipe.scheduler.timesteps.float().cpu()
-    return [int((schedule - row.timestep).abs().argmin()) for row in rows]
+    timesteps = torch.tensor([row.timestep for row in rows])
+    return call_rows.nearest(timesteps, call.pipe.scheduler.timesteps.float().cpu()).tolist()
 
 
 def _check_scheduler(scheduler: Any, windowed: bool) -> None:
