@@ -11,6 +11,7 @@ LAYERS = (
     {"_build", "call_rows", "donors", "runs", "testing"},
     {"formats", "kernels", "reference"},
     {"ops", "sae"},
+    {"int8_screen"},
     {"hooks"},
     {"activations"},
     {"dictionary"},

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gate.h"
+#include "screen.h"
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -21,7 +22,11 @@ struct DetectCall {
   int64_t union_size, k;
   bool* mask;  // [B, N], out
   std::optional<Gate> gate;
+  std::optional<Screen> screen;  // of weight and bias; none: everything is counted in float32
   int64_t* not_finite = nullptr;  // [B], out: the patches with a NaN or infinity in x or minus; null: not asked for
+
+  // Whether products are bounded in int8 first.
+  bool screened() const { return screen && screen->width <= kMostScreened && screen_kernels() != nullptr; }
 };
 
 // Fills what is out of `call`, for x [B, d, H, W] or [B, d, N] in float32, float16 or bfloat16, and `minus` like it.

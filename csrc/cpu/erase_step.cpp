@@ -110,7 +110,10 @@ Tensor erase_step_cpp(
     std::optional<Tensor> run_sums,   // [*, C + 1] int64
     std::optional<Tensor> run_last,   // [*] float32
     std::optional<Tensor> run_count,  // int64
-    bool whole_calls) {
+    bool whole_calls,
+    std::optional<Tensor> codes,   // [L, d] int8, contiguous as what follows, d a multiple of 4 by zeros
+    std::optional<Tensor> bounds,  // [6, L] float32
+    std::optional<Tensor> centre) {  // [d] float32
   const auto encoder = lbdt::check_encoder(x, weight, bias, k, 0);
   const int64_t batch = x.size(0), count = lbdt::patches(x), watched = latents.dim() == 1 ? latents.size(0) : 0;
   const int64_t bins = thresholds.dim() == 2 ? thresholds.size(0) : 0, sets = enabled.dim() == 2 ? enabled.size(0) : 0;
@@ -179,6 +182,9 @@ Tensor erase_step_cpp(
     STD_TORCH_CHECK(size > 0, "schedule: expected a timestep or more");
   }
 
+  const std::optional<lbdt::Screen> screen = lbdt::read_screen(codes, bounds, centre, x, weight.size(0));
+  if (screen) read.insert(read.end(), screen->spans.begin(), screen->spans.end());
+
   std::vector<Span> writes;
   const auto apart = [&](const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape) {
     const Span own = lbdt::check(name, t, x, dtype, shape);
@@ -226,7 +232,7 @@ Tensor erase_step_cpp(
     lbdt::detect(
         x, minus,
         {weight, data<float>(bias), data<int64_t>(latents), data<float>(thresholds), call.bins.data(),
-         call.enabled.data(), watched, k, mask, gate, not_finite.data()});
+         call.enabled.data(), watched, k, mask, gate, screen, not_finite.data()});
     const bool any = std::any_of(mask, replaced, [](bool set) { return set; });
     if (any && known_latents) {
       std::vector<uint8_t> on(batch * known);
@@ -237,7 +243,7 @@ Tensor erase_step_cpp(
       lbdt::detect(
           x, minus,
           {weight, data<float>(bias), data<int64_t>(*known_latents), data<float>(*known_thresholds), call.bins.data(),
-           on.data(), known, k, avoid, std::nullopt});
+           on.data(), known, k, avoid, std::nullopt, screen});
     }
     const auto output = [&](int64_t patches) {
       if (patches > 0) out = torch::stable::empty_like(x);

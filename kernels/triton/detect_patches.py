@@ -283,6 +283,9 @@ def detect_patches(
     deciding: Tensor | None = None,  # [B]
     gated: Tensor | None = None,  # [B]
     so_far: Tensor | None = None,  # [B, C + 1]
+    codes: Tensor | None = None,  # [L, d or a few more]
+    bounds: Tensor | None = None,  # [6, L]
+    centre: Tensor | None = None,  # [d]
 ) -> Tensor:  # [B, N]
     """`lbdt.reference.detect_patches` in two launches, three with the gate. Scratch from torch's allocator: 16 bytes a
     patch; with the gate 1 more, and 4 for each 32 concepts."""

@@ -33,6 +33,7 @@ def backends_here() -> dict[str, Any]:
     import torch
 
     import lbdt
+    from lbdt.int8_screen import instructions
 
     return {
         "lbdt": lbdt.__version__,
@@ -41,6 +42,7 @@ def backends_here() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "torch_cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
+        "int8_screen": instructions() or None,
         "devices": [_device(device) for device in devices()],
         "ops": {device: _ops(device) for device in devices()},
     }
@@ -59,6 +61,9 @@ def lines(values: dict[str, Any]) -> list[str]:
     text += [f"  {name}: {version or 'not installed'}" for name, version in values["packages"].items()]
     text.append(
         f"  CUDA of torch: {values['torch_cuda'] or 'none (CPU build)'}; threads: {values['threads']}"
+    )
+    text.append(
+        f"  int8 screen of detections on the CPU: {values['int8_screen'] or 'none (it needs AVX-512 VNNI or AVX-VNNI)'}"
     )
     for device in values["devices"]:
         text.append(f"{device['name']}: {device['description']}")

@@ -154,7 +154,13 @@ class ConceptEraser(UnetEditor):
             gate=self._gate_of(columns),
             known=known,
             pre=self._pre_encoder(like),
+            centre=self._centre() if like is None else None,
         )
+
+    def _centre(self) -> Tensor:
+        """What is near to the activations that the encoder's rows are multiplied with, [d] float32."""
+        middle = self.sae.b_dec.detach().float()
+        return torch.zeros_like(middle) if self.sae.config.pre_encoder else middle
 
     def _digested(self) -> list[Any]:
         gate = self._gate({name: self.select(name) for name in self.concepts})

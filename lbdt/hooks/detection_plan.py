@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lbdt import call_rows, ops
 from lbdt.hooks.call_state import Branches, Now
 from lbdt.hooks.pre_encoder import PreEncoder
+from lbdt.int8_screen import Screen
 
 MOST_PADDING = 65_535
 """The largest padding in patches: no map that a recorder takes has a longer side."""
@@ -105,8 +106,12 @@ class DetectionPlan:
         seeds: Tensor,  # [R] int64
         gate: Gate | None = None,
         pre: PreEncoder | None = None,
+        centre: Tensor | None = None,  # [d] float32
     ) -> None:
+        """`centre`: what activations lie around, by which products are screened where that spares time; None: they are
+        not."""
         self.options, self.gate, self.pre = options, gate, pre
+        self._centre, self.screen = centre, None
         self.captured = False
         """Whether a CUDA graph reads these tensors."""
         # As given, since a cast to the dtype of one call's activations would be rounded for the next one's.
@@ -125,6 +130,8 @@ class DetectionPlan:
         for name in ("bias", "latents", "thresholds", "timesteps", "enabled", "seeds"):
             setattr(self, name, getattr(self, name).to(device))
         self.weight = self._exact_weight.to(device, dtype)
+        if self._centre is not None:
+            self.screen = Screen.where_useful(self.weight, self.bias, self._centre.to(device))
         if self.pre is not None:
             self.pre.to(device, dtype)
         if self.gate is not None:
@@ -195,14 +202,15 @@ class DetectionPlan:
         there is a gate by that; keeps how many patches it took."""
         enabled = self.enabled_in(now)
         looked, minus = self.looked(x, minus, now)
-        rows, gate, so_far = self.rows(now), (), None
+        rows, gate, so_far = self.rows(now), {}, None
         # Without a deciding row each branch is counted for itself.
         images = len(rows.bins) // (rows.halves if rows.deciding is not None else 1)
         if self.gate is not None:
             now.gated = torch.empty_like(rows.bins)
             if self.gate.over_run:
                 so_far = now.memory.rows(rows.timesteps, self._inside(now), images)
-            gate = (*self.gate[:3], rows.deciding, now.gated, so_far)
+            gate = {"deciding": rows.deciding, "gated": now.gated, "so_far": so_far}
+            gate |= zip(("owners", "least", "least_of"), self.gate, strict=False)
         mask = ops.detect_patches(
             looked,
             self.weight,
@@ -213,7 +221,8 @@ class DetectionPlan:
             enabled,
             self.options.k,
             minus,
-            *gate,
+            **gate,
+            **({} if self.screen is None else self.screen._asdict()),
         )
         if so_far is not None:
             now.memory.keep(so_far, images)

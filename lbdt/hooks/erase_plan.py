@@ -48,8 +48,9 @@ class ErasePlan(DetectionPlan):
         gate: Gate | None = None,
         known: KnownLatents | None = None,
         pre: PreEncoder | None = None,
+        centre: Tensor | None = None,  # [d] float32
     ) -> None:
-        super().__init__(options, *tensors, gate=gate, pre=pre)
+        super().__init__(options, *tensors, gate=gate, pre=pre, centre=centre)
         self.known = known
         # Contiguous, as `step` takes it.
         self._exact_bank = None if bank is None else bank.contiguous()
@@ -105,6 +106,7 @@ class ErasePlan(DetectionPlan):
             sum(1 << place for place in prompted) if prompted else -1,
             *((None, 0, 0) if options.steps is None else (now.schedule.to(x.device), *options.steps)),
             *run,
+            *(self.screen or ()),
         )
 
     def detect(self, x: Tensor, minus: Tensor | None, now: Now) -> Tensor:
@@ -124,6 +126,7 @@ class ErasePlan(DetectionPlan):
                 enabled,
                 self.options.k,
                 minus,
+                **({} if self.screen is None else self.screen._asdict()),
             )
         now.looked = None
         return mask

@@ -13,6 +13,7 @@ _STRIDED = torch.strided
 _OPTIONAL = (
     *("minus", "bank", "avoid", "sums", "owners", "least", "deciding", "gated", "so_far"),
     *("known_latents", "known_thresholds", "schedule", "run_sums", "run_last", "run_count"),
+    *("codes", "bounds", "centre"),
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -231,3 +232,29 @@ def no_gradient(op: str, *tensors: Tensor | None, instead: str | None = None) ->
         raise RuntimeError(
             f"lbdt.ops.{op} has no gradient: call it under torch.no_grad(), or use {instead or f'lbdt.reference.{op}'}"
         )
+
+
+def screen(
+    codes: Tensor | None,
+    bounds: Tensor | None,
+    centre: Tensor | None,
+    weight: Tensor,
+    sizes: tuple[int, int],
+) -> None:
+    """ValueError or TypeError unless these are None, or have the sizes of a screen of `weight` [L, d]: so many bounds,
+    and codes padded to a multiple of the second of `sizes`."""
+    given = {"codes": codes, "bounds": bounds, "centre": centre}
+    if all(tensor is None for tensor in given.values()):
+        return
+    if any(tensor is None for tensor in given.values()):
+        raise ValueError(
+            "codes, bounds, centre: expected all that lbdt.int8_screen.Screen.of makes, or none of them"
+        )
+    latents, width = weight.shape
+    shapes = (latents, -(-width // sizes[1]) * sizes[1]), (sizes[0], latents), (width,)
+    kinds = torch.int8, torch.float32, torch.float32
+    for (name, tensor), expected, kind in zip(given.items(), shapes, kinds, strict=True):
+        shape(name, tensor, expected, "that of a screen of weight")
+        dtype(name, tensor, kind)
+        device(name, tensor, weight)
+        contiguous(name, tensor)

@@ -11,17 +11,24 @@ from lbdt.ops import _checks, _cpu, _dispatch, _triton
 MOST_PATCHES = 1 << 30
 """The largest number of patches in a map; csrc/checks.h: kMostPatches."""
 
+CODE_LANES = 4
+"""How many codes are read at a time: rows of `codes` are padded to a multiple; csrc/cpu/screen_tiles.h: kWord."""
+BOUNDS = 6
+"""The rows of `bounds`; csrc/cpu/screen_tiles.h: ScreenKind."""
+
 _dispatch.define(
     "detect_patches(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
     "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus=None, Tensor? owners=None, Tensor? least=None, "
-    "int least_of=0, Tensor? deciding=None, Tensor(a!)? gated=None, Tensor(b!)? so_far=None, *, str backend='') "
+    "int least_of=0, Tensor? deciding=None, Tensor(a!)? gated=None, Tensor(b!)? so_far=None, Tensor? codes=None, "
+    "Tensor? bounds=None, Tensor? centre=None, *, str backend='') "
     "-> Tensor"
 )
 # Contiguous but for x, weight and minus; bias and thresholds in float32.
 _dispatch.define_internal(
     "detect_patches_cpp(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
     "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus, Tensor? owners, Tensor? least, int least_of, "
-    "Tensor? deciding, Tensor(a!)? gated, Tensor(b!)? so_far, Tensor(c!) mask) -> ()"
+    "Tensor? deciding, Tensor(a!)? gated, Tensor(b!)? so_far, Tensor? codes, Tensor? bounds, "
+    "Tensor? centre, Tensor(c!) mask) -> ()"
 )
 
 
@@ -41,6 +48,9 @@ def detect_patches(
     deciding: Tensor | None = None,  # [B]
     gated: Tensor | None = None,  # [B]
     so_far: Tensor | None = None,  # [B, C + 1]
+    codes: Tensor | None = None,  # [L, d or a few more]
+    bounds: Tensor | None = None,  # [6, L]
+    centre: Tensor | None = None,  # [d]
     *,
     backend: str | None = None,
 ) -> Tensor:  # [B, N]
@@ -72,6 +82,9 @@ def detect_patches(
             2.6): the patches of evidence so far for each row, by the row that decides for it, and last how many calls
             there were. This call is added. A concept that was found has 2^40. `least` then counts quarters of a patch
             of their mean.
+        codes, bounds, centre: int8, float32 and float32, contiguous: the `lbdt.int8_screen.Screen` of weight and bias,
+            or none of them. They change no result: C++ on CPUs with VNNI counts in int8 what that decides. That they
+            are of another dictionary is not noticed.
         backend: "auto", or one to force (`lbdt.ops.use_backend`).
 
     Returns:
@@ -96,6 +109,9 @@ def detect_patches(
         deciding,
         gated,
         so_far,
+        codes,
+        bounds,
+        centre,
         backend=backend or "",
     )
 
@@ -117,6 +133,9 @@ def _check(
     deciding=None,
     gated=None,
     so_far=None,
+    codes=None,
+    bounds=None,
+    centre=None,
 ) -> tuple[int, int]:
     batch, width, patches = _checks.feature_map(x)
     _checks.encoder(x, width, weight, bias, k, least=0)
@@ -145,6 +164,7 @@ def _check(
     if any(tensor is not None for tensor in (least, owners, deciding, gated, so_far)):
         written = gated, so_far
         _checks.gate(x, union, thresholds.shape[0], owners, least, least_of, deciding, *written, MOST_PATCHES)
+    _checks.screen(codes, bounds, centre, weight, (BOUNDS, CODE_LANES))
     return batch, patches
 
 
@@ -169,19 +189,22 @@ def _run(
     deciding=None,
     gated=None,
     so_far=None,
+    codes=None,
+    bounds=None,
+    centre=None,
     *,
     backend="",
 ):
     given = x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus
-    gate = owners, least, least_of, deciding, gated, so_far
-    _check(*given, *gate)
+    gate, screen = (owners, least, least_of, deciding, gated, so_far), (codes, bounds, centre)
+    _check(*given, *gate, *screen)
     _checks.within("latents", latents, weight.shape[0], "L, the latents of weight")
     _checks.within("timestep_bin", timestep_bin, thresholds.shape[0], "T, the bins of thresholds")
     if least is not None:
         _checks.within("owners", owners, least.shape[1], "C, the concepts of least")
     if deciding is not None:
         _checks.within("deciding", deciding, x.shape[0], "B, the rows of x")
-    return _dispatch.call("detect_patches", backend, *given, *gate)
+    return _dispatch.call("detect_patches", backend, *given, *gate, *screen)
 
 
 def _cpp_supports(x, *args, **kwargs) -> str | None:
@@ -204,6 +227,9 @@ def _cpp(
     deciding=None,
     gated=None,
     so_far=None,
+    codes=None,
+    bounds=None,
+    centre=None,
 ) -> Tensor:
     mask = torch.empty(x.shape[0], x.shape[2:].numel(), dtype=torch.bool)
     torch.ops.lbdt.detect_patches_cpp(
@@ -222,6 +248,9 @@ def _cpp(
         None if deciding is None else deciding.contiguous(),
         gated,
         so_far,
+        codes,
+        bounds,
+        centre,
         mask,
     )
     return mask
@@ -237,8 +266,8 @@ def _alone(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`run` with a `gated` and `so_far` that share no memory; the C++ op looks itself, in less time than Python."""
 
     def checked(*arguments) -> Tensor:
-        *others, gated, so_far = arguments
-        read = [other for other in others if isinstance(other, Tensor)]
+        *others, gated, so_far, codes, bounds, centre = arguments
+        read = [other for other in (*others, codes, bounds, centre) if isinstance(other, Tensor)]
         if gated is not None:
             _checks.own_memory({"gated": gated}, *read)
         if so_far is not None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from lbdt import reference
 from lbdt.donors import SOURCES
 from lbdt.ops import _checks, _cpu, _dispatch
-from lbdt.ops.detect_patches import MOST_PATCHES
+from lbdt.ops.detect_patches import BOUNDS, CODE_LANES, MOST_PATCHES
 from lbdt.ops.record_patches import FIELDS
 
 _NAMES = tuple(inspect.signature(reference.erase_step).parameters)
@@ -24,7 +24,8 @@ _dispatch.define(
     "Tensor? known_latents=None, Tensor? known_thresholds=None, int padding=0, str source='random', "
     "Tensor? owners=None, Tensor? least=None, int least_of=0, int cond=-1, int counted=-1, Tensor? schedule=None, "
     "int first=0, int last=0, Tensor(d!)? run_sums=None, Tensor(e!)? run_last=None, Tensor(f!)? run_count=None, "
-    "bool whole_calls=False, *, str backend='') -> Tensor"
+    "bool whole_calls=False, Tensor? codes=None, Tensor? bounds=None, "
+    "Tensor? centre=None, *, str backend='') -> Tensor"
 )
 # Contiguous but for x, weight, minus, timesteps and schedule; bias and thresholds in float32; source is an index into
 # SOURCES. The result is like x, or where nothing was replaced has no image.
@@ -35,7 +36,7 @@ _dispatch.define_internal(
     "Tensor? known_latents=None, Tensor? known_thresholds=None, int padding=0, int source=0, "
     "Tensor? owners=None, Tensor? least=None, int least_of=0, int cond=-1, int counted=-1, Tensor? schedule=None, "
     "int first=0, int last=0, Tensor(d!)? run_sums=None, Tensor(e!)? run_last=None, Tensor(f!)? run_count=None, "
-    "bool whole_calls=False) -> Tensor",
+    "bool whole_calls=False, Tensor? codes=None, Tensor? bounds=None, Tensor? centre=None) -> Tensor",
     lambda x, *args: x.new_empty((torch.library.get_ctx().new_dynamic_size(), *x.shape[1:])),
 )
 
@@ -76,6 +77,9 @@ def erase_step(
     run_last: Tensor | None = None,  # [*]
     run_count: Tensor | None = None,  # []
     whole_calls: bool = False,
+    codes: Tensor | None = None,  # [L, d or a few more]
+    bounds: Tensor | None = None,  # [6, L]
+    centre: Tensor | None = None,  # [d]
     *,
     backend: str | None = None,
 ) -> Tensor:  # like x
@@ -103,6 +107,7 @@ def erase_step(
         run_sums, run_last, run_count: int64, float32 and int64, contiguous, written: the gate is over the calls of a
             run (METHOD.md, 2.6). What each image has, its last timestep and how many images there were.
         whole_calls: whether an image goes on with its run where its timestep is that of the call before.
+        codes, bounds, centre: as in `detect_patches`.
         backend: "auto", or one to force (`lbdt.ops.use_backend`).
 
     Returns:
@@ -149,6 +154,9 @@ def erase_step(
         run_last,
         run_count,
         whole_calls,
+        codes,
+        bounds,
+        centre,
         backend=backend or "",
     )
 
@@ -217,6 +225,9 @@ def _check(
     run_last,
     run_count,
     whole_calls,
+    codes,
+    bounds,
+    centre,
 ) -> None:
     batch, channels, patches = _checks.feature_map(x)
     _checks.encoder(x, channels, weight, bias, k, least=0)
@@ -298,6 +309,7 @@ def _check(
     for name, tensor, kind in given:
         _checks.dtype(name, tensor, kind)
         _checks.device(name, tensor, x)
+    _checks.screen(codes, bounds, centre, weight, (BOUNDS, CODE_LANES))
 
 
 def _fake(x, *given, backend=""):

@@ -30,6 +30,9 @@ def detect_patches(
     deciding: Tensor | None = None,  # [B]
     gated: Tensor | None = None,  # [B]
     so_far: Tensor | None = None,  # [B, C + 1]
+    codes: Tensor | None = None,  # [L, d or a few more]
+    bounds: Tensor | None = None,  # [6, L]
+    centre: Tensor | None = None,  # [d]
 ) -> Tensor:  # [B, N]
     """Mask of the patches in which an enabled latent is detected, in the rows that carry its concept.
 

@@ -46,6 +46,9 @@ def erase_step(
     run_last: Tensor | None = None,  # [*]
     run_count: Tensor | None = None,  # []
     whole_calls: bool = False,
+    codes: Tensor | None = None,  # [L, d or a few more]
+    bounds: Tensor | None = None,  # [6, L]
+    centre: Tensor | None = None,  # [d]
 ) -> Tensor:  # like x
     """`x` with the patches replaced in which a concept is detected, and a record of it.
 

@@ -6,6 +6,7 @@ import math
 import torch
 
 from lbdt import ops
+from lbdt.int8_screen import Screen
 from lbdt.ops import _dispatch
 from tests.layouts import bits
 
@@ -48,6 +49,28 @@ def laid_out(random, t):
     if kind == 3 and t.dim() > 0 and t.shape[0] > 0:
         return t[:1].expand(t.shape)
     return t
+
+
+def with_screen(random, arguments):
+    """The arguments of a screen: none, that of `weight` and `bias` where they have one, or, of these, one changed."""
+    none = dict.fromkeys(Screen._fields)
+    try:
+        weight, bias = arguments["weight"], arguments["bias"]
+        screen = Screen.of(
+            weight, bias, floats(random, (weight.shape[1],), torch.float32).nan_to_num(0, 0, 0)
+        )
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, NotImplementedError):
+        return none
+    chosen = random.random()
+    return (
+        none if chosen < 0.4 else spoiled_size(random, screen._asdict()) if chosen < 0.5 else screen._asdict()
+    )
+
+
+def spoiled_size(random, arguments):
+    """`arguments` with one of these tensors gone or shorter."""
+    name = random.choice(list(arguments))
+    return {**arguments, name: random.choice((None, arguments[name][:-1]))}
 
 
 def spoiled(random, arguments):

@@ -8,6 +8,7 @@ import torch
 
 from lbdt import ops
 from lbdt.donors import SOURCES
+from lbdt.int8_screen import Screen
 from tests.backends import DEVICE, HAS_CPP
 from tests.fuzz.calls import (
     ODD,
@@ -21,6 +22,7 @@ from tests.fuzz.calls import (
     memory,
     outcome,
     spoiled,
+    with_screen,
 )
 from tests.fuzzing import fuzz
 
@@ -100,6 +102,7 @@ def case(random):
         "run_last": None,
         "run_count": None,
         "whole_calls": random.random() < 0.5,
+        **dict.fromkeys(Screen._fields),
     }
     if gate == "run":
         given["run_sums"] = integers(random, 18, 30).view(6, 3)
@@ -113,6 +116,7 @@ def test_erase_step(random):
     arguments = case(random)
     if random.random() < 0.4:
         arguments = spoiled(random, arguments)
+    arguments |= with_screen(random, arguments)
 
     def same(got, expected, after, left):
         assert equal(got, expected)

@@ -19,6 +19,7 @@ from tests.fuzz.calls import (
     memory,
     outcome,
     spoiled,
+    with_screen,
 )
 from tests.fuzzing import fuzz
 
@@ -66,6 +67,7 @@ def internal_case(random):
                     "deciding": random.choice((None, integers(random, batch, batch or 1))),
                     "gated": random.choice((None, torch.zeros(batch, dtype=torch.int64))),
                     "so_far": random.choice((None, integers(random, 3 * batch, 99).view(batch, 3))),
+                    **with_screen(random, encoder),
                     "mask": mask,
                 },
             ),

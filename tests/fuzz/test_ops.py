@@ -13,7 +13,18 @@ from lbdt import ops
 from lbdt.donors import SOURCES
 from lbdt.testing import DTYPES
 from tests.backends import DEVICE
-from tests.fuzz.calls import ODD, agree, bools, equal, feature_map, floats, integers, laid_out, spoiled
+from tests.fuzz.calls import (
+    ODD,
+    agree,
+    bools,
+    equal,
+    feature_map,
+    floats,
+    integers,
+    laid_out,
+    spoiled,
+    with_screen,
+)
 from tests.fuzzing import fuzz
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the arguments are made on the CPU")
@@ -135,6 +146,8 @@ def test_detect_patches(random):
     arguments = arranged(random, arguments)
     if random.random() < 0.5:
         arguments = spoiled(random, arguments)
+
+    arguments |= with_screen(random, arguments)
 
     def same(got, expected, after, left):
         assert torch.equal(got, expected)

@@ -1,0 +1,98 @@
+// Single pre-activations, as the tiles of float32 compute them.
+
+#pragma once
+
+#include "detection.h"
+#include "feature_map.h"
+#include "screen.h"
+#include "tiles.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+namespace lbdt {
+
+#if defined(__x86_64__)
+#define LBDT_FMA __attribute__((target("fma")))
+#else
+#define LBDT_FMA
+#endif
+
+// In the order of the tiles: one addition after the other.
+LBDT_FMA inline float chain(const float* w, const float* x, int64_t width, float sum) {
+  for (int64_t c = 0; c < width; ++c) sum = __builtin_fmaf(w[c], x[c], sum);
+  return sum;
+}
+
+// In whatever order is fastest.
+LBDT_CLONES inline float quick_product(const float* w, const float* x, int64_t width) {
+  constexpr int kLanes = 64;
+  float sums[kLanes] = {}, sum = 0.0f;
+  int64_t c = 0;
+  for (; c + kLanes <= width; c += kLanes)
+    for (int i = 0; i < kLanes; ++i) sums[i] += w[c + i] * x[c + i];
+  for (; c < width; ++c) sum += w[c] * x[c];
+  for (int i = 0; i < kLanes; ++i) sum += sums[i];
+  return sum;
+}
+
+// Of the latents of a screened dictionary with a few patches.
+template <typename T>
+class ExactProducts {
+ public:
+  static constexpr int64_t kPatches = 16;  // at most
+
+  ExactProducts(const DetectCall& call, const FeatureMap<T>& x)
+      : call_(call),
+        map_(x),
+        panel_(floats(kPatches * x.width)),
+        rows_(floats(kPatches * x.width)),
+        room_(floats(x.width)) {}
+
+  // The patches that `exceeds` is asked for next: `count`, ascending positions in B * N.
+  void take(const int64_t* patches, int64_t count) {
+    map_.pack(patches, count, 0, map_.width, kPatches, panel_.get());
+    constexpr int64_t kLine = 16;  // floats of a cache line
+    for (int64_t from = 0; from < map_.width; from += kLine)
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t c = from; c < std::min(from + kLine, map_.width); ++c)
+          rows_.get()[i * map_.width + c] = panel_.get()[c * kPatches + i];
+    for (int64_t i = 0; i < count; ++i) {
+      const float* row = rows_.get() + i * map_.width;
+      length_[i] = std::sqrt(quick_product(row, row, map_.width));
+    }
+  }
+
+  // Has the memory of a latent's row fetched, which is asked for soon.
+  void fetch(int64_t latent) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (call_.weight.stride(1) != 1) return;
+      const char* row = reinterpret_cast<const char*>(
+          static_cast<const float*>(call_.weight.const_data_ptr()) + latent * call_.weight.stride(0));
+      for (int64_t at = 0; at < map_.width * 4; at += 64) __builtin_prefetch(row + at);
+    }
+  }
+
+  // Whether the pre-activation of a latent on the i-th of them exceeds `value`. The quick product decides where it must
+  // agree with that of the tiles.
+  bool exceeds(int64_t latent, int64_t i, float value) {
+    const float* w = dictionary_rows<T>(call_.weight, latent, 1, room_.get()).data;
+    const float* x = rows_.get() + i * map_.width;
+    const float bias = call_.bias[latent], h = bias + quick_product(w, x, map_.width);
+    const ScreenLatents bounds = call_.screen->from(latent);
+    const float length = (*bounds[kInner] + *bounds[kOuter]) * length_[i];  // at least that of w, times that of x
+    const float near = screen_rounding(map_.width) * (length + std::fabs(bias)) + 0x1p-100f;
+    if (std::fabs(h - value) > near) return h > value;
+    return chain(w, x, map_.width, bias) > value;
+  }
+
+ private:
+  const DetectCall& call_;
+  const FeatureMap<T>& map_;
+  const Floats panel_, rows_, room_;
+  float length_[kPatches];
+};
+
+}  // namespace lbdt

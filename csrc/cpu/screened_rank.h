@@ -1,0 +1,297 @@
+// The same rank test, mostly without float32 products (METHOD.md, 2.7): int8 ones bound each pre-activation from below
+// and above. A patch is refuted where k lower bounds exceed its value, and stays where fewer than k upper bounds do.
+// What is left between the bounds is counted exactly: first what likely exceeds the value, as soon as that may refute
+// it; the rest, of the patches that need it, in a second pass.
+
+#pragma once
+
+#include "exact_products.h"
+#include "rank.h"
+#include "screen.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+namespace lbdt {
+
+constexpr int64_t kSeen = 16;  // latents that are looked at together for one that is to be counted
+
+template <typename T>
+class ScreenedRank {
+ public:
+  ScreenedRank(const DetectCall& call, const FeatureMap<T>& x, const Largest& largest)
+      : call_(call), x_(x), largest_(largest), screen_(*call.screen) {}
+
+  // Clears the mask of those `alive` that at least k other latents exceed. Between parts of the dictionary, each half
+  // as long as all before it, the patches that are refuted are dropped.
+  void run(const std::vector<int64_t>& alive) {
+    patches_ = alive;
+    candidates_ = std::vector<Candidate>(alive.size());
+    Coded coded = code();
+    const int64_t latents = screen_.latents;
+    const int64_t blocks = divide_up(4 * call_.k, kBlock);
+    const int64_t least = kBlock * std::max<int64_t>(blocks, torch::stable::get_num_threads());
+    std::vector<Part> parts;
+    for (int64_t start = 0, stop; start < latents && !coded.panels.empty(); start = stop) {
+      stop = std::min(latents, start + std::max(start / 2, least) / kBlock * kBlock);
+      parts.push_back(compare(coded, start, stop, false));
+      settle_likely(coded, parts);
+      coded = only(std::move(coded), [](const Candidate& one) { return !one.refuted; });
+    }
+    const auto may = [&](const Candidate& one) { return !one.refuted && one.certain + one.may >= call_.k; };
+    coded = only(std::move(coded), may);
+    if (!coded.panels.empty()) settle_rest(coded, parts);
+    for (size_t i = 0; i < candidates_.size(); ++i) call_.mask[patches_[i]] = !candidates_[i].refuted;
+  }
+
+ private:
+  using Tensor = torch::stable::Tensor;
+
+  struct Candidate {
+    std::atomic<int32_t> certain{0};  // the latents that exceed its value
+    std::atomic<int32_t> likely{0};   // of those that may, how many it is likely of
+    std::atomic<int32_t> may{0};      // that may, and are not counted as certain
+    int32_t settled = 0;              // the parts in which none is likely any more: all of these are counted
+    bool refuted = false;
+    Candidate() = default;
+    Candidate(const Candidate&) {}  // for a vector of new ones
+  };
+
+  struct Panel : ScreenPanel {
+    std::array<int32_t, kScreenLanes> candidate;  // -1 in the lanes left
+  };
+
+  struct Coded {
+    Tensor words;  // of all panels
+    std::vector<Panel> panels;
+  };
+
+  // A part of the dictionary, with the patches that were compared with it.
+  struct Part {
+    int64_t start, stop;
+    Tensor bits;  // [panels, stop - start] int32: the lanes in which a latent is to be counted exactly
+    std::vector<std::array<int32_t, kScreenLanes>> lanes;  // their candidates
+  };
+
+  static Tensor words_of(int64_t count) {
+    return torch::stable::empty({std::max<int64_t>(count, 1)}, torch::headeronly::ScalarType::Int);
+  }
+  static uint32_t* at(const Tensor& words) { return static_cast<uint32_t*>(words.mutable_data_ptr()); }
+
+  static std::vector<int32_t> members(const Coded& coded) {
+    std::vector<int32_t> all;
+    for (const Panel& panel : coded.panels)
+      all.insert(all.end(), panel.candidate.begin(), panel.candidate.begin() + panel.filled);
+    return all;
+  }
+
+  // Panels for these candidates, without words and bounds.
+  Coded room_for(const std::vector<int32_t>& candidates) const {
+    const int64_t count = static_cast<int64_t>(candidates.size());
+    Coded coded{words_of(divide_up(count, kScreenHalf) * kScreenHalf * screen_.words()), {}};
+    for (int64_t lane = 0; lane < count; lane += kScreenLanes) {
+      Panel& panel = coded.panels.emplace_back();
+      panel.filled = std::min(kScreenLanes, count - lane);
+      panel.lanes = panel.filled > kScreenHalf ? kScreenLanes : kScreenHalf;
+      panel.words = at(coded.words) + lane * screen_.words();
+      panel.candidate.fill(-1);
+      std::copy_n(candidates.begin() + lane, panel.filled, panel.candidate.begin());
+    }
+    return coded;
+  }
+
+  Coded code() const {
+    std::vector<int32_t> all(patches_.size());
+    std::iota(all.begin(), all.end(), 0);
+    Coded coded = room_for(all);
+    const int64_t count = static_cast<int64_t>(coded.panels.size()), work = 8 * kScreenLanes * x_.width;
+    torch::stable::parallel_for(0, count, 1 + kGrain / work, [&](int64_t begin, int64_t end) {
+      const Floats room = floats(kScreenLanes * x_.width);
+      for (int64_t i = begin; i < end; ++i) {
+        Panel& panel = coded.panels[i];
+        x_.pack(patches_.data() + panel.candidate[0], panel.filled, 0, x_.width, panel.lanes, room.get());
+        code_panel(room.get(), x_.width, screen_.centre, panel);
+        for (int64_t j = 0; j < panel.filled; ++j) {
+          const int64_t patch = patches_[panel.candidate[j]];
+          panel.patches.value[j] = largest_.value[patch];
+          panel.patches.owner[j] = largest_.owner[patch];
+        }
+      }
+    });
+    return coded;
+  }
+
+  // The latents that are likely to exceed a value, without those that are certain to, and the counts of all; or, for
+  // the `rest`, those that may, and are not likely to.
+  Part compare(const Coded& coded, int64_t start, int64_t stop, bool rest) {
+    const int64_t size = stop - start, count = static_cast<int64_t>(coded.panels.size());
+    Part part{start, stop, words_of(count * size), {}};
+    for (const Panel& panel : coded.panels) part.lanes.push_back(panel.candidate);
+    const int64_t tasks = divide_up(size, kBlock), work = kBlock * screen_.words() * count * kScreenLanes;
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, tasks, 1 + kGrain / (1 + work), [&](int64_t, int64_t) {
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+        const int64_t first = start + task * kBlock, some = std::min(kBlock, stop - first);
+        for (int64_t i = 0; i < count; ++i)
+          compare_block(coded.panels[i], first, some, rest, at(part.bits) + i * size + first - start);
+      }
+    });
+    return part;
+  }
+
+  void compare_block(const Panel& panel, int64_t first, int64_t some, bool rest, uint32_t* to) {
+    const auto full = [&](int32_t candidate) {
+      return candidates_[candidate].certain.load(std::memory_order_relaxed) >= call_.k;
+    };
+    // A patch whose count is full is asked for no more.
+    if (std::all_of(panel.candidate.begin(), panel.candidate.begin() + panel.filled, full)) return;
+    ScreenCounts counts{};
+    ScreenBits bits[kBlock];
+    screen_block(
+        screen_.row(first), screen_.words() * kWord, some, panel.words, screen_.words(), panel.lanes,
+        screen_.from(first), panel.patches, static_cast<int32_t>(first), counts, bits);
+    for (int64_t r = 0; r < some; ++r)
+      to[r] = rest ? bits[r].may & ~bits[r].likely : bits[r].likely & ~bits[r].certain;
+    for (int64_t j = 0; j < panel.filled && !rest; ++j) {
+      if (counts.may[j] == 0) continue;
+      Candidate& one = candidates_[panel.candidate[j]];
+      one.certain.fetch_add(counts.certain[j], std::memory_order_relaxed);
+      one.likely.fetch_add(counts.likely[j] - counts.certain[j], std::memory_order_relaxed);
+      one.may.fetch_add(counts.may[j] - counts.certain[j], std::memory_order_relaxed);
+    }
+  }
+
+  // The panels of those that are `wanted`; as they are where that spares none.
+  template <typename Wanted>
+  Coded only(Coded coded, const Wanted& wanted) const {
+    std::vector<int32_t> left;
+    std::vector<std::pair<const Panel*, int64_t>> from;
+    int64_t halves = 0;
+    for (const Panel& panel : coded.panels) {
+      halves += panel.lanes / kScreenHalf;
+      for (int64_t j = 0; j < panel.filled; ++j)
+        if (wanted(candidates_[panel.candidate[j]])) {
+          left.push_back(panel.candidate[j]);
+          from.push_back({&panel, j});
+        }
+    }
+    if (divide_up(left.size(), kScreenHalf) == halves) return coded;
+    Coded fewer = room_for(left);
+    auto source = from.begin();
+    for (Panel& panel : fewer.panels)
+      for (int64_t j = 0; j < panel.lanes; ++j) {
+        const bool some = j < panel.filled;
+        const auto [old, lane] = some ? *source++ : from.front();
+        for (int64_t c = 0; c < screen_.words(); ++c)
+          panel.words[c * panel.lanes + j] = old->words[c * old->lanes + lane];
+        panel.patches.scale[j] = old->patches.scale[lane];
+        panel.patches.inner[j] = old->patches.inner[lane];
+        panel.patches.outer[j] = old->patches.outer[lane];
+        panel.patches.value[j] = some ? old->patches.value[lane] : std::numeric_limits<float>::infinity();
+        panel.patches.owner[j] = old->patches.owner[lane];
+      }
+    return fewer;
+  }
+
+  // Refutes those that what is likely refutes, of which the last part is the last.
+  void settle_likely(const Coded& coded, const std::vector<Part>& parts) {
+    const int32_t count = static_cast<int32_t>(parts.size());
+    std::vector<int32_t> some;
+    for (const int32_t index : members(coded)) {
+      Candidate& one = candidates_[index];
+      one.refuted = one.certain >= call_.k;
+      if (!one.refuted && one.certain + one.likely >= call_.k) some.push_back(index);
+    }
+    settle(some, [&](Candidate& one, ExactProducts<T>& exact, int32_t index, int64_t place) {
+      for (; one.settled < count && one.certain < call_.k; ++one.settled)
+        count_exactly(parts[one.settled], index, exact, place);
+      one.likely = 0;
+      one.refuted = one.certain >= call_.k;
+    });
+  }
+
+  // Decides those of which more than what is likely may refute them.
+  void settle_rest(const Coded& coded, const std::vector<Part>& parts) {
+    const Part rest = compare(coded, 0, screen_.latents, true);
+    settle(members(coded), [&](Candidate& one, ExactProducts<T>& exact, int32_t index, int64_t place) {
+      for (; one.settled < static_cast<int32_t>(parts.size()) && one.certain < call_.k; ++one.settled)
+        count_exactly(parts[one.settled], index, exact, place);
+      if (one.certain < call_.k && one.certain + one.may >= call_.k) count_exactly(rest, index, exact, place);
+      one.refuted = one.certain >= call_.k;
+    });
+  }
+
+  template <typename Decide>
+  void settle(const std::vector<int32_t>& some, const Decide& decide) {
+    constexpr int64_t kSome = ExactProducts<T>::kPatches;
+    const int64_t count = static_cast<int64_t>(some.size()), groups = divide_up(count, kSome);
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, groups, 1, [&](int64_t, int64_t) {
+      ExactProducts<T> exact(call_, x_);
+      for (int64_t group; (group = next.fetch_add(1, std::memory_order_relaxed)) < groups;) {
+        const int64_t first = group * kSome, filled = std::min(kSome, count - first);
+        int64_t patches[kSome];
+        for (int64_t i = 0; i < filled; ++i) patches[i] = patches_[some[first + i]];
+        exact.take(patches, filled);
+        for (int64_t i = 0; i < filled; ++i) decide(candidates_[some[first + i]], exact, some[first + i], i);
+      }
+    });
+  }
+
+  // Counts those latents of a part that exceed the value of a candidate, which has not had them and is the `taken`-th
+  // of `exact`.
+  void count_exactly(const Part& part, int32_t index, ExactProducts<T>& exact, int64_t taken) {
+    Candidate& one = candidates_[index];
+    const auto [panel, lane] = lane_of(part, index);
+    const int64_t size = part.stop - part.start;
+    const uint32_t *bits = at(part.bits) + panel * size, own = uint32_t{1} << lane;
+    const float value = largest_.value[patches_[index]];
+    int64_t last = -1;  // found, and not yet counted: it is on its way from memory
+    const auto count_last = [&] {
+      if (last >= 0 && one.certain < call_.k) {
+        one.certain += exact.exceeds(part.start + last, taken, value);
+        --one.may;
+      }
+    };
+    for (int64_t l = 0; l < size && one.certain < call_.k; l += kSeen) {
+      const int64_t stop = std::min(l + kSeen, size);
+      uint32_t any = 0;
+      for (int64_t i = l; i < stop; ++i) any |= bits[i];
+      for (int64_t i = l; (any & own) && i < stop; ++i) {
+        if (!(bits[i] & own)) continue;
+        exact.fetch(part.start + i);
+        count_last();
+        last = i;
+      }
+    }
+    count_last();
+  }
+
+  static std::pair<int64_t, int64_t> lane_of(const Part& part, int32_t candidate) {
+    for (size_t p = 0; p < part.lanes.size(); ++p) {
+      const auto& lanes = part.lanes[p];
+      const auto found = std::find(lanes.begin(), lanes.end(), candidate);
+      if (found != lanes.end()) return {static_cast<int64_t>(p), found - lanes.begin()};
+    }
+    STD_TORCH_CHECK(false, "detect_patches: a candidate without a lane");
+  }
+
+  const DetectCall& call_;
+  const FeatureMap<T>& x_;
+  const Largest& largest_;
+  const Screen& screen_;
+  std::vector<int64_t> patches_;  // of the candidates, in B * N
+  std::vector<Candidate> candidates_;
+};
+
+}  // namespace lbdt

@@ -1,0 +1,109 @@
+"""The int8 screen: a dictionary's rows as codes of one byte a weight, with what it takes to bound their products."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lbdt import _build
+from lbdt.ops import _dispatch
+from lbdt.ops.detect_patches import BOUNDS, CODE_LANES
+
+MOST_CHANNELS = 1 << 16
+"""The largest d whose products of codes fit an int32; csrc/cpu/screen.h: kMostScreened."""
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CHUNK = 1 << 16  # weights coded at a time
+_LEAST = 1 << 16  # weights from which on a screen spares time
+_UP = 1 + 2.0**-20  # lengths are rounded to float32 upwards
+_dispatch.define_internal("screen_instructions_cpp() -> str", lambda: "")
+
+
+class Screen(NamedTuple):
+    """The arguments of `detect_patches` and `erase_step` by which they bound pre-activations, rather than compute them,
+    where that decides: they change no result, only the time of it."""
+
+    codes: Tensor
+    """[L, d] int8, d padded to a multiple of 4: the rows of the dictionary divided by their scales."""
+    bounds: Tensor
+    """[6, L] float32, of each row: its scale; its bias and product with the centre; the length of the coded row; the
+    length of what its codes leave out; what rounding may add to a pre-activation by the bias; the sum of its codes."""
+    centre: Tensor
+    """[d] float32, what is taken from every patch before it is coded: bounds are narrow where patches are near it."""
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,  # [L, d]
+        bias: Tensor,  # [L]
+        centre: Tensor,  # [d]
+    ) -> Screen:
+        """The screen of a dictionary, for patches near `centre`, as the pre-bias `b_dec` of its SAE is.
+
+        Eq.: METHOD.md, 2.7; ours. A byte a weight and 24 a row are kept; about 4 MB more are needed on the way.
+
+        Args:
+            weight: float32 | float16 | bfloat16, any strides; as the ops get it.
+            bias: float32, as the ops get it.
+            centre: float32.
+
+        Raises:
+            ValueError, TypeError: the argument, what was expected, what was given. ValueError for d above 65,536.
+        """
+        if weight.dim() != 2 or not 1 <= weight.shape[1] <= MOST_CHANNELS:
+            raise ValueError(f"weight: expected [L, 1 <= d <= {MOST_CHANNELS}], got {list(weight.shape)}")
+        if weight.dtype not in _DTYPES:
+            raise TypeError(f"weight: expected float32, float16 or bfloat16, got {weight.dtype}")
+        weight, bias, centre = weight.detach(), bias.detach(), centre.detach()
+        latents, width = weight.shape
+        for name, tensor, size in (("bias", bias, latents), ("centre", centre, width)):
+            if tuple(tensor.shape) != (size,) or tensor.device != weight.device:
+                raise ValueError(
+                    f"{name}: expected [{size}] on {weight.device}, got {list(tensor.shape)} on {tensor.device}"
+                )
+            if tensor.dtype != torch.float32:
+                raise TypeError(f"{name}: expected float32, got {tensor.dtype}")
+        padded = -(-width // CODE_LANES) * CODE_LANES
+        codes = torch.zeros(latents, padded, dtype=torch.int8, device=weight.device)
+        bounds = torch.empty(BOUNDS, latents, device=weight.device)
+        middle, step = centre.double(), max(1, _CHUNK // width)
+        for first in range(0, latents, step):
+            part = slice(first, first + step)
+            codes[part, :width], bounds[:, part] = _coded(weight[part].double(), bias[part].double(), middle)
+        return cls(codes, bounds, centre.contiguous())
+
+    @classmethod
+    def where_useful(
+        cls,
+        weight: Tensor,  # [L, d]
+        bias: Tensor,  # [L]
+        centre: Tensor,  # [d]
+    ) -> Screen | None:
+        """The same where it spares time: on a CPU with the instructions, not of a small dictionary; else None."""
+        fits = weight.dtype in _DTYPES and weight.shape[1] <= MOST_CHANNELS
+        if weight.device.type != "cpu" or not fits or weight.numel() < _LEAST or not instructions():
+            return None
+        return cls.of(weight, bias, centre)
+
+
+@functools.cache
+def instructions() -> str:
+    """The int8 instructions with which the C++ ops screen on this CPU: "avx512_vnni", "avx_vnni", or "": none."""
+    if _build.missing("screen_instructions_cpp", "cpu") is not None:
+        return ""
+    return torch.ops.lbdt.screen_instructions_cpp()
+
+
+def _coded(rows: Tensor, bias: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [l, d] and bounds [6, l] of some rows [l, d], all float64."""
+    scale = (rows.abs().amax(1) / 127).float().double()
+    # A row of zeros, or of numbers too small for a scale, has codes of zero.
+    codes = (rows / scale.clamp(min=2.0**-100).unsqueeze(1)).round().nan_to_num().clamp(-127, 127)
+    coded = codes * scale.unsqueeze(1)
+    start = bias + rows @ centre
+    # As screen_rounding of csrc/cpu/screen.h has it for the products.
+    slack = (bias.abs() + start.abs()) * (rows.shape[1] + 64) * 2.0**-22
+    lengths = coded.norm(dim=1) * _UP, (rows - coded).norm(dim=1) * _UP
+    return codes.to(torch.int8), torch.stack((scale, start, *lengths, slack, codes.sum(1))).float()
