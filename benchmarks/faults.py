@@ -13,6 +13,7 @@ is a real one where root may mount it, and left out elsewhere; one that fills up
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import re
@@ -232,10 +233,18 @@ def row(command: Command, work: Path, moments: int) -> None:
 IMPORTED = (
     *("activations.batches", "activations.collecting", "activations.generated", "activations.pipelines"),
     *("activations.stored", "attack.pairs", "bench.runner", "canvas.defaults", "cli.erase_picture"),
-    *("dictionary.selectivity", "editors", "evaluation.request", "cli.conversion"),
-    *("training.assignment", "training.heldout", "training.recipe_training"),
+    *("cli.conversion", "dictionary.selectivity", "editors", "evaluation.request"),
+    *("evaluation.worlds.prompt_world", "hooks.blocks", "training.assignment", "training.heldout"),
+    "training.recipe_training",
 )
 """Modules of lbdt that the commands import when they run; these import the rest."""
+
+OTHERS = (
+    *("torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.codegen.cpp"),
+    *("torch._inductor.codegen.cpp_wrapper_cpu_array_ref", "setuptools"),
+    *("diffusers.guiders", "matplotlib.figure", "matplotlib.backends.backend_svg", "PIL.PngImagePlugin"),
+)
+"""Modules of other packages that are imported at their first use: to compile, to hook, to draw."""
 
 
 def _import() -> None:
@@ -252,6 +261,9 @@ def _import() -> None:
             getattr(package, name)
     for name in IMPORTED:
         importlib.import_module(f"lbdt.{name}")
+    for name in OTHERS:
+        importlib.import_module(name)
+    gc.freeze()  # what is forked looks through none of it, and shares its memory
     torch.set_num_threads(1)
 
 

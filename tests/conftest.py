@@ -1,5 +1,6 @@
 """Shared by all tests: what torch.empty returns is poisoned, so no test passes on leftover memory."""
 
+import gc
 import os
 import signal
 
@@ -22,6 +23,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # Kept: the kernels leave with it.
 PRODUCTS = products.install() if MISALIGNED else None
 
+# Imports and made-up tests leave a million objects for good: Python's collector, which would look through them again
+# and again, waits until they are there, passes over them from then on, and comes less often.
+gc.disable()
+
 settings.register_profile("lbdt", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("lbdt")
 
@@ -36,6 +41,16 @@ def pytest_configure(config):
     # Before any test module is imported, as its targets are made then. Workers of xdist share one seed.
     given = getattr(config, "workerinput", {}).get("fuzz_seed") or config.getoption("--hypothesis-seed")
     config.fuzz_line = fuzzing.choose(config.getoption("--fuzz-cases"), given)
+
+
+def pytest_collection_finish(session):
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    gc.enable()
+
+
+def pytest_unconfigure(config):
+    gc.unfreeze()  # or libraries report at the end that what they made was never freed
 
 
 def pytest_report_header(config):

@@ -299,8 +299,8 @@ def test_a_saved_eraser_does_the_same(pipe, tmp_path):
         assert repeats(toy.images(pipe), expected)
 
 
-@pytest.mark.parametrize("how", ["wrap", "in_place"])
-@pytest.mark.parametrize("first", ["attach", "call"])
+# How it is compiled and what comes first know nothing of each other: each once is enough.
+@pytest.mark.parametrize(("how", "first"), [("wrap", "attach"), ("in_place", "call")])
 def test_a_compiled_unet(tmp_path, how, first):
     pipe = toy.pipeline(tmp_path)
     eraser, base = toy.eraser(), toy.images(pipe)
@@ -329,7 +329,7 @@ def test_a_compiled_unet_at_other_sizes(tmp_path):
     for pipe in (eager, compiled):
         pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     torch._dynamo.reset()
-    compiled.unet = torch.compile(compiled.unet, fullgraph=True, backend="aot_eager")
+    compiled.unet = torch.compile(compiled.unet, fullgraph=True, backend="eager")
     first, second = toy.eraser(), toy.eraser()
     with first.attach(eager, ["Cats"], steps=(1, 3)), second.attach(compiled, ["Cats"], steps=(1, 3)):
         for call in ({}, {"steps": 4}, {"guidance": 1.0}, {"prompts": ("a", "b", "c")}):

@@ -314,9 +314,9 @@ def test_every_batch_size_compiles_one_graph(tmp_path):
 
     pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend=counted, dynamic=False)
     with with_run_gate(toy.eraser(padding=0), 27).attach(pipe, ["Cats"]):
-        for size in (1, 2, 3, 4, 3, 1):
+        for size in (1, 2, 3, 2, 1):
             toy.images(pipe, prompts=("ab",) * size, steps=2)
-    assert len(graphs) == 4
+    assert len(graphs) == 3
 
 
 @pytest.mark.parametrize("concepts", [[[]], [[], []]], ids=str)
