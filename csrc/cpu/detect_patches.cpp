@@ -59,7 +59,7 @@ class Detection {
     }
     if (call_.k > 0 && !alive.empty()) {
       if (call_.screened()) {
-        lbdt::ScreenedRank<T>(call_, x_, largest_).run(alive);
+        lbdt::ScreenedRank<T>::run(call_, x_, largest_, alive);
       } else {
         lbdt::Rank<T>(call_, x_, largest_).run(std::move(alive));
       }

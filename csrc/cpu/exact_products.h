@@ -20,10 +20,15 @@ namespace lbdt {
 #define LBDT_FMA
 #endif
 
-// In the order of the tiles: one addition after the other.
-LBDT_FMA inline float chain(const float* w, const float* x, int64_t width, float sum) {
-  for (int64_t c = 0; c < width; ++c) sum = __builtin_fmaf(w[c], x[c], sum);
-  return sum;
+constexpr int64_t kChains = 8;  // side by side, as each waits for its own additions
+
+// Sums in the order of the tiles: one addition after the other.
+LBDT_FMA inline void chains(const float* const* rows, const float* x, int64_t width, float* sums) {
+  float sum[kChains];
+  for (int64_t i = 0; i < kChains; ++i) sum[i] = sums[i];
+  for (int64_t c = 0; c < width; ++c)
+    for (int64_t i = 0; i < kChains; ++i) sum[i] = __builtin_fmaf(rows[i][c], x[c], sum[i]);
+  for (int64_t i = 0; i < kChains; ++i) sums[i] = sum[i];
 }
 
 // In whatever order is fastest.
@@ -49,7 +54,7 @@ class ExactProducts {
         map_(x),
         panel_(floats(kPatches * x.width)),
         rows_(floats(kPatches * x.width)),
-        room_(floats(x.width)) {}
+        room_(floats(kChains * x.width)) {}
 
   // The patches that `exceeds` is asked for next: `count`, ascending positions in B * N.
   void take(const int64_t* patches, int64_t count) {
@@ -75,17 +80,34 @@ class ExactProducts {
     }
   }
 
-  // Whether the pre-activation of a latent on the i-th of them exceeds `value`. The quick product decides where it must
-  // agree with that of the tiles.
-  bool exceeds(int64_t latent, int64_t i, float value) {
-    const float* w = dictionary_rows<T>(call_.weight, latent, 1, room_.get()).data;
+  // How many of `count` latents, at most kChains, have a pre-activation on the i-th of them that exceeds `value`. Quick
+  // products decide where they must agree with those of the tiles.
+  int64_t exceeding(const int64_t* latents, int64_t count, int64_t i, float value) {
     const float* x = rows_.get() + i * map_.width;
-    const float bias = call_.bias[latent], h = bias + quick_product(w, x, map_.width);
-    const ScreenLatents bounds = call_.screen->from(latent);
-    const float length = (*bounds[kInner] + *bounds[kOuter]) * length_[i];  // at least that of w, times that of x
-    const float near = screen_rounding(map_.width) * (length + std::fabs(bias)) + 0x1p-100f;
-    if (std::fabs(h - value) > near) return h > value;
-    return chain(w, x, map_.width, bias) > value;
+    const float* near[kChains];
+    float start[kChains];
+    int64_t found = 0, left = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      if (j + 1 < count) fetch(latents[j + 1]);
+      const float* w = dictionary_rows<T>(call_.weight, latents[j], 1, room_.get() + left * map_.width).data;
+      const float bias = call_.bias[latents[j]], h = bias + quick_product(w, x, map_.width);
+      const ScreenLatents bounds = call_.screen->from(latents[j]);
+      const float length = (*bounds[kInner] + *bounds[kOuter]) * length_[i];  // at least that of w, times that of x
+      const float apart = screen_rounding(map_.width) * (length + std::fabs(bias)) + 0x1p-100f;
+      if (std::fabs(h - value) > apart) {
+        found += h > value;
+      } else {
+        near[left] = w;
+        start[left++] = bias;
+      }
+    }
+    if (left == 0) return found;
+    for (int64_t j = left; j < kChains; ++j) {
+      near[j] = near[0];
+      start[j] = 0.0f;
+    }
+    chains(near, x, map_.width, start);
+    return found + std::count_if(start, start + left, [&](float h) { return h > value; });
   }
 
  private:

@@ -24,16 +24,33 @@
 
 namespace lbdt {
 
+constexpr int64_t kShared = 64;  // patches a thread from which on they are shared out
+constexpr int64_t kDear = 8;     // what a product by itself costs, in parts of one of many
+constexpr int64_t kFew = 2048;   // latents for whose time nobody leaves the screen
 constexpr int64_t kSeen = 16;  // latents that are looked at together for one that is to be counted
 
 template <typename T>
 class ScreenedRank {
  public:
+  // Clears the mask of those `alive` that at least k other latents exceed. Many are shared out among the threads, which
+  // then never wait for each other; of few each thread takes some latents.
+  static void run(
+      const DetectCall& call, const FeatureMap<T>& x, const Largest& largest, const std::vector<int64_t>& alive) {
+    const int64_t count = static_cast<int64_t>(alive.size()), threads = torch::stable::get_num_threads();
+    if (count < kShared * threads) return ScreenedRank(call, x, largest).run(alive);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const auto first = alive.begin() + i * count / threads, last = alive.begin() + (i + 1) * count / threads;
+        ScreenedRank(call, x, largest).run({first, last});
+      }
+    });
+  }
+
+ private:
   ScreenedRank(const DetectCall& call, const FeatureMap<T>& x, const Largest& largest)
       : call_(call), x_(x), largest_(largest), screen_(*call.screen) {}
 
-  // Clears the mask of those `alive` that at least k other latents exceed. Between parts of the dictionary, each half
-  // as long as all before it, the patches that are refuted are dropped.
+  // Between parts of the dictionary, each half as long as all before it, the patches that are refuted are dropped.
   void run(const std::vector<int64_t>& alive) {
     patches_ = alive;
     candidates_ = std::vector<Candidate>(alive.size());
@@ -46,15 +63,23 @@ class ScreenedRank {
       stop = std::min(latents, start + std::max(start / 2, least) / kBlock * kBlock);
       parts.push_back(compare(coded, start, stop, false));
       settle_likely(coded, parts);
-      coded = only(std::move(coded), [](const Candidate& one) { return !one.refuted; });
+      coded = only(std::move(coded), [](const Candidate& one) { return !one.refuted && !one.vague; });
     }
-    const auto may = [&](const Candidate& one) { return !one.refuted && one.certain + one.may >= call_.k; };
+    const auto may = [&](Candidate& one) {
+      if (one.refuted || one.vague || one.certain + one.may < call_.k) return false;
+      one.vague = too_many(one, one.may, latents);
+      return !one.vague;
+    };
     coded = only(std::move(coded), may);
     if (!coded.panels.empty()) settle_rest(coded, parts);
-    for (size_t i = 0; i < candidates_.size(); ++i) call_.mask[patches_[i]] = !candidates_[i].refuted;
+    std::vector<int64_t> vague;
+    for (size_t i = 0; i < candidates_.size(); ++i) {
+      call_.mask[patches_[i]] = !candidates_[i].refuted;
+      if (candidates_[i].vague) vague.push_back(patches_[i]);
+    }
+    if (!vague.empty()) Rank<T>(call_, x_, largest_).run(std::move(vague));
   }
 
- private:
   using Tensor = torch::stable::Tensor;
 
   struct Candidate {
@@ -62,7 +87,9 @@ class ScreenedRank {
     std::atomic<int32_t> likely{0};   // of those that may, how many it is likely of
     std::atomic<int32_t> may{0};      // that may, and are not counted as certain
     int32_t settled = 0;              // the parts in which none is likely any more: all of these are counted
+    int32_t counted = 0;              // exactly
     bool refuted = false;
+    bool vague = false;  // all is to be counted in float32, as the bounds tell too little
     Candidate() = default;
     Candidate(const Candidate&) {}  // for a vector of new ones
   };
@@ -87,6 +114,11 @@ class ScreenedRank {
     return torch::stable::empty({std::max<int64_t>(count, 1)}, torch::headeronly::ScalarType::Int);
   }
   static uint32_t* at(const Tensor& words) { return static_cast<uint32_t*>(words.mutable_data_ptr()); }
+
+  // Whether to count so many `more` exactly costs clearly more than all products up to `stop`, many side by side.
+  static bool too_many(const Candidate& one, int64_t more, int64_t stop) {
+    return kDear * (one.counted + more) > stop + kFew;
+  }
 
   static std::vector<int32_t> members(const Coded& coded) {
     std::vector<int32_t> all;
@@ -173,7 +205,7 @@ class ScreenedRank {
 
   // The panels of those that are `wanted`; as they are where that spares none.
   template <typename Wanted>
-  Coded only(Coded coded, const Wanted& wanted) const {
+  Coded only(Coded coded, const Wanted& wanted) {
     std::vector<int32_t> left;
     std::vector<std::pair<const Panel*, int64_t>> from;
     int64_t halves = 0;
@@ -210,7 +242,9 @@ class ScreenedRank {
     for (const int32_t index : members(coded)) {
       Candidate& one = candidates_[index];
       one.refuted = one.certain >= call_.k;
-      if (!one.refuted && one.certain + one.likely >= call_.k) some.push_back(index);
+      if (one.refuted || one.vague || one.certain + one.likely < call_.k) continue;
+      one.vague = too_many(one, one.likely, parts.back().stop);
+      if (!one.vague) some.push_back(index);
     }
     settle(some, [&](Candidate& one, ExactProducts<T>& exact, int32_t index, int64_t place) {
       for (; one.settled < count && one.certain < call_.k; ++one.settled)
@@ -223,7 +257,9 @@ class ScreenedRank {
   // Decides those of which more than what is likely may refute them.
   void settle_rest(const Coded& coded, const std::vector<Part>& parts) {
     const Part rest = compare(coded, 0, screen_.latents, true);
+    // Of the panels that were left as they are, some are decided.
     settle(members(coded), [&](Candidate& one, ExactProducts<T>& exact, int32_t index, int64_t place) {
+      if (one.vague) return;
       for (; one.settled < static_cast<int32_t>(parts.size()) && one.certain < call_.k; ++one.settled)
         count_exactly(parts[one.settled], index, exact, place);
       if (one.certain < call_.k && one.certain + one.may >= call_.k) count_exactly(rest, index, exact, place);
@@ -256,25 +292,25 @@ class ScreenedRank {
     const int64_t size = part.stop - part.start;
     const uint32_t *bits = at(part.bits) + panel * size, own = uint32_t{1} << lane;
     const float value = largest_.value[patches_[index]];
-    int64_t last = -1;  // found, and not yet counted: it is on its way from memory
-    const auto count_last = [&] {
-      if (last >= 0 && one.certain < call_.k) {
-        one.certain += exact.exceeds(part.start + last, taken, value);
-        --one.may;
-      }
+    int64_t some[kChains], found = 0;
+    const auto count_found = [&] {
+      one.certain += static_cast<int32_t>(exact.exceeding(some, found, taken, value));
+      one.counted += static_cast<int32_t>(found);
+      one.may -= static_cast<int32_t>(found);
+      found = 0;
     };
     for (int64_t l = 0; l < size && one.certain < call_.k; l += kSeen) {
       const int64_t stop = std::min(l + kSeen, size);
       uint32_t any = 0;
       for (int64_t i = l; i < stop; ++i) any |= bits[i];
-      for (int64_t i = l; (any & own) && i < stop; ++i) {
+      for (int64_t i = l; (any & own) && i < stop && one.certain < call_.k; ++i) {
         if (!(bits[i] & own)) continue;
-        exact.fetch(part.start + i);
-        count_last();
-        last = i;
+        some[found++] = part.start + i;
+        if (found == 1) exact.fetch(part.start + i);
+        if (found == kChains) count_found();
       }
     }
-    count_last();
+    if (found > 0 && one.certain < call_.k) count_found();
   }
 
   static std::pair<int64_t, int64_t> lane_of(const Part& part, int32_t candidate) {
