@@ -8,6 +8,7 @@ from torch import Tensor
 from lbdt import reference
 from lbdt.ops import _checks, _cpu, _dispatch, _triton
 
+_WRITTEN = 13  # the place of `gated` and, behind it, `so_far`
 MOST_PATCHES = 1 << 30
 """The largest number of patches in a map; csrc/checks.h: kMostPatches."""
 
@@ -22,6 +23,13 @@ _dispatch.define(
     "int least_of=0, Tensor? deciding=None, Tensor(a!)? gated=None, Tensor(b!)? so_far=None, Tensor? codes=None, "
     "Tensor? bounds=None, Tensor? centre=None, *, str backend='') "
     "-> Tensor"
+)
+# The same without what is written: Inductor does not take an op that might write, but has nothing to write to.
+_dispatch.define(
+    "detect_patches.functional(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
+    "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus=None, Tensor? owners=None, Tensor? least=None, "
+    "int least_of=0, Tensor? deciding=None, Tensor? codes=None, Tensor? bounds=None, Tensor? centre=None, *, "
+    "str backend='') -> Tensor"
 )
 # Contiguous but for x, weight and minus; bias and thresholds in float32.
 _dispatch.define_internal(
@@ -93,7 +101,7 @@ def detect_patches(
     Raises:
         ValueError, TypeError, IndexError: the argument, what was expected, what was given.
     """
-    return torch.ops.lbdt.detect_patches(
+    given = (
         x,
         weight,
         bias,
@@ -107,13 +115,11 @@ def detect_patches(
         least,
         least_of,
         deciding,
-        gated,
-        so_far,
-        codes,
-        bounds,
-        centre,
-        backend=backend or "",
     )
+    screen = codes, bounds, centre
+    if gated is None and so_far is None:
+        return torch.ops.lbdt.detect_patches.functional(*given, *screen, backend=backend or "")
+    return torch.ops.lbdt.detect_patches.default(*given, gated, so_far, *screen, backend=backend or "")
 
 
 @_checks.tensors
@@ -171,6 +177,13 @@ def _check(
 def _fake(x, *args, backend="", **kwargs):
     batch, patches = _check(x, *args, **kwargs)
     return x.new_empty((batch, patches), dtype=torch.bool)
+
+
+def _whole(arguments: tuple) -> tuple:
+    """The arguments of the functional op with those that it lacks."""
+    return (
+        (*arguments[:_WRITTEN], None, None, *arguments[_WRITTEN:]) if len(arguments) > _WRITTEN else arguments
+    )
 
 
 def _run(
@@ -278,6 +291,11 @@ def _alone(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 _dispatch.implement("detect_patches", _run, _fake)
+_dispatch.implement(
+    "detect_patches.functional",
+    lambda *given, backend="": _run(*_whole(given), backend=backend),
+    lambda *given, backend="": _fake(*_whole(given), backend=backend),
+)
 _triton.register("detect_patches", _triton_supports, _alone)
 _dispatch.register("detect_patches", "cpp", _cpp_supports, _cpp, _cpu.declines_product)
 _dispatch.register("detect_patches", "reference", _dispatch.always, _alone(reference.detect_patches))

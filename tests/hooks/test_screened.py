@@ -1,0 +1,104 @@
+"""An attached eraser with an int8 screen: pictures, masks and reports are those without one."""
+
+import pytest
+import torch
+
+from lbdt import int8_screen
+from lbdt.int8_screen import Screen, instructions
+from tests import toy
+from tests.backends import DEVICE, HAS_CPP
+from tests.repeats import repeats
+
+pytestmark = [
+    pytest.mark.skipif(DEVICE.type != "cpu", reason="screens are of the CPU"),
+    pytest.mark.skipif(not HAS_CPP, reason="no C++ compiler"),
+]
+
+
+@pytest.fixture
+def screened(monkeypatch):
+    """Switches screens on, of however small a dictionary, or off; counts those that were made."""
+    made = []
+    of = Screen.of.__func__
+
+    def counted(cls, *arguments):
+        made.append(arguments)
+        return of(cls, *arguments)
+
+    monkeypatch.setattr(Screen, "of", classmethod(counted))
+    # Whether this CPU has the instructions: without them C++ takes the screen, and leaves it aside.
+    monkeypatch.setattr(int8_screen, "instructions", lambda: instructions() or "none")
+
+    def switch(on):
+        made.clear()
+        monkeypatch.setattr(int8_screen, "_LEAST", 1 if on else 1 << 60)
+        return made
+
+    return switch
+
+
+def run(pipe, eraser, concepts=("Cats",), **options):
+    with eraser.attach(pipe, list(concepts), seed=3, keep_masks=True, **options) as handle:
+        images = toy.images(pipe, seed=1)
+        return images, handle.report()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"avoid": "known"}, id="known-concepts-are-no-donors"),
+        pytest.param({"target": "update"}, id="update"),
+        pytest.param({"min_patches": 3}, id="gate"),
+        pytest.param({"detect_at": toy.DETECT_AT}, id="looks-elsewhere"),
+    ],
+)
+def test_pictures_and_reports_are_those_without_a_screen(tmp_path, screened, settings):
+    pipe = toy.pipeline(tmp_path)
+    eraser = toy.eraser(**settings)
+    found = []
+    for on in (False, True):
+        made = screened(on)
+        found.append(run(pipe, eraser, ("Cats", "Dogs")))
+        assert len(made) == on
+    (plain, one), (screened_images, other) = found
+    assert torch.equal(plain, screened_images)
+    assert str(one) == str(other)
+
+
+def test_a_compiled_unet_takes_the_screen_in_its_one_graph(tmp_path, screened):
+    pipe, eraser = toy.pipeline(tmp_path), toy.eraser()
+    screened(False)
+    plain, _ = run(pipe, eraser)
+    made = screened(True)
+    pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend="aot_eager")
+    images, _ = run(pipe, eraser)
+    assert len(made) == 1 and repeats(images, plain)
+
+
+def test_other_concepts_are_exchanged_without_another_screen(tmp_path, screened):
+    pipe, eraser = toy.pipeline(tmp_path), toy.eraser()
+    made = screened(True)
+    with eraser.attach(pipe, ["Cats"], seed=3) as handle:
+        handle.set(concepts=["Dogs"])
+        dogs = toy.images(pipe, seed=1)
+    assert len(made) == 1
+    screened(False)
+    assert torch.equal(dogs, run(pipe, eraser, ("Dogs",))[0])
+
+
+def test_activations_of_another_dtype_have_a_screen_of_their_own(tmp_path, screened):
+    found = []
+    for on in (False, True):
+        made = screened(on)
+        pipe = toy.pipeline(tmp_path)
+        with toy.eraser().attach(pipe, ["Cats"], seed=3):
+            first = toy.images(pipe, seed=1)
+            pipe.to(torch.bfloat16)
+            second = toy.images(pipe, seed=1)
+            pipe.to(torch.float32)
+            found.append((first, second))
+        assert len(made) == 2 * on and all(
+            weight.dtype in (torch.float32, torch.bfloat16) for weight, *_ in made
+        )
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
