@@ -50,8 +50,11 @@ class _Recorder:
 
 
 def record(op: str, arch: int, **arguments) -> tuple[list[Launch], object]:
-    """The launches that the launcher of `op` makes for these arguments, and what it returns, which nothing has filled."""
-    module = importlib.import_module(f"lbdt.kernels.{op}")
+    """The launches that the launcher of `op` makes for these arguments, and what it returns, which nothing has filled.
+
+    `op` is one of lbdt, or the path of a module whose launcher has the name of its file.
+    """
+    module = importlib.import_module(op if "." in op else f"lbdt.kernels.{op}")
     found: list[Launch] = []
     kernels = [
         (place, name, value)
@@ -64,7 +67,7 @@ def record(op: str, arch: int, **arguments) -> tuple[list[Launch], object]:
         setattr(place, name, _Recorder(kernel, found))
     module.capability = lambda device: divmod(arch, 10)
     try:
-        result = getattr(module, op)(**arguments)
+        result = getattr(module, op.rpartition(".")[2])(**arguments)
     finally:
         for place, name, kernel in kernels:
             setattr(place, name, kernel)

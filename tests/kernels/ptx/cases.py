@@ -18,7 +18,7 @@ class Case(NamedTuple):
     inputs: Callable[[], dict]
     archs: tuple[int, ...] = (90, 80)
     oldest: bool = False
-    """Whether it also runs as compiled by the oldest Triton that is supported."""
+    """Whether it also runs, for the first of `archs`, as compiled by the oldest Triton that is supported."""
     expected: Callable[[dict], object] | None = None
     """What the op returns, where the reference leaves a choice."""
 
@@ -62,6 +62,14 @@ def detection(
     }
 
 
+def refuted(**about) -> dict:
+    """As `detection`, with latents that are larger than any that is watched."""
+    given = detection(**about)
+    others = [latent for latent in range(len(given["bias"])) if latent not in given["latents"]]
+    given["bias"][others[: given["k"]]] += 5000.0
+    return given
+
+
 def gated(concepts: int = 3, over_calls: bool = False, deciding: bool = True, **about) -> dict:
     """As `detection`, with the gate; the rows decide for each other."""
     given = detection(**about)
@@ -87,6 +95,11 @@ def encoding(batch=1, channels=64, side=4, latents=90, k=5, dtype=HALF, layout=N
         "bias": _integers((latents,), g, FLOAT),
         "k": k,
     }
+
+
+def bytes_to_multiply() -> dict:
+    g = torch.Generator().manual_seed(6)
+    return {name: _integers((64, 256), g, torch.int8, 127) for name in "ab"}
 
 
 def lowest_of_tied(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +152,7 @@ CASES = {
     "float32, update": Case(
         "detect_patches", lambda: detection(dtype=FLOAT, channels=32, update=True, seed=6), archs=NEWEST
     ),
-    "half, update": Case("detect_patches", lambda: detection(update=True, seed=7)),
+    "half, update": Case("detect_patches", lambda: detection(update=True, seed=7), archs=NEWEST),
     "half, update, channels last": Case(
         "detect_patches", lambda: detection(update=True, layout=NHWC, seed=8), oldest=True
     ),
@@ -154,10 +167,12 @@ CASES = {
     ),
     # The code of "half" with other numbers.
     "ties": Case("detect_patches", lambda: detection(spread=0, latents=60, k=20, seed=11)),
-    "no candidate": Case("detect_patches", lambda: detection(threshold=1e9, seed=12)),
+    "no candidate": Case("detect_patches", lambda: detection(threshold=1e9, seed=12), archs=NEWEST),
     "all candidates": Case("detect_patches", lambda: detection(threshold=-1e9, k=9, seed=13)),
     "all refuted": Case(
-        "detect_patches", lambda: detection(batch=1, threshold=-1e9, k=1, latents=300, seed=14)
+        "detect_patches",
+        lambda: refuted(batch=1, threshold=-1e9, k=2, latents=300, seed=14),
+        archs=NEWEST,
     ),
     "no rank test": Case("detect_patches", lambda: detection(k=0, threshold=9.0, seed=15), archs=NEWEST),
     "ones": Case(
@@ -165,7 +180,7 @@ CASES = {
         lambda: detection(batch=1, channels=16, height=1, width=1, latents=1, union=1, k=1, threshold=-99.0),
         archs=NEWEST,
     ),
-    "gated": Case("detect_patches", lambda: gated(union=8, k=9, seed=16)),
+    "gated": Case("detect_patches", lambda: gated(union=8, k=9, seed=16), archs=NEWEST),
     "gated over calls": Case(
         "detect_patches",
         lambda: gated(union=8, over_calls=True, k=9, seed=17),
@@ -182,6 +197,12 @@ CASES = {
         lambda: encoding(dtype=FLOAT, latents=70, high=1),
         archs=NEWEST,
         expected=lowest_of_tied,
+    ),
+    "int8": Case(
+        "tests.kernels.ptx.int8_product",
+        bytes_to_multiply,
+        oldest=True,
+        expected=lambda arguments: arguments["a"].int() @ arguments["b"].int().t(),
     ),
     "record": Case("record_patches", recording, archs=NEWEST, oldest=True),
     "record, masks only": Case(

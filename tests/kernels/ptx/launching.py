@@ -49,7 +49,7 @@ class Ready:
 
 
 class Compiled:
-    """A case for sm_`arch`. `wrong(seed)` runs all of it."""
+    """A case for sm_`arch`: `run`, then `wrong`."""
 
     def __init__(self, case: Case, arch: int) -> None:
         # Machine code is not asked for here.
@@ -80,6 +80,10 @@ class Compiled:
             if not same.all():
                 return f"tensor {place} of the op's results and arguments: {int((~same).sum())} of {same.numel()} values"
         return None
+
+    def first_result(self) -> torch.Tensor:
+        """The first tensor that the op returns, or takes where it returns none."""
+        return self._outputs[0]
 
     def run(self, seed: int = 0) -> list[Launch]:
         """Runs all launches from the begin."""

@@ -7,6 +7,8 @@ changes nothing; else it has survived. Prints a table, and the survivors.
 
 import argparse
 import dataclasses
+import itertools
+import json
 import random
 import sys
 from collections import Counter
@@ -25,6 +27,8 @@ from tests.kernels.ptx.waits import always, weakened
 
 SEEDS = (0, 1, 2)
 """Asynchronous work as late as it may be, at once, and at random."""
+LEAST = 0.95
+"""Share of the mutants that change something that has to be found."""
 FOUND, EQUIVALENT, SURVIVED, UNREACHED = "found", "equivalent", "survived", "not reached"
 
 
@@ -134,28 +138,29 @@ MUTATED = (
 """Cases whose kernels are mutated: each way of loading, and every kernel."""
 
 
-def everything(
-    names: Iterable[str] = MUTATED, archs: Iterable[int] = (90, 80)
-) -> Iterable[tuple[Judge, int, int, str]]:
-    """Every mutant as (judge, launch, place, kind); of launches with the same code one."""
+def everything(of: Iterable[tuple[str, int]]) -> Iterable[tuple[Judge, int, int, str]]:
+    """Every mutant of the cases `of`, (name, architecture), as (judge, launch, place, kind); of launches with the same
+    code only the first one's."""
     seen = set()
-    for name in names:
-        for arch in archs:
-            if arch not in CASES[name].archs:
-                continue
-            judge = Judge(name, arch)
-            for launch, ready in enumerate(judge.compiled.launches):
-                code = (arch, tuple(instruction.text for instruction in ready.program.code))
-                if code not in seen:
-                    seen.add(code)
-                    yield from ((judge, launch, place, kind) for place, kind in judge.mutants(launch))
+    for name, arch in of:
+        judge = Judge(name, arch)
+        for launch, ready in enumerate(judge.compiled.launches):
+            code = (arch, tuple(instruction.text for instruction in ready.program.code))
+            if code not in seen:
+                seen.add(code)
+                yield from ((judge, launch, place, kind) for place, kind in judge.mutants(launch))
 
 
-def sample(names: Iterable[str], archs: Iterable[int], count: int, seed: int) -> list[Mutant]:
-    """`count` mutants of those cases, drawn; judged."""
-    drawn = list(everything(names, archs))
-    random.Random(seed).shuffle(drawn)
-    return [judge.judge(*which) for judge, *which in drawn[:count]]
+def sample(of: Iterable[tuple[str, int]], count: int) -> list[tuple[Judge, int, int, str]]:
+    """`count` of everything, drawn: of each kind of synchronisation as many, as far as there are."""
+    by_kind: dict[str, list] = {}
+    for mutant in everything(of):
+        by_kind.setdefault(mutant[3], []).append(mutant)
+    generator = random.Random(count)
+    for mutants in by_kind.values():
+        generator.shuffle(mutants)
+    rounds = itertools.zip_longest(*by_kind.values())
+    return [mutant for taken in rounds for mutant in taken if mutant][:count]
 
 
 def share_found(mutants: Iterable[Mutant]) -> float:
@@ -188,20 +193,30 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--case", action="append", choices=list(CASES), help="only these (default: all that are mutated)"
+        "--of",
+        action="append",
+        metavar="ARCH CASE",
+        help='a case for an architecture, such as "90 half" (default: all that are mutated)',
     )
-    parser.add_argument("--arch", action="append", type=int, choices=(90, 80), help="only these")
+    parser.add_argument("--sample", type=int, metavar="N", help="only N of them, of every kind")
     parser.add_argument("--verbose", action="store_true", help="every mutant, with what it was found by")
+    parser.add_argument("--json", action="store_true", help="an object a line for every mutant, no table")
     given = parser.parse_args(arguments)
+    of = [(name, int(arch)) for arch, name in (text.split(" ", 1) for text in given.of or ())] or [
+        (name, arch) for name in MUTATED for arch in CASES[name].archs
+    ]
     mutants = []
-    for judge, *which in everything(given.case or MUTATED, given.arch or (90, 80)):
+    for judge, *which in sample(of, given.sample) if given.sample else everything(of):
         mutants.append(judge.judge(*which))
-        if given.verbose or mutants[-1].outcome in (SURVIVED, UNREACHED):
+        if given.json:
+            print(json.dumps(dataclasses.asdict(mutants[-1])), flush=True)
+        elif given.verbose or mutants[-1].outcome in (SURVIVED, UNREACHED):
             print(*dataclasses.astuple(mutants[-1]), sep=" | ", flush=True)
     share = share_found(mutants)
-    print(f"Triton {'.'.join(map(str, VERSION))}\n\n{table(mutants)}\n")
-    print(f"{100 * share:.1f} % of the mutants that change something are found")
-    return int(share < 0.95)
+    if not given.json:
+        print(f"Triton {'.'.join(map(str, VERSION))}\n\n{table(mutants)}\n")
+        print(f"{100 * share:.1f} % of the mutants that change something are found")
+    return int(share < LEAST)
 
 
 if __name__ == "__main__":
