@@ -1,5 +1,7 @@
 """The Triton kernels as machine code for three generations of GPUs, without one: instructions, registers, memory."""
 
+import re
+import tomllib
 from collections import defaultdict
 
 import pytest
@@ -99,6 +101,18 @@ def test_the_machine_code_keeps_its_budgets(compiled):
     assert not [r for group in results.values() for r in group if r["serialised"]]
     if arch == 90:
         keeps_its_budgets(results, triton_process.version_of(triton_process.PINNED))
+
+
+def test_the_oldest_triton_is_that_of_the_project_file():
+    extras = tomllib.loads((triton_process.ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    named = re.search(r"triton==([\d.]+)", (triton_process.ROOT / ".ci/oldest-triton.txt").read_text())[1]
+    for extra in ("test", "gpu"):
+        (bound,) = (
+            re.match(r"triton>=([\d.]+)", line)[1] for line in extras[extra] if line.startswith("triton")
+        )
+        assert named.removesuffix(".0") == bound
 
 
 def test_the_oldest_triton_compiles_every_kernel_within_its_budgets(compiled_by_the_oldest):

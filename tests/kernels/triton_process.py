@@ -1,6 +1,6 @@
 """Processes in which Triton compiles: this one has its interpreter switched on. With the pinned version or the oldest one.
 
-`.ci/setup` installs the oldest supported Triton into a folder of the virtual environment that nothing has on its path;
+`.ci/setup --tests` installs the oldest supported Triton into a folder of the virtual environment that nothing has on its path;
 machines with GPUs carry it.
 """
 
@@ -24,8 +24,8 @@ def needs(version: str) -> None:
     if version == PINNED or (OLDEST / "triton").is_dir():
         return
     if os.environ.get("LBDT_TEST_OLDEST_TRITON"):
-        pytest.fail(f"expected the oldest supported Triton in {OLDEST}, where .ci/setup puts it")
-    pytest.skip("the oldest supported Triton is not installed: .ci/setup does that")
+        pytest.fail(f"expected the oldest supported Triton in {OLDEST}, where `.ci/setup --tests` puts it")
+    pytest.skip("the oldest supported Triton is not installed: `.ci/setup --tests` does that")
 
 
 def version_of(version: str) -> tuple[int, ...]:
