@@ -40,8 +40,7 @@ def measured(launch: Launch, arch: int, name: str) -> dict:
 
 
 def resources(ptx: str, arch: int) -> tuple[int, int, bool]:
-    """Registers a thread, bytes spilled (stores and loads), and whether matrix products wait for each other, in ptxas' own
-    words."""
+    """Registers a thread, bytes spilled, and whether products wait for each other, in ptxas' own words."""
     # Triton ships two: each knows other targets.
     tool = sass.TOOLS / ("ptxas-blackwell" if arch >= 90 else "ptxas")
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:

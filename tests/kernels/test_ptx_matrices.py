@@ -30,11 +30,12 @@ MMA = """
   add.s32 %r8, %r8, %r30; add.s32 %r8, %r4, %r8;
   ldmatrix.sync.aligned.m8n8.x2.shared.b16 {{%r14, %r15}}, [%r8+512];
   mov.b32 %r16, {one}; mov.b32 %r17, {one}; mov.b32 %r18, {one}; mov.b32 %r19, {one};
-  mma.sync.aligned.{shape}.row.col.{types} {{%r16, %r17, %r18, %r19}}, {{%r10, %r11, %r12, %r13}}, {{%r14, %r15}}, {{%r16, %r17, %r18, %r19}};
+  mma.sync.aligned.{shape}.row.col.{types}
+    {{%r16, %r17, %r18, %r19}}, {{%r10, %r11, %r12, %r13}}, {{%r14, %r15}}, {{%r16, %r17, %r18, %r19}};
   shr.u32 %r8, %r1, 2; and.b32 %r9, %r1, 3; shl.b32 %r8, %r8, 5; shl.b32 %r9, %r9, 3; add.s32 %r8, %r8, %r9;
   cvt.u64.u32 %rd33, %r8; add.s64 %rd34, %rd10, %rd33;
   st.global.v2.b32 [%rd34], {{%r16, %r17}}; st.global.v2.b32 [%rd34+256], {{%r18, %r19}};
-"""  # noqa: E501
+"""
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_ldmatrix_transposes():
 
 
 def cores(matrix: torch.Tensor) -> torch.Tensor:
-    """A [rows, 16] matrix as wgmma takes it without a swizzle: 8 x 8 parts of 128 bytes, those of 8 rows side by side."""
+    """A [rows, 16] matrix as wgmma takes it without a swizzle: parts of 8 x 8, those of 8 rows side by side."""
     return matrix.view(-1, 8, 2, 8).transpose(1, 2).contiguous()
 
 

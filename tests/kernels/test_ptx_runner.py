@@ -1,4 +1,4 @@
-"""The PTX runner itself: instructions with known results, memory that is guarded, races that are there and that are not."""
+"""The PTX runner itself: instructions with known results, guarded memory, races that are there and that are not."""
 
 import pytest
 import torch
@@ -23,7 +23,9 @@ VALUES = [
     # Instructions on %r10 and %r11, inputs, the first lanes' %r9.
     pytest.param("add.s32 %r9, %r10, %r11;", ([2**31 - 1], [1]), [-(2**31)], id="add-wraps"),
     pytest.param("div.s32 %r9, %r10, %r11;", ([7, -7, 7], [2, 2, -2]), [3, -3, -3], id="div-cuts-off"),
-    pytest.param("rem.s32 %r9, %r10, %r11;", ([7, -7, 7], [4, 4, -4]), [3, -3, 3], id="rem-has-the-sign-of-the-first"),
+    pytest.param(
+        "rem.s32 %r9, %r10, %r11;", ([7, -7, 7], [4, 4, -4]), [3, -3, 3], id="rem-has-the-sign-of-the-first"
+    ),
     pytest.param("div.u32 %r9, %r10, %r11;", ([-2], [2]), [2**31 - 1], id="div-unsigned"),
     pytest.param("mul.hi.u32 %r9, %r10, %r11;", ([-1], [-1]), [-2], id="mul-hi"),
     pytest.param("mad.lo.s32 %r9, %r10, %r11, -5;", ([6, -6], [7, 7]), [37, -47], id="mad"),
@@ -44,10 +46,22 @@ VALUES = [
     pytest.param("lop3.b32 %r9, %r10, %r11, 12, 0xE8;", ([10], [6]), [14], id="lop3-majority"),
     pytest.param("shf.l.wrap.b32 %r9, %r10, %r11, 8;", ([0x12345678], [0x01]), [0x112], id="funnel-shift"),
     pytest.param("cvt.s32.s8 %r9, %r10;", ([0x80, 0x7F],), [-128, 127], id="cvt-extends-the-sign"),
-    pytest.param("cvt.rzi.s32.f32 %r9, %r10;", ([0x4F800000, 0x7FC00000, 0xC0200000],), [2**31 - 1, 0, -2], id="cvt-saturates"),
-    pytest.param("cvt.rn.bf16.f32 %rs1, %r10; cvt.u32.u16 %r9, %rs1;", ([0x3F808000, 0x3F818000],), [0x3F80, 0x3F82], id="bfloat16-ties-to-even"),
+    pytest.param(
+        "cvt.rzi.s32.f32 %r9, %r10;",
+        ([0x4F800000, 0x7FC00000, 0xC0200000],),
+        [2**31 - 1, 0, -2],
+        id="cvt-saturates",
+    ),
+    pytest.param(
+        "cvt.rn.bf16.f32 %rs1, %r10; cvt.u32.u16 %r9, %rs1;",
+        ([0x3F808000, 0x3F818000],),
+        [0x3F80, 0x3F82],
+        id="bfloat16-ties-to-even",
+    ),
     pytest.param("add.f32 %r9, %r10, %r11;", ([0x3F800000], [0x40000000]), [0x40400000], id="add-f32"),
-    pytest.param("fma.rn.f32 %r9, %r10, %r10, %r11;", ([0x3F800001], [0xBF800000]), [0x34800000], id="fma-rounds-once"),
+    pytest.param(
+        "fma.rn.f32 %r9, %r10, %r10, %r11;", ([0x3F800001], [0xBF800000]), [0x34800000], id="fma-rounds-once"
+    ),
     pytest.param("max.f32 %r9, %r10, %r11;", ([0x7FC00000], [0x3F800000]), [0x3F800000], id="max-drops-nan"),
     pytest.param(
         "setp.ltu.f32 %p1, %r10, %r11; selp.b32 %r9, 1, 2, %p1;",
@@ -56,10 +70,13 @@ VALUES = [
         id="unordered-comparison",
     ),
     pytest.param(
-        "mov.b32 {%rs1, %rs2}, %r10; mov.b32 %r9, {%rs2, %rs1};", ([0x11112222],), [0x22221111], id="mov-unpacks"
+        "mov.b32 {%rs1, %rs2}, %r10; mov.b32 %r9, {%rs2, %rs1};",
+        ([0x11112222],),
+        [0x22221111],
+        id="mov-unpacks",
     ),
     pytest.param("neg.f16x2 %r9, %r10;", ([0x3C003C00],), [-0x43FF4400], id="neg-pair"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("instructions, inputs, expected", VALUES)
@@ -178,15 +195,26 @@ REFUSED = [
     pytest.param("st.shared.b32 [%r5+1022], %r1;", BadAccess, "not a multiple of 4", id="misaligned"),
     pytest.param("st.shared.b32 [%r5+1000], %r1;", BadAccess, "which has 1024", id="past-shared-memory"),
     pytest.param("ld.global.b32 %r9, [%rd20+4];", BadAccess, "outside of every argument", id="past-a-tensor"),
-    pytest.param("ld.global.b32 %r9, [%rd20+-4];", BadAccess, "outside of every argument", id="before-a-tensor"),
+    pytest.param(
+        "ld.global.b32 %r9, [%rd20+-4];", BadAccess, "outside of every argument", id="before-a-tensor"
+    ),
     pytest.param("st.global.b64 [%rd20], %rd20;", BadAccess, "not a multiple of 8", id="wide-and-misaligned"),
     pytest.param("mov.b64 %rd1, 0; ld.global.b32 %r9, [%rd1];", BadAccess, "global memory", id="null"),
     pytest.param("st.shared.b32 [%r4], %r1;", Misuse, "different values", id="lanes-write-different-values"),
-    pytest.param("setp.eq.s32 %p1, %r1, 0; @%p1 bar.sync 0;", Misuse, "part of the warp", id="barrier-of-some-lanes"),
-    pytest.param("setp.eq.s32 %p1, %r1, 0; @%p1 shfl.sync.bfly.b32 %r9, %r1, 1, 31, -1;", Misuse, "part of the", id="shuffle-of-some-lanes"),
-    pytest.param("sin.approx.f32 %r9, %r1;", NotSupported, "sin.approx.f32 %r9, %r1", id="unknown-instruction"),
+    pytest.param(
+        "setp.eq.s32 %p1, %r1, 0; @%p1 bar.sync 0;", Misuse, "part of the warp", id="barrier-of-some-lanes"
+    ),
+    pytest.param(
+        "setp.eq.s32 %p1, %r1, 0; @%p1 shfl.sync.bfly.b32 %r9, %r1, 1, 31, -1;",
+        Misuse,
+        "part of the",
+        id="shuffle-of-some-lanes",
+    ),
+    pytest.param(
+        "sin.approx.f32 %r9, %r1;", NotSupported, "sin.approx.f32 %r9, %r1", id="unknown-instruction"
+    ),
     pytest.param("mov.u32 %r9, %smid;", NotSupported, "%smid", id="unknown-register"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("body, error, match", REFUSED)
@@ -205,9 +233,15 @@ BLOCKS = [
     pytest.param("st.global.b32 [%rd20], %r2;", True, id="different-values"),
     pytest.param("st.global.b32 [%rd20], 5;", False, id="the-same-value"),
     pytest.param("red.global.gpu.relaxed.add.u32 [%rd20], 1;", False, id="atomics"),
-    pytest.param("ld.global.b32 %r9, [%rd20]; red.global.gpu.relaxed.add.u32 [%rd20], 1;", True, id="read-and-atomic"),
-    pytest.param("ld.volatile.global.b32 %r9, [%rd20]; red.global.gpu.relaxed.add.u32 [%rd20], 1;", False, id="volatile-read"),
-]  # fmt: skip
+    pytest.param(
+        "ld.global.b32 %r9, [%rd20]; red.global.gpu.relaxed.add.u32 [%rd20], 1;", True, id="read-and-atomic"
+    ),
+    pytest.param(
+        "ld.volatile.global.b32 %r9, [%rd20]; red.global.gpu.relaxed.add.u32 [%rd20], 1;",
+        False,
+        id="volatile-read",
+    ),
+]
 
 
 @pytest.mark.parametrize("body, raced", BLOCKS)

@@ -1,7 +1,7 @@
-"""Processes in which Triton compiles: this one has its interpreter switched on. With the pinned version or the oldest one.
+"""Processes in which Triton compiles, as this one has its interpreter on: the pinned version or the oldest one.
 
-`.ci/setup --tests` installs the oldest supported Triton into a folder of the virtual environment that nothing has on its path;
-machines with GPUs carry it.
+`.ci/setup --tests` installs the oldest supported Triton into a folder of the virtual environment that nothing has on
+its path; machines with GPUs carry it.
 """
 
 import importlib.metadata

@@ -1,10 +1,10 @@
 """Which synchronisations of a run keep nothing apart: arguments for mutants that change nothing.
 
-From the journal of one run, without the vector clocks of `races`: what each warp touched between which barriers, and from
-when to when asynchronous work was on its way. Barriers cut a block's run into intervals. Without one of them the two
-intervals at its sides are one; that changes nothing iff no cell is written there by one warp and touched by another. A
-weaker wait lets work end later; that changes nothing iff nothing meets it in the time that is added. Both hold for
-every schedule of the same branches.
+From the journal of one run, without the vector clocks of `races`: what each warp touched between which barriers, and
+from when to when asynchronous work was on its way. Barriers cut a block's run into intervals. Without one of them the
+two intervals at its sides are one; that changes nothing iff no cell is written there by one warp and touched by
+another. A weaker wait lets work end later; that changes nothing iff nothing meets it in the time that is added. Both
+hold for every schedule of the same branches.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Instructions made ready to run: a table from opcode to builder, operands, and control flow.
 
-A builder takes an `Instruction` and its `Program` and returns `run(warp, on)`, `on` being the lanes [32] that take part or
-None for all. Values of registers are unsigned [32] arrays of the register's width, never changed in place.
+A builder takes an `Instruction` and its `Program` and returns `run(warp, on)`, `on` being the lanes [32] that take
+part, or None for all. Values of registers are unsigned [32] arrays of the register's width, never changed in place.
 """
 
 from collections.abc import Callable

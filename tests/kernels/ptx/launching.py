@@ -78,7 +78,8 @@ class Compiled:
         for place, (got, expected) in enumerate(zip(self._outputs, self._expected, strict=True)):
             same = (got == expected) | ((got != got) & (expected != expected))
             if not same.all():
-                return f"tensor {place} of the op's results and arguments: {int((~same).sum())} of {same.numel()} values"
+                differ = f"{int((~same).sum())} of {same.numel()} values"
+                return f"{differ} of tensor {place} of the op's results and arguments"
         return None
 
     def first_result(self) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """A launch on the machine: blocks of warps of 32 lanes, scheduled at random between synchronisations.
 
-Every warp runs its lanes together; where they part, those at the lowest place of the program go first, so that they meet
-again. A warp runs until it has to wait, or for a random number of instructions. Asynchronous copies and matrix products
-take effect when a wait forces them, at once, or at either, by the launch's seed.
+Every warp runs its lanes together; where they part, those at the lowest place of the program go first, so that they
+meet again. A warp runs until it has to wait, or for a random number of instructions. Asynchronous copies and matrix
+products take effect when a wait forces them, at once, or at either, by the launch's seed.
 """
 
 import random
@@ -103,10 +103,12 @@ class _Queue:
 
     def add(self, work) -> None:
         """Takes work that is now issued, to be done some time before its wait ends."""
+        self._open.append(work)
         if self._warp.launch.at_once():
-            work()
-        else:
-            self._open.append(work)
+            # In their order: products are added up in the same registers.
+            for earlier in [*self._groups, self._open]:
+                while earlier:
+                    earlier.pop(0)()
 
     def commit(self) -> None:
         self._groups.append(self._open)
@@ -174,9 +176,10 @@ class Block:
 class Launch:
     """One kernel, its grid and its arguments, ready to run.
 
-    `steps`: the program as `tests.kernels.ptx.instructions.prepare` gives it. `arguments`: addresses and integers in the order of the kernel's parameters; absent ones are 0. `seed`: of the
-    schedule. `copies_need_fence`: whether a matrix product that reads what `cp.async` wrote needs a proxy fence.
-    `journal`: gets every access and synchronisation, for `tests.kernels.ptx.footprints`.
+    `steps`: the program as `tests.kernels.ptx.instructions.prepare` gives it. `arguments`: addresses and integers in
+    the order of the kernel's parameters; absent ones are 0. `seed`: of the schedule. `copies_need_fence`: whether a
+    matrix product that reads what `cp.async` wrote needs a proxy fence. `journal`: gets every access and
+    synchronisation, for `tests.kernels.ptx.footprints`.
     """
 
     def __init__(

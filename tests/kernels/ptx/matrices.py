@@ -1,7 +1,7 @@
 """Matrix instructions: mma.sync, and wgmma with operands in shared memory.
 
-Source: PTX ISA, 9.7.14 (mma: fragments) and 9.7.15 (wgmma: descriptors, swizzles, core matrices). Products are summed in
-float64 within an instruction and rounded to float32 when they are added, which no hardware promises: tests take
+Source: PTX ISA, 9.7.14 (mma: fragments) and 9.7.15 (wgmma: descriptors, swizzles, core matrices). Products are summed
+in float64 within an instruction and rounded to float32 when they are added, which no hardware promises: tests take
 numbers whose sums are exact.
 
 The warps of a wgmma group run it each for itself: every warp reads its 16 rows of A and all of B. That is the weakest

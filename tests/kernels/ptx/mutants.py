@@ -1,8 +1,8 @@
-"""Kernels with one synchronisation taken away or weakened: does the machine find it? `python -m tests.kernels.ptx.mutants`
+"""Kernels with one synchronisation taken away or weakened: `python -m tests.kernels.ptx.mutants` tells which are found.
 
-Every wait for groups leaves one group more, every barrier, fence and mbarrier wait is removed, one at a time. A mutant is
-found if a run ends with an error or with other results than the reference; it is equivalent if `footprints` says why it
-changes nothing; else it has survived. Prints a table, and the survivors.
+Every wait for groups leaves one group more, every barrier, fence and mbarrier wait is removed, one at a time. A mutant
+is found if a run ends with an error or with other results than the reference; it is equivalent if `footprints` says why
+it changes nothing; else it has survived. Prints a table, and the survivors.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 An agent is a warp, its asynchronous copies, or its matrix products, which read shared memory by themselves. A clock [A]
 holds for each agent the epoch up to which it is known to be done. An access is in order iff every conflicting access
-before it is known to the clock of who makes it. This does not depend on the order in which the runner happens to execute
-things: what it finds in one run would be found in any run that takes the same branches.
+before it is known to the clock of who makes it. This does not depend on the order in which the runner happens to
+execute things: what it finds in one run would be found in any run that takes the same branches.
 
 Source: Flanagan, Freund: FastTrack, PLDI 2009, with an epoch a reader and cell in place of its adaptive form.
 """

@@ -1,4 +1,4 @@
-"""Instructions that move data: loads, stores, atomics, `cp.async`, and 8 x 8 matrices between shared memory and registers.
+"""Instructions that move data: loads, stores, atomics, `cp.async`, and 8 x 8 matrices to and from registers.
 
 Source: PTX ISA, 9.7.9 (data movement) and 9.7.13 (atomics). Every access is checked for bounds, alignment and order.
 """

@@ -1,7 +1,7 @@
 """Instructions that order others: barriers, fences, and mbarrier objects.
 
-Source: PTX ISA, 9.7.12 (synchronisation) and 8 (memory consistency). A proxy fence makes what is known to its warp known
-to the matrix units as well, wherever on the way from the write to the product it stands.
+Source: PTX ISA, 9.7.12 (synchronisation) and 8 (memory consistency). A proxy fence makes what is known to its warp
+known to the matrix units as well, wherever on the way from the write to the product it stands.
 """
 
 import dataclasses
