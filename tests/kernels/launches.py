@@ -5,8 +5,11 @@ Triton's own launcher does (pointers and integers that are multiples of 16, inte
 arguments is written twice. Needs a process without Triton's interpreter.
 """
 
+import contextlib
 import importlib
+import sys
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -43,7 +46,9 @@ class _Recorder:
     """Stands for a kernel: keeps its launches."""
 
     def __init__(self, kernel, launches: list[Launch]) -> None:
-        self._kernel, self._launches = kernel, launches
+        # Of a module that is in two lists the kernel has been replaced already.
+        self._kernel = kernel._kernel if isinstance(kernel, _Recorder) else kernel
+        self._launches = launches
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: self._launches.append(Launch(self._kernel, args, kwargs, grid))
@@ -55,26 +60,16 @@ def record(op: str, arch: int, **arguments) -> tuple[list[Launch], object]:
     `op` is one of lbdt, or the path of a module whose launcher has the name of its file.
     """
     module = importlib.import_module(op if "." in op else f"lbdt.kernels.{op}")
+    places = [module, *(place for name, place in sys.modules.items() if name.startswith("lbdt.kernels."))]
     found: list[Launch] = []
-    kernels = [
-        (place, name, value)
-        for place in (module, importlib.import_module("lbdt.kernels._gate"))
-        for name, value in vars(place).items()
-        if name.endswith("_kernel")
-    ]
-    device = module.capability if hasattr(module, "capability") else None
-    for place, name, kernel in kernels:
-        setattr(place, name, _Recorder(kernel, found))
-    module.capability = lambda device: divmod(arch, 10)
-    try:
+    with contextlib.ExitStack() as stack:
+        for place in places:
+            for name, value in list(vars(place).items()):
+                if name.endswith("_kernel"):
+                    stack.enter_context(mock.patch.object(place, name, _Recorder(value, found)))
+            if hasattr(place, "capability"):
+                stack.enter_context(mock.patch.object(place, "capability", lambda device: divmod(arch, 10)))
         result = getattr(module, op.rpartition(".")[2])(**arguments)
-    finally:
-        for place, name, kernel in kernels:
-            setattr(place, name, kernel)
-        if device is None:
-            del module.capability
-        else:
-            module.capability = device
     return found, result
 
 
