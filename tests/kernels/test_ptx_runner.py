@@ -92,6 +92,16 @@ EXCHANGES = [
         "shfl.sync.down.b32 %r9, %r1, 3, 31, -1;", torch.where(LANES > 28, LANES, LANES + 3), id="down"
     ),
     pytest.param("shfl.sync.idx.b32 %r9, %r1, 1, 6175, -1;", LANES // 8 * 8 + 1, id="index-in-eighths"),
+    pytest.param(
+        "setp.gt.u32 %p1, %r1, 29; vote.sync.ballot.b32 %r9, %p1, -1;",
+        torch.full_like(LANES, -(2**30)),
+        id="ballot",
+    ),
+    pytest.param(
+        "setp.gt.u32 %p1, %r1, 30; vote.sync.any.pred %p2, %p1, -1; selp.b32 %r9, 1, 0, %p2;",
+        torch.ones_like(LANES),
+        id="any",
+    ),
     pytest.param("redux.sync.add.s32 %r9, %r1, -1;", torch.full_like(LANES, 496), id="sum"),
     pytest.param("mov.u32 %r6, %laneid; sub.s32 %r9, %r6, %r1;", torch.zeros_like(LANES), id="lane"),
 ]

@@ -57,6 +57,8 @@ def _cvt(instruction: Instruction, program: Program) -> Run:
             on,
         )
     (read,) = reads
+    if instruction.has("sat") or instruction.has("satfinite"):
+        raise NotSupported(f"{instruction.text}: saturation where it is not the rule")
     if of[0] not in "fb" or of == "b16":
         return lambda warp, on: write(warp, read(warp).astype(dtype_of(to)), on)
     if to[0] == "f":
@@ -125,14 +127,18 @@ def _redux(instruction: Instruction, program: Program) -> Run:
 
 @builds("vote")
 def _vote(instruction: Instruction, program: Program) -> Run:
-    if not instruction.has("ballot"):
-        raise NotSupported(f"{instruction.text}: a vote other than ballot")
     target, source, _ = instruction.operands
-    read, write = reader(source, "pred", program), writer(target, "b32")
+    read = reader(source, "pred", program)
+    kind, count = (
+        ("b32", lambda votes: np.packbits(votes, bitorder="little").view(np.uint32)[0])
+        if instruction.has("ballot")
+        else ("pred", {"any": np.any, "all": np.all}[instruction.parts[2]])
+    )
+    write = writer(target, kind)
 
     def run(warp, on):
         warp.whole(on, instruction)
-        write(warp, np.full(32, np.packbits(read(warp), bitorder="little").view(np.uint32)[0]), on)
+        write(warp, np.full(32, count(read(warp))), on)
 
     return run
 

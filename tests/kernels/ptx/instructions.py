@@ -200,7 +200,7 @@ def _cvta(instruction: Instruction, program: Program) -> Run:
     return lambda warp, on: write(warp, read(warp) + offset, on)
 
 
-@builds("pragma", "nanosleep", "prefetch", "discard", "griddepcontrol", "setmaxnreg")
+@builds("createpolicy", "nanosleep", "prefetch", "discard", "griddepcontrol", "setmaxnreg")
 def _nothing(instruction: Instruction, program: Program) -> Run:
     """Changes no value."""
     return lambda warp, on: None

@@ -22,7 +22,7 @@ def int8_product_kernel(
     total = tl.zeros([BLOCK, BLOCK], tl.int32)
     for start in range(0, K, BLOCK_K):
         left = tl.load(a + row[:, None] * K + start + k[None, :])
-        right = tl.load(b + column[None, :] * K + start + k[:, None])
+        right = tl.load(b + column[None, :] * K + start + k[:, None], eviction_policy="evict_last")
         total = tl.dot(left, right, total, out_dtype=tl.int32)
     tl.store(product + row[:, None] * N + column[None, :], total)
 

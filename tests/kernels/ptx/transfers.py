@@ -31,6 +31,11 @@ def space_of(instruction: Instruction) -> str:
     return "generic"
 
 
+def _without_policy(instruction: Instruction) -> tuple:
+    """The operands but that for the cache."""
+    return instruction.operands[:-1] if instruction.has("L2_cache_hint") else instruction.operands
+
+
 def cells_of(offsets: np.ndarray, size: int, granule: int) -> np.ndarray:
     """Cells of accesses of `size` bytes each."""
     first = offsets // granule
@@ -79,7 +84,7 @@ def access_global(warp: Warp, offsets, size: int, does: str, kind: int = races.W
 
 @builds("ld")
 def _load(instruction: Instruction, program: Program) -> Run:
-    target, source = instruction.operands
+    target, source = _without_policy(instruction)
     kind, space = instruction.type, space_of(instruction)
     targets = members(target)
     writes, width, count = [writer(t, kind) for t in targets], width_of(kind), len(targets)
@@ -126,7 +131,7 @@ def _load(instruction: Instruction, program: Program) -> Run:
 
 @builds("st")
 def _store(instruction: Instruction, program: Program) -> Run:
-    target, source = instruction.operands
+    target, source = _without_policy(instruction)
     kind, space = instruction.type, space_of(instruction)
     width, sources = width_of(kind), members(source)
     reads, size = [reader(s, f"b{8 * width}", program) for s in sources], width * len(sources)
@@ -245,7 +250,7 @@ def _copy(instruction: Instruction, program: Program) -> Run:
             warp.copies.wait(left, warp.pc)
 
         return wait
-    target, source, size, *given = instruction.operands
+    target, source, size, *given = _without_policy(instruction)
     if not isinstance(size, Immediate) or size.bits not in (4, 8, 16):
         raise NotSupported(f"{instruction.text}: expected 4, 8 or 16 bytes")
     to, of, size = address_of(target, program), address_of(source, program), size.bits
