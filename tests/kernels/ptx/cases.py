@@ -102,6 +102,11 @@ def bytes_to_multiply() -> dict:
     return {name: _integers((64, 256), g, torch.int8, 127) for name in "ab"}
 
 
+def halves_to_multiply() -> dict:
+    g = torch.Generator().manual_seed(7)
+    return {"a": _integers((70, 320), g, HALF), "b": _integers((50, 320), g, HALF)}
+
+
 def lowest_of_tied(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """encode_topk with the lowest indices of tied latents."""
     rows = arguments["x"].flatten(2).transpose(1, 2).float()
@@ -203,6 +208,13 @@ CASES = {
         bytes_to_multiply,
         oldest=True,
         expected=lambda arguments: arguments["a"].int() @ arguments["b"].int().t(),
+    ),
+    "tensor maps": Case(
+        "tests.kernels.ptx.described_product",
+        halves_to_multiply,
+        archs=NEWEST,
+        oldest=True,
+        expected=lambda arguments: arguments["a"].float() @ arguments["b"].float().t(),
     ),
     "record": Case("record_patches", recording, archs=NEWEST, oldest=True),
     "record, masks only": Case(

@@ -113,6 +113,7 @@ class _Block:
                 self.register_fences[place] = self.register_fences.get(place, False) or needed
             else:
                 space, kind, epoch, cells = about
+                self.named |= kind == races.BULK  # its end is not among the waits
                 cells = np.unique(cells) + (spaces.setdefault(space, len(spaces)) << 40)
                 write = what != "read"
                 if kind == races.WARP:

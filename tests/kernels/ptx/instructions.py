@@ -42,7 +42,7 @@ def builds(*names: str):
 
 def prepare(program: Program) -> list[machine.Step]:
     """All of a program; raises `NotSupported` with the text of what the runner does not know."""
-    from tests.kernels.ptx import arithmetic, exchange, matrices, transfers, waits  # noqa: F401
+    from tests.kernels.ptx import arithmetic, bulk, exchange, matrices, transfers, waits  # noqa: F401
 
     in_flight = matrices.asynchronous_registers(program)
     return [step(instruction, program, in_flight) for instruction in program.code]

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 
 import torch
 import triton
@@ -59,7 +60,10 @@ class Compiled:
         with _Poisoned():
             launches, result = record(case.op, arch, **arguments)
         self._outputs = _tensors([result, arguments])
-        compiled = [(launch, *compile_launch(launch, arch)) for launch in launches]
+        compiled = []
+        for launch in launches:
+            kernel, passed = compile_launch(launch, arch)
+            compiled.append((launch, kernel, [*passed, *_scratch(kernel.metadata, launch.grid)]))
         tensors = [v for _, _, passed in compiled for v in passed if isinstance(v, torch.Tensor)]
         self.memory = GlobalMemory([*_distinct([*tensors, *self._outputs])])
         self.launches = [
@@ -101,6 +105,16 @@ def _reference(case: Case, arguments: dict) -> list[torch.Tensor]:
         return _tensors([case.expected(cloned), cloned])
     reference = getattr(importlib.import_module(f"lbdt.reference.{case.op}"), case.op)
     return _tensors([reference(**cloned), cloned])
+
+
+def _scratch(metadata, grid: tuple[int, ...]) -> list[torch.Tensor]:
+    """Global memory that the kernel has for itself, for tensor maps; the parameter that follows its own."""
+    size = metadata.global_scratch_size * math.prod(grid)
+    if not size:
+        return []
+    whole = torch.zeros(size + 256, dtype=torch.uint8)
+    begin = -whole.data_ptr() % 256
+    return [whole[begin : begin + size]]
 
 
 def _tensors(value) -> list[torch.Tensor]:

@@ -144,6 +144,9 @@ class Block:
         self.barriers: dict[int, list[Warp]] = {}
         self.mailboxes: dict[int, object] = {}
         """mbarrier objects by address."""
+        self.ended: dict[int, tuple[int, int]] = {}
+        """Of places without an object: the agent of its copies, and the phases that have ended there."""
+        self.maps: dict[int, dict] = {}
 
     def arrive(self, warp: Warp, barrier: int, threads: int) -> None:
         """`warp` waits at a barrier for `threads` threads; the last one lets all go on."""
@@ -212,6 +215,8 @@ class Launch:
         self.reads: dict[int, list] = {}
         self.released: dict[int, np.ndarray] = {}
         """What atomics have made known, by address."""
+        self.maps: dict[int, dict] = {}
+        """Tensor maps by address, those of blocks in shared memory."""
         self.serialised: set[int] = set()
         """Places of matrix products whose registers are written behind their fence."""
         self.executed = self.spins = 0

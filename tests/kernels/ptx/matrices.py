@@ -196,7 +196,8 @@ def _product(instruction: Instruction, program: Program) -> Run:
         queue = warp.products
         known = warp.proxy if warp.launch.copies_need_fence else _with_copies(warp)
         # Other asynchronous work is known as it is to the warp.
-        known = np.where(np.arange(len(known)) % races.AGENTS_A_WARP == races.PRODUCTS, warp.clock, known)
+        kinds = np.arange(len(known)) % races.AGENTS_A_WARP
+        known = np.where((kinds == races.PRODUCTS) | (kinds == races.BULK), warp.clock, known)
         places = []
         for operand, first in ((a_shared, warp.index % 4 * 16), (b_shared, 0)):
             if operand is not None:

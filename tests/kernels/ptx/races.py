@@ -1,6 +1,7 @@
 """Happens-before by vector clocks: which accesses of shared and global memory have nothing that orders them.
 
-An agent is a warp, its asynchronous copies, or its matrix products, which read shared memory by themselves. A clock [A]
+An agent is a warp, its asynchronous copies, its matrix products, which read shared memory by themselves, or the bulk
+copies that an mbarrier waits for. A clock [A]
 holds for each agent the epoch up to which it is known to be done. An access is in order iff every conflicting access
 before it is known to the clock of who makes it. This does not depend on the order in which the runner happens to
 execute things: what it finds in one run would be found in any run that takes the same branches.
@@ -10,9 +11,12 @@ Source: Flanagan, Freund: FastTrack, PLDI 2009, with an epoch a reader and cell 
 
 import numpy as np
 
-AGENTS_A_WARP = 3
-WARP, COPIES, PRODUCTS = range(AGENTS_A_WARP)
-_KINDS = ("warp {}", "the asynchronous copies of warp {}", "the matrix products of warp {}")
+AGENTS_A_WARP = 4
+WARP, COPIES, PRODUCTS, BULK = range(AGENTS_A_WARP)
+_KINDS = (
+    *("warp {}", "the asynchronous copies of warp {}", "the matrix products of warp {}"),
+    "the bulk copies to mbarrier {}",
+)
 NEVER = np.int32(0)
 
 

@@ -44,7 +44,9 @@ def cells_of(offsets: np.ndarray, size: int, granule: int) -> np.ndarray:
     return (first[:, None] + np.arange(size // granule)).reshape(-1)
 
 
-def access_shared(warp: Warp, offsets, size: int, does: str, kind: int = races.WARP, epoch=None, clock=None):
+def access_shared(
+    warp: Warp, offsets, size: int, does: str, kind: int = races.WARP, epoch=None, clock=None, agent=None
+) -> None:
     """Has the block's memory note an access ("read", "write", "rewrite" or "add") and check its order."""
     launch = warp.launch
     cells = cells_of(offsets, size, launch.granule)
@@ -53,7 +55,8 @@ def access_shared(warp: Warp, offsets, size: int, does: str, kind: int = races.W
         raise BadAccess("shared memory that nobody wrote is read")
     epoch = warp.epoch if epoch is None else epoch
     launch.note(warp, does, "shared", kind, epoch, cells)
-    getattr(access, does)(cells, warp.agent + kind, warp.clock if clock is None else clock, epoch, warp.pc)
+    agent = warp.agent + kind if agent is None else agent
+    getattr(access, does)(cells, agent, warp.clock if clock is None else clock, epoch, warp.pc)
 
 
 def access_global(warp: Warp, offsets, size: int, does: str, kind: int = races.WARP, epoch=None) -> None:
@@ -237,8 +240,12 @@ def _atomic(instruction: Instruction, program: Program) -> Run:
 @builds("cp")
 def _copy(instruction: Instruction, program: Program) -> Run:
     """cp.async: 4, 8 or 16 bytes a lane, written to shared memory some time before its group has been waited for."""
-    if instruction.has("bulk") or instruction.has("mbarrier") or not instruction.has("async"):
-        raise NotSupported(f"{instruction.text}: bulk copies")
+    if instruction.has("bulk"):
+        from tests.kernels.ptx import bulk
+
+        return bulk.copy(instruction, program)
+    if instruction.has("mbarrier") or not instruction.has("async"):
+        raise NotSupported(f"{instruction.text}: this form of cp")
     if instruction.has("commit_group"):
         return lambda warp, on: warp.copies.commit()
     if instruction.has("wait_group") or instruction.has("wait_all"):
