@@ -10,14 +10,12 @@ from tests.kernels import triton_process
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
-# Of all kinds of waits: asynchronous copies into products of either kind, and barriers of global memory.
+# Of all kinds of waits: asynchronous copies into products of either kind, mbarriers, and barriers of global memory.
 CASES = (
-    ("half, channels last", 90),
-    ("half, update, channels last", 90),
-    ("gated over calls", 80),
-    ("float32", 90),
+    *(("half, channels last", 90), ("half, update, channels last", 90), ("gated over calls", 80)),
+    ("tensor maps", 90),
 )
-COUNT = 70
+COUNT = 60
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +39,6 @@ def test_at_least_95_per_cent_of_the_mutants_that_change_something_are_found(jud
 
 def test_the_sample_has_every_kind_of_synchronisation(judged):
     assert {mutant["kind"] for mutant in judged} == {
-        *("barrier", "wait for copies", "wait for products", "proxy fence", "register fence"),
+        *("barrier", "wait for copies", "wait for products", "proxy fence", "register fence", "mbarrier"),
     }
     assert all(mutant["why"] for mutant in judged)

@@ -1,8 +1,8 @@
 """mbarrier objects, and the copies of tiles that they wait for: TMA by tensor maps that the kernel itself makes.
 
 Source: PTX ISA, 9.7.13 (mbarrier), 9.7.9.27 (cp.async.bulk.tensor, tensormap.replace). Tensor maps are kept as their
-fields beside the bytes of memory. A tile arrives when it is issued or when a warp would wait for it in vain. It is known to
-whoever saw its mbarrier's phase end.
+fields beside the bytes of memory. A tile arrives when it is issued or when a warp would wait for it in vain. It is
+known to whoever saw its mbarrier's phase end.
 """
 
 import numpy as np
@@ -112,6 +112,7 @@ def _ended(warp: Warp, box: Mailbox, parity: int, instruction: Instruction) -> b
         box.deliver(warp)
     if box.phase % 2 != parity:
         warp.clock = np.maximum(warp.clock, box.clock)
+        launch.note(warp, "arrival", box.agent, box.phases, warp.pc)
         return True
     launch.spins += 1
     if launch.spins > _PATIENCE:
@@ -166,6 +167,12 @@ def copy(instruction: Instruction, program: Program) -> Run:
     return run
 
 
+def _own(warp: Warp) -> np.ndarray:
+    """The clocks of the warp's block but those of its warps."""
+    kinds = np.arange(len(warp.clock)) % races.AGENTS_A_WARP
+    return np.where(kinds == races.WARP, 0, warp.clock)
+
+
 def _issue(warp: Warp, target: int, tile_map: dict, begin: list[int], place: int) -> None:
     """One tile: what lies outside of the tensor is zero."""
     launch, block, box = warp.launch, warp.block, warp.block.mailboxes[place]
@@ -184,6 +191,8 @@ def _issue(warp: Warp, target: int, tile_map: dict, begin: list[int], place: int
         raise Misuse(f"a tile at {target:#x}, which is not a multiple of {128 * (bits + 1)}")
     addresses ^= (addresses >> 7 & bits) << 4
     offsets = block.shared.place(addresses, size)
+    # The object was made by way of another proxy.
+    access_shared(warp, np.array([place]), 8, "read", clock=np.maximum(warp.proxy, _own(warp)))
     access_shared(warp, offsets, size, "write", races.BULK, box.phases + 1, agent=box.agent)
     given = launch.memory.place(sources[inside], size)
     if len(given):

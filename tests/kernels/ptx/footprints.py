@@ -8,6 +8,7 @@ hold for every schedule of the same branches.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,17 @@ class _Async:
     moment: int
     cells: list
     registers: set
+
+
+class _Tile(NamedTuple):
+    """A bulk copy: who issued it, when, its cells, and the mbarrier's agent and phase that bring it."""
+
+    warp: int
+    interval: int
+    moment: int
+    cells: np.ndarray
+    agent: int
+    phase: int
 
 
 class Footprints:
@@ -77,6 +89,8 @@ class _Block:
         self._waits: dict[tuple[int, int], list] = {}  # by warp and kind: (moment, interval, place, commits)
         self._groups: dict[tuple[int, int, int], _Async] = {}  # by warp, kind and number
         self._touched: dict[int, list] = {}  # by warp: (moment, registers)
+        self._tiles: list[_Tile] = []
+        self._arrivals: dict[tuple[int, int], list] = {}  # by warp and agent of an mbarrier: (moment, phases)
         intervals: dict[int, int] = {}
         commits: dict[tuple[int, int], int] = {}
         spaces: dict[object, int] = {}
@@ -101,6 +115,10 @@ class _Block:
                 self._waits.setdefault((warp, kind), []).append(
                     (moment, interval, place, commits.get((warp, kind), 0))
                 )
+            elif what == "arrival":
+                agent, phases, place = about
+                self.reached.add(place)
+                self._arrivals.setdefault((warp, agent), []).append((moment, phases))
             elif what == "touch":
                 self._touched.setdefault(warp, []).append((moment, about[0]))
             elif what == "use":
@@ -113,25 +131,25 @@ class _Block:
                 self.register_fences[place] = self.register_fences.get(place, False) or needed
             else:
                 space, kind, epoch, cells = about
-                self.named |= kind == races.BULK  # its end is not among the waits
                 cells = np.unique(cells) + (spaces.setdefault(space, len(spaces)) << 40)
                 write = what != "read"
-                if kind == races.WARP:
-                    rows.append((cells, warp, interval, moment, write, kind))
+                if kind == races.BULK:
+                    self._tiles.append(_Tile(warp, interval, moment, cells, *epoch))
+                if kind in (races.WARP, races.BULK):
+                    rows.append((cells, warp, interval, moment, write, kind, 0))
                     continue
                 group = self._group(warp, kind, epoch, interval, moment)
                 group.cells.append((cells, write, interval, moment))
         self._rows = rows + [
-            (cells, group.warp, interval, moment, write, group.kind)
-            for group in self._groups.values()
+            (cells, group.warp, interval, moment, write, group.kind, number)
+            for (_, _, number), group in self._groups.items()
             for cells, write, interval, moment in group.cells
         ]
         sizes = [len(row[0]) for row in self._rows]
         self._cell = np.concatenate([row[0] for row in self._rows]) if sizes else np.zeros(0, np.int64)
-        columns = np.array([row[1:] for row in self._rows], np.int64).reshape(-1, 5)
-        self._warp, self._interval, self._moment, self._write, self._kind = np.repeat(
-            columns, sizes, axis=0
-        ).T
+        columns = np.array([row[1:] for row in self._rows], np.int64).reshape(-1, 6)
+        columns = np.repeat(columns, sizes, axis=0).T
+        self._warp, self._interval, self._moment, self._write, self._kind, self._group_of = columns
         self._ends = self._all_ends(None)
         self._spanned = self._expand()
 
@@ -169,6 +187,8 @@ class _Block:
         """Whether accesses conflict in the intervals that are one without the barrier at `place`."""
         kept = np.array([barrier != place for barrier in self._barriers], np.int64)
         joined = np.concatenate([[0], np.cumsum(kept)])  # by interval
+        if any(self._meets_tile(tile, joined) for tile in self._tiles):
+            return True
         several = np.bincount(joined) > 1
         cell, warp, interval, write = self._spanned
         part = joined[interval]
@@ -196,6 +216,24 @@ class _Block:
             (written & read & ~alone).any()
             or (written & (first_writer != last_writer) & (begin != end)).any()
         )
+
+    def _meets_tile(self, tile: _Tile, joined: np.ndarray) -> bool:
+        """Whether another warp touches a tile's memory with no barrier between, before it has seen the tile arrive."""
+        seen = np.full(int(self._warp.max()) + 1, _NEVER)
+        for (warp, agent), arrivals in self._arrivals.items():
+            if agent == tile.agent:
+                seen[warp] = min((at for at, phases in arrivals if phases >= tile.phase), default=_NEVER)
+        part = joined[tile.interval]
+        others = (self._warp != tile.warp) & (self._moment < seen[self._warp])
+        plain = others & (self._kind != races.PRODUCTS) & (joined[self._interval] == part)
+        # Products last: from their issue to their wait.
+        last = np.zeros_like(self._interval)
+        for key, (interval, _) in self._ends.items():
+            if key[1] == races.PRODUCTS:
+                last[(self._warp == key[0]) & (self._kind == key[1]) & (self._group_of == key[2])] = interval
+        lasting = others & (self._kind == races.PRODUCTS)
+        lasting &= (joined[self._interval] <= part) & (joined[last] >= part)
+        return bool(np.isin(self._cell[plain | lasting], tile.cells).any())
 
     def longer(self, place: int) -> list:
         """(group's key, end, later end) of the groups that end later if the wait at `place` is weaker."""

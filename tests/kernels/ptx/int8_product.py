@@ -1,4 +1,4 @@
-"""A product of int8 matrices in Triton: stands for kernels that are not written yet, for the runner's own tests."""
+"""A product of int8 matrices in Triton: for the runner's own tests, as no op's kernel has any."""
 
 import torch
 import triton

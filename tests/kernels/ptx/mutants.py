@@ -48,6 +48,8 @@ def kind_of(instruction: Instruction) -> str | None:
     match instruction.name:
         case "bar" | "barrier":
             return None if instruction.has("warp") else "barrier"
+        case "cp" | "fence" if instruction.has("bulk") or instruction.has("tensormap_generic"):
+            return None  # of tensor maps, whose bytes the machine does not follow
         case "cp" if instruction.has("wait_group") or instruction.has("wait_all"):
             return "wait for copies"
         case "wgmma" if instruction.has("wait_group"):
@@ -134,6 +136,7 @@ class Judge:
 MUTATED = (
     *("half", "half, channels last", "float32, channels last", "half, update", "half, update, channels last"),
     *("ragged", "gated", "gated over calls", "topk", "record"),
+    *("int8", "tensor maps"),
 )
 """Cases whose kernels are mutated: each way of loading, and every kernel."""
 

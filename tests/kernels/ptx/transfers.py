@@ -54,7 +54,7 @@ def access_shared(
     if does in ("read", "add") and access.never_written(cells):
         raise BadAccess("shared memory that nobody wrote is read")
     epoch = warp.epoch if epoch is None else epoch
-    launch.note(warp, does, "shared", kind, epoch, cells)
+    launch.note(warp, does, "shared", kind, epoch if agent is None else (agent, epoch), cells)
     agent = warp.agent + kind if agent is None else agent
     getattr(access, does)(cells, agent, warp.clock if clock is None else clock, epoch, warp.pc)
 
