@@ -135,6 +135,9 @@ ELSEWHERE = {
     "python -m benchmarks.early_stop": "tests/test_benchmarks.py",
     "python -m benchmarks.gate_cost --threads 2": "tests/test_benchmarks.py",
     "pytest tests/kernels -s": "tests/kernels",
+    "python -m tests.kernels.ptx.mutants": "tests/kernels/test_ptx_mutants.py",
+    "python -m tests.kernels.ptx.run --case half --seed 3": "tests/kernels/test_ptx_kernels.py",
+    ".ci/setup --tests": "tests/kernels/test_ptx_kernels.py",  # what it installs
     ".ci/versions": "tests/test_packaging.py",
     ".ci/test --misaligned": "tests/misaligned",
     ".ci/test --fuzz-cases 10000 -m fuzz": "tests/fuzz",

@@ -1,106 +1,48 @@
-"""Compiles every Triton kernel ahead of time, as its launcher would launch it: `python compile_triton.py ARCH`.
+"""Compiles every Triton kernel ahead of time, as its launcher would launch it.
 
-Needs no GPU. The launchers run on CPU tensors of real sizes with their kernels replaced by recorders; what these
-were called with is specialised as Triton's own launcher does (pointers and integers that are multiples of 16,
-integers that are 1). Prints one JSON object a line: resources, instructions, and the case.
+Needs no GPU: the launchers run on CPU tensors of real sizes (`tests.kernels.launches`). Prints one JSON object a line:
+resources, instructions, and the case. `python -m tests.kernels.compile_triton ARCH [CASE...]`; "budgets" names those of
+`tests.kernels.budgets`.
 """
 
-import importlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_TYPES = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-}
+from tests.kernels import budgets, sass
+from tests.kernels.launches import Launch, compile_launch, record
 
 
-class Recorder:
-    """Stands for a kernel: keeps the arguments of its launches."""
-
-    def __init__(self, kernel, launches: list) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
-
-
-def launches(op: str, arch: int, **arguments) -> list:
-    """(kernel, args, kwargs) of each launch that the launcher of `op` makes for these arguments."""
-    module = importlib.import_module(f"lbdt.kernels.{op}")
-    module.capability = lambda device: divmod(arch, 10)
-    found: list = []
-    kernels = [
-        (place, name, value)
-        for place in (module, importlib.import_module("lbdt.kernels._gate"))
-        for name, value in vars(place).items()
-        if name.endswith("_kernel")
-    ]
-    for place, name, kernel in kernels:
-        setattr(place, name, Recorder(kernel, found))
-    try:
-        getattr(module, op)(**arguments)
-    finally:
-        for place, name, kernel in kernels:
-            setattr(place, name, kernel)
-    return found
-
-
-def compile_launch(kernel, args: tuple, kwargs: dict, arch: int) -> dict:
-    """Resources of one launch's machine code."""
-    options = {name: kwargs[name] for name in ("num_warps", "num_stages")}
-    given = dict(zip(kernel.arg_names, args, strict=False)) | {
-        name: value for name, value in kwargs.items() if name not in options
-    }
-    signature, constants, attributes = {}, {}, {}
-    for place, parameter in enumerate(kernel.params):
-        value = given[parameter.name]
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
-            signature[parameter.name], constants[(place,)] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name], divisible = _TYPES[value.dtype], value.data_ptr() % 16 == 0
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = special and value % 16 == 0
-        if divisible:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    ptx = compiled.asm["ptx"]
-    registers, spilled = resources(ptx, arch)
-    return {
+def measured(launch: Launch, arch: int, name: str) -> dict:
+    """Resources and instructions of one launch's machine code; more where the case `name` has budgets."""
+    compiled, _ = compile_launch(launch, arch)
+    ptx, warps = compiled.asm["ptx"], launch.kwargs["num_warps"]
+    registers, spilled, serialised = resources(ptx, arch)
+    result = {
         "registers": registers,
         "spilled": spilled,
+        "serialised": serialised,
         "shared": compiled.metadata.shared,
-        "warps": options["num_warps"],
+        "warps": warps,
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": len(re.findall(r"\bmma\.sync|\btcgen05\.mma", ptx)),
         "cp_async": len(re.findall(r"\bcp\.async\b(?!\.(?:wait|commit))", ptx)),
         "bytes": len(compiled.asm["cubin"]),
     }
+    if arch != 90 or name not in budgets.CASES:
+        return result
+    code = sass.read(sass.disassembled(compiled.asm["cubin"]))
+    return result | code._asdict() | {"blocks": sass.blocks(registers, warps, compiled.metadata.shared)}
 
 
-def resources(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers a thread, and bytes spilled (stores and loads), in ptxas' own words."""
+def resources(ptx: str, arch: int) -> tuple[int, int, bool]:
+    """Registers a thread, bytes spilled, and whether products wait for each other, in ptxas' own words."""
     # Triton ships two: each knows other targets.
-    tool = TOOLS / ("ptxas-blackwell" if arch >= 90 else "ptxas")
+    tool = sass.TOOLS / ("ptxas-blackwell" if arch >= 90 else "ptxas")
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -108,7 +50,7 @@ def resources(ptx: str, arch: int) -> tuple[int, int]:
         command = [tool, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", told))
-    return int(re.search(r"Used (\d+) registers", told)[1]), spilled
+    return int(re.search(r"Used (\d+) registers", told)[1]), spilled, "are serialized" in told
 
 
 def detection(batch, channels, side, latents, union, k, dtype, layout, update) -> dict:
@@ -234,12 +176,15 @@ CASES = {
 }
 
 
-def main(arch: int) -> None:
+def main(arch: int, names: list[str]) -> None:
+    names = list(budgets.CASES) if names == ["budgets"] else names
     for name, arguments in CASES.items():
-        for kernel, args, kwargs in launches(name.split()[0], arch, **arguments()):
-            result = compile_launch(kernel, args, kwargs, arch)
-            print(json.dumps({"case": name, "kernel": kernel.__name__, "arch": arch} | result), flush=True)
+        if names and name not in names:
+            continue
+        for launch in record(name.split()[0], arch, **arguments())[0]:
+            result = {"case": name, "kernel": launch.name, "arch": arch} | measured(launch, arch, name)
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -1,20 +1,17 @@
 """The Triton kernels as machine code for three generations of GPUs, without one: instructions, registers, memory."""
 
-import importlib.metadata
-import json
-import os
-import subprocess
-import sys
+import re
+import tomllib
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 
 from tests.backends import HAS_TRITON
+from tests.kernels import triton_process
+from tests.kernels.budgets import BUDGETS
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
-SCRIPT = Path(__file__).with_name("compile_triton.py")
 SHARED = {
     80: 163,
     90: 227,
@@ -27,31 +24,44 @@ KERNELS = {
 }
 
 
-def triton_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
-
-
-@pytest.fixture(scope="module", params=sorted(SHARED), ids=lambda arch: f"sm_{arch}")
-def compiled(request, tmp_path_factory):
-    """Results by kernel, of a process of its own: this one has the interpreter switched on."""
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
-        # What Triton before 3.10 does without being told, and warns about.
-        "TRITON_DEFAULT_FP_FUSION": "1",
-    }
-    command = [sys.executable, str(SCRIPT), str(request.param)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def by_kernel(version: str, arch: int, cache, *cases: str) -> dict[str, list[dict]]:
+    """Results of a process of its own."""
     results = defaultdict(list)
-    for line in done.stdout.splitlines():
-        result = json.loads(line)
+    for result in triton_process.lines(version, cache, "tests.kernels.compile_triton", str(arch), *cases):
         results[result["kernel"]].append(result)
         print(
             f"sm_{result['arch']} {result['case']}: {result['kernel']} {result['registers']} registers, "
             f"{result['shared']} bytes shared, {result['warps']} warps, {result['wgmma']} wgmma, {result['mma']} mma"
         )
-    return request.param, results
+    return results
+
+
+@pytest.fixture(scope="module", params=sorted(SHARED), ids=lambda arch: f"sm_{arch}")
+def compiled(request, tmp_path_factory):
+    return request.param, by_kernel(triton_process.PINNED, request.param, tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture(scope="module")
+def compiled_by_the_oldest(tmp_path_factory):
+    triton_process.needs("oldest")
+    return by_kernel("oldest", 90, tmp_path_factory.mktemp("triton"), "budgets")
+
+
+def keeps_its_budgets(results: dict[str, list[dict]], version: tuple[int, ...]) -> None:
+    """Asserts every row of the version's table; a later Triton than the pinned one has none."""
+    worse = {}
+    for budget in BUDGETS.get(version, ()):
+        (got,) = (r for r in results[budget.kernel] if r["case"] == budget.case)
+        assert set(got["products"]) == ({budget.product} if budget.product else set()), got
+        if (
+            got["registers"] > budget.registers
+            or got["blocks"] < budget.blocks
+            or got["element_loads"] > budget.loads
+            or got["products_in_flight"] < budget.products_in_flight
+            or got["copies_in_flight"] < budget.copies_in_flight
+        ):
+            worse[budget] = got
+    assert worse == {}
 
 
 def test_every_kernel_fits(compiled):
@@ -60,7 +70,7 @@ def test_every_kernel_fits(compiled):
     for result in (r for group in results.values() for r in group):
         assert result["registers"] <= 255, result
         # The tile sizes are chosen for the pinned compiler; Triton 3.6 spills up to 400 bytes in some.
-        assert result["spilled"] == 0 or triton_version() < (3, 9), result
+        assert result["spilled"] == 0 or triton_process.version_of(triton_process.PINNED) < (3, 9), result
         assert result["registers"] * 32 * result["warps"] <= 65536, result
         assert result["shared"] <= SHARED[arch] * 1024, result
 
@@ -83,3 +93,31 @@ def test_the_dictionary_is_read_ahead_of_its_use(compiled):
     _, results = compiled
     for name in PRODUCTS:
         assert all(r["cp_async"] > 0 for r in results[name]), name
+
+
+def test_the_machine_code_keeps_its_budgets(compiled):
+    arch, results = compiled
+    # Products that wait for each other, as their registers are used in between.
+    assert not [r for group in results.values() for r in group if r["serialised"]]
+    if arch == 90:
+        keeps_its_budgets(results, triton_process.version_of(triton_process.PINNED))
+
+
+def test_the_oldest_triton_is_that_of_the_project_file():
+    extras = tomllib.loads((triton_process.ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    named = re.search(r"triton==([\d.]+)", (triton_process.ROOT / ".ci/oldest-triton.txt").read_text())[1]
+    for extra in ("test", "gpu"):
+        (bound,) = (
+            re.match(r"triton>=([\d.]+)", line)[1] for line in extras[extra] if line.startswith("triton")
+        )
+        assert named.removesuffix(".0") == bound
+
+
+def test_the_oldest_triton_compiles_every_kernel_within_its_budgets(compiled_by_the_oldest):
+    assert set(compiled_by_the_oldest) == KERNELS
+    for result in (r for group in compiled_by_the_oldest.values() for r in group):
+        assert result["registers"] * 32 * result["warps"] <= 65536 and not result["serialised"], result
+        assert result["shared"] <= SHARED[90] * 1024, result
+    keeps_its_budgets(compiled_by_the_oldest, triton_process.version_of("oldest"))

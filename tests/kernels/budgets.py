@@ -1,0 +1,73 @@
+"""What the machine code of the kernels is today on sm_90, as budgets: none may get worse unnoticed.
+
+A row that gets better is written anew; one that gets worse needs a reason. By the version of Triton that compiles: the
+pinned one, and the oldest supported one, which machines with GPUs carry.
+"""
+
+from typing import NamedTuple
+
+
+class Budget(NamedTuple):
+    """Of one launch; loads and waits are those of the innermost loop with products (`tests.kernels.sass.Code`)."""
+
+    case: str
+    """A case of `tests.kernels.compile_triton`."""
+    kernel: str
+    registers: int
+    """A thread, at most."""
+    blocks: int
+    """A multiprocessor holds at a time, at least."""
+    product: str
+    """The matrix instruction; FFMA: none, empty: no products."""
+    loads: int
+    """Elements loaded one by one, at most."""
+    products_in_flight: int
+    """Groups that the wait leaves, at least."""
+    copies_in_flight: int
+    """As `products_in_flight`; -1: no asynchronous copies."""
+
+
+_B1, _B8 = "detect_patches sd15-b1 channels_last bfloat16", "detect_patches sd15-b8 NCHW float16"
+_FLOAT, _UPDATE = "detect_patches sd15-b1 NCHW float32", "detect_patches sdxl-1024 update bfloat16"
+_GATED, _TOPK = "detect_patches gated over calls bfloat16", "encode_topk sd15-b8 NCHW float16"
+_CANDIDATES, _COUNT = "detect_patches_candidates_kernel", "detect_patches_count_kernel"
+_GATE, _PART, _MERGE = "detect_patches_gate_kernel", "encode_topk_part_kernel", "encode_topk_merge_kernel"
+_RECORD, _UNIFORM = "record_patches", "patch_uniform"
+
+BUDGETS = {
+    (3, 9): (
+        #      case      kernel     registers, blocks, product, loads, products and copies in flight
+        Budget(_B8, _CANDIDATES, 80, 6, "HMMA.16816.F32", 6, 0, 0),
+        Budget(_B8, _COUNT, 238, 1, "HGMMA.64x128x16.F32", 32, 0, 2),
+        Budget(_B1, _CANDIDATES, 70, 7, "HMMA.16816.F32.BF16", 6, 0, 0),
+        Budget(_B1, _COUNT, 164, 2, "HGMMA.64x64x16.F32.BF16", 0, 1, 4),
+        Budget(_FLOAT, _CANDIDATES, 72, 7, "FFMA", 0, 0, 2),
+        Budget(_FLOAT, _COUNT, 254, 2, "FFMA", 8, 0, 1),
+        Budget(_UPDATE, _CANDIDATES, 128, 4, "HMMA.16816.F32.BF16", 0, 0, 6),
+        Budget(_UPDATE, _COUNT, 248, 2, "HGMMA.64x64x16.F32.BF16", 32, 0, 2),
+        Budget(_GATED, _GATE, 41, 10, "", 24, 0, -1),
+        Budget(_TOPK, _PART, 143, 3, "HGMMA.64x32x16.F32", 2, 0, 0),
+        Budget(_TOPK, _MERGE, 40, 12, "", 0, 0, -1),
+        Budget(_RECORD, f"{_RECORD}_kernel", 92, 5, "", 1, 0, -1),
+        Budget(_UNIFORM, f"{_UNIFORM}_kernel", 22, 16, "", 2, 0, -1),
+    ),
+    # It unrolls the loop over the channels of the second row of bfloat16: 39 loads are those of a tile.
+    (3, 6): (
+        Budget(_B8, _CANDIDATES, 80, 6, "HMMA.16816.F32", 6, 0, 0),
+        Budget(_B8, _COUNT, 254, 1, "HGMMA.64x128x16.F32", 32, 0, 2),
+        Budget(_B1, _CANDIDATES, 68, 7, "HMMA.16816.F32.BF16", 6, 0, 0),
+        Budget(_B1, _COUNT, 207, 2, "HGMMA.64x64x16.F32.BF16", 39, 0, 0),
+        Budget(_FLOAT, _CANDIDATES, 72, 7, "FFMA", 0, 0, 2),
+        Budget(_FLOAT, _COUNT, 254, 2, "FFMA", 8, 0, 1),
+        Budget(_UPDATE, _CANDIDATES, 128, 4, "HMMA.16816.F32.BF16", 0, 0, 6),
+        Budget(_UPDATE, _COUNT, 255, 2, "HGMMA.64x64x16.F32.BF16", 32, 0, 2),
+        Budget(_GATED, _GATE, 46, 10, "", 24, 0, -1),
+        Budget(_TOPK, _PART, 174, 2, "HGMMA.64x32x16.F32", 2, 0, 0),
+        Budget(_TOPK, _MERGE, 40, 12, "", 0, 0, -1),
+        Budget(_RECORD, f"{_RECORD}_kernel", 122, 4, "", 1, 0, -1),
+        Budget(_UNIFORM, f"{_UNIFORM}_kernel", 21, 16, "", 2, 0, -1),
+    ),
+}
+
+CASES = tuple(dict.fromkeys(budget.case for budgets in BUDGETS.values() for budget in budgets))
+"""The cases that have one."""
