@@ -39,6 +39,51 @@ def literal_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tenso
     return values.relu(), indices
 
 
+class LiteralInt8:
+    """`literal` with products of bytes by torch's own int8 matrix product: rows and patches are coded with a scale each,
+    and what rounding makes of the answer is let be."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.codes, self.scale = _coded(weight)
+
+    def __call__(
+        self,
+        x: Tensor,  # [B, d, H, W]
+        weight: Tensor,  # [L, d]
+        bias: Tensor,  # [L]
+        latents: Tensor,  # [U]
+        thresholds: Tensor,  # [T, U]
+        timestep_bin: Tensor,  # [B]
+        enabled: Tensor,  # [B, U]
+        k: int,
+        minus: Tensor | None = None,  # like x
+    ) -> Tensor:  # [B, N]
+        """The mask, by and large."""
+        codes, scale = _coded((x if minus is None else x - minus).flatten(2).transpose(1, 2).flatten(0, 1))
+        h = torch._int_mm(codes, self.codes.t()).float().mul_(scale).mul_(self.scale.t()).add_(bias)
+        values, indices = h.topk(k, dim=-1, sorted=False)
+        z = torch.zeros_like(h).scatter_(-1, indices, values.relu()).view(x.shape[0], -1, h.shape[1])
+        floor = thresholds[timestep_bin].masked_fill(~enabled, torch.inf).unsqueeze(1)
+        return (z[..., latents] > floor).any(dim=-1)
+
+
+class LiteralBfloat16:
+    """`literal` in bfloat16, as it is; the rows are cast beforehand."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.bfloat16()
+
+    def __call__(self, x: Tensor, weight: Tensor, minus: Tensor | None = None, **named: Any) -> Tensor:
+        """The mask [B, N], by and large."""
+        return literal((x if minus is None else x - minus).bfloat16(), self.weight, **named)
+
+
+def _coded(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [N, d] int8 and scales [N, 1]."""
+    scale = rows.abs().amax(1, keepdim=True) / 127
+    return (rows / scale).round().to(torch.int8), scale
+
+
 @functools.cache
 def compiled(function: Callable) -> Callable:
     """`function` under `torch.compile`, specialised to the shapes of its calls; compiled at the first of

@@ -17,10 +17,15 @@ from lbdt.bench.baselines import compiled
 from lbdt.bench.measured_shares import MEASURED
 from lbdt.bench.shapes import Place, Shape
 from lbdt.donors import MEAN_OF, DonorSource
+from lbdt.int8_screen import Screen
 from lbdt.ops.record_patches import FIELDS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTSIDE = "none in the first k"
+ALIKE = "all latents alike"
+_ALIKE_AT = 0.5
+INEXACT = ("bfloat16", "int8")
+"""Baselines whose products round, and with them their answers."""
 UNIONS = (34, 137)
 """Latents that are watched, beside the shape's own few: of about 5 and 20 concepts."""
 PLAIN = "NCHW, random"
@@ -108,6 +113,7 @@ def specs(
         if op in ("detect_patches", "hook") and name in measured:
             found += [Spec(op, name, 0.0, f"U {union}", dtype) for union in UNIONS]
             found += [Spec(op, name, MEASURED[case].candidates, case, dtype) for case in MEASURED]
+            found.append(Spec(op, name, _ALIKE_AT, ALIKE, dtype))
         if op == "replace_patches_" and _OTHERS_AT in own and name not in shortened:
             found += [Spec(op, name, _OTHERS_AT, variant, dtype) for variant in _OTHERS]
     return found
@@ -123,11 +129,13 @@ def build(spec: Spec, device: torch.device | None = None, seed: int = 0) -> Time
 
 def _detect(spec: Spec, shape: Shape, place: Place) -> TimedCase:
     inside, measured = spec.variant != OUTSIDE, MEASURED.get(spec.variant)
-    arguments = shapes.detection(shape, spec.share, inside, place, measured)
-    wanted, refuted = _expected(shape, spec)
+    arguments = shapes.detection(shape, spec.share, inside, place, measured, spec.variant == ALIKE)
+    wanted, refuted = _expected(shape, spec, arguments)
+    weight = arguments["weight"]
+    screen = Screen.where_useful(weight, arguments["bias"], torch.zeros(shape.width, device=place.device))
 
     def check(versions: dict[str, Callable]) -> int:
-        masks = {name: version() for name, version in versions.items()}
+        masks = {name: version() for name, version in versions.items() if name not in INEXACT}
         for name, mask in masks.items():
             _require(torch.equal(mask, masks["ours"]), spec, f"the masks differ: {name} and ours")
         detected = int(masks["ours"].sum())
@@ -135,10 +143,13 @@ def _detect(spec: Spec, shape: Shape, place: Place) -> TimedCase:
         return detected
 
     versions = {
-        "ours": partial(ops.detect_patches, **arguments),
+        "ours": partial(ops.detect_patches, **arguments, **({} if screen is None else screen._asdict())),
         "literal": partial(baselines.literal, **arguments),
         "compiled": partial(compiled(baselines.literal), **arguments),
     }
+    if place.device.type == "cpu" and place.dtype == torch.float32:
+        versions["bfloat16"] = partial(baselines.LiteralBfloat16(weight), **arguments)
+        versions["int8"] = partial(baselines.LiteralInt8(weight), **arguments)
     backend = ops.explain("detect_patches", **arguments).backend
     size = detection_floor(shape, wanted, place.dtype.itemsize, refuted)
     return TimedCase(spec, versions, check, *size, backend)
@@ -292,8 +303,8 @@ def _record(spec: Spec, shape: Shape, place: Place) -> TimedCase:
 def _hook(spec: Spec, shape: Shape, place: Place) -> TimedCase:
     from lbdt.bench.hook import Stand
 
-    stand = Stand(shape, spec.share, place, MEASURED.get(spec.variant))
-    detected, refuted = _expected(shape, spec)
+    stand = Stand(shape, spec.share, place, MEASURED.get(spec.variant), spec.variant == ALIKE)
+    detected, refuted = _expected(shape, spec, stand.arguments)
     mask = baselines.literal(**stand.arguments)
     replaced = baselines.grow(mask, shape.height, shape.grid_width, shapes.PADDING)
 
@@ -333,11 +344,13 @@ def changed(before: Tensor, after: Tensor) -> Tensor:
     return (before != after).flatten(2).any(dim=1)
 
 
-def _expected(shape: Shape, spec: Spec) -> tuple[int, int]:
+def _expected(shape: Shape, spec: Spec, arguments: dict[str, Any]) -> tuple[int, int]:
     """How many patches are detected, and how many are candidates and refuted."""
     measured = MEASURED.get(spec.variant)
     above = round(spec.share * shape.patches)
     detected = 0 if spec.variant == OUTSIDE else above
+    if spec.variant == ALIKE:  # chance says which of them are largest
+        detected = int(baselines.literal(**arguments).sum())
     if measured is not None:
         detected = round(measured.detected * shape.patches)
     return detected, above - detected

@@ -97,9 +97,14 @@ class Stand:
     """The same block four times: bare, with lbdt's hook, the published one, and the compiled formula."""
 
     def __init__(
-        self, shape: Shape, share: float, place: Place, measured: MeasuredShares | None = None
+        self,
+        shape: Shape,
+        share: float,
+        place: Place,
+        measured: MeasuredShares | None = None,
+        alike: bool = False,
     ) -> None:
-        self.arguments = shapes.detection(shape, share, place=place, measured=measured)
+        self.arguments = shapes.detection(shape, share, place=place, measured=measured, alike=alike)
         self.x: Tensor = self.arguments["x"]
         # Without an update SAE nobody looks at the block's input.
         given = self.x if self.arguments["minus"] is None else self.arguments["minus"]

@@ -122,16 +122,22 @@ def detection(
     inside: bool = True,
     place: Place | None = None,
     measured: MeasuredShares | None = None,
+    alike: bool = False,
 ) -> dict[str, Any]:
     """Arguments of `detect_patches` with exactly `round(share * N)` patches above the threshold.
 
     Where `inside`, these patches' pre-activation is above all others (8, the others are N(0, 1)), so all are
     detected and the count has to read the whole dictionary: the dearest case. Otherwise it is 0.5: above the
     threshold, but not among the k largest, and the count may stop early. With `measured`, its shares of the patches are
-    of either kind, those that are refuted as deep in the dictionary as it says.
+    are of either kind, those that are refuted as deep in the dictionary as it says.
+
+    Where `alike`, all rows of the dictionary are nearly the same, and so all pre-activations of a patch, those above
+    the threshold 0.5: no bound tells them apart.
     """
     place = place or Place()
     weight, own = _encoder(shape.width, shape.latents, shape.union, place.seed)
+    if alike:
+        weight = weight[own[:1]] + weight / 1024
     g = torch.Generator().manual_seed(place.seed + 1)
     rows = torch.randn(shape.patches, shape.width, generator=g)
     wanted = torch.full((shape.patches, shape.union), _LOW)
@@ -141,13 +147,18 @@ def detection(
         refuted = above[round(measured.detected * shape.patches) :]
         values = measured.values(shape.k, shape.latents)
         wanted[refuted, 0] = values[torch.arange(len(refuted)) * len(values) // max(len(refuted), 1)]
+    adjusted = own
+    if alike:
+        wanted, adjusted = wanted[:, :1].clamp(max=_MIDDLE), own[:1]
     # The smallest change of x that gives the own latents these pre-activations.
-    rows += (wanted - rows @ weight[own].t()) @ torch.linalg.pinv(weight[own]).t()
+    rows += (wanted - rows @ weight[adjusted].t()) @ torch.linalg.pinv(weight[adjusted]).t()
     x, minus = feature_map(shape, rows), None
     if shape.update:
         minus = torch.randn(x.shape, generator=g)
         x = x + minus
     placed_weight, placed_own = _placed_encoder(shape.width, shape.latents, shape.union, place)
+    if alike:
+        placed_weight = place.put(weight)
     return {
         "x": place.put(x),
         "weight": placed_weight,
