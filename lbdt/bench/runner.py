@@ -17,7 +17,7 @@ BENCHMARK = "lbdt bench"
 _SHAPE = "sd15-b1"
 """What the targets are for: only times at sizes of a real hookpoint count."""
 _MB = 1e6
-_MOST_EXTRA = 32 * _MB
+_MOST_EXTRA = 3 * _MB
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,6 @@ class BenchOptions:
         for dtype in self.dtypes:
             if dtype not in cases.DTYPES:
                 raise ValueError(f"--dtype {dtype}: expected one of {', '.join(cases.DTYPES)}")
-        if self.unet and self.device.type != "cuda" and not self.quick:
-            raise ValueError(
-                "--unet: a step of SD 1.5's UNet takes minutes on a CPU; use a GPU, or --quick for a small UNet"
-            )
         on_gpu = self.device.type == "cuda"
         # Eight images take seconds a call on a CPU, and grow with the share as one does.
         slow = [] if on_gpu or self.shapes else [name for name in known if known[name].images > 1]
@@ -241,6 +237,10 @@ def targets(rows: list[dict[str, Any]], unet: dict[str, Any] | None, device: str
                 f"{text}: at least {wanted:g} times as fast as {baseline}", min(ratios), min(ratios) >= wanted
             )
 
+    for name, most in (("present", 0.5), ("absent", 0.2)):
+        if unet is not None:
+            got = unet[name]["percent_of_step"]
+            add(f"hook, concept {name}, as measured: under {most:g} % of a UNet step", got, got < most)
     detect = _pick(rows, "detect_patches", "")
     hook = _pick(rows, "hook", "")
     if device == "cuda":
@@ -258,17 +258,13 @@ def targets(rows: list[dict[str, Any]], unet: dict[str, Any] | None, device: str
                 warm is not None and got < 15,
             )
         least("hook, every share", hook(None), "published", 30)
-        for name, most in (("present", 0.5), ("absent", 0.1)):
-            if unet is not None:
-                got = unet[name]["percent_of_step"]
-                add(f"hook, concept {name}: under {most:g} % of a UNet step", got, got < most)
         return found
     least("detect_patches, 0%", detect(0.0), "literal", 100)
     least("detect_patches, 10%", detect(0.1), "literal", 3)
     every = [row for row in rows if (row["op"], row["shape"]) == ("detect_patches", _SHAPE)]
     if every:
         most = max(row["versions"]["ours"]["allocated_bytes"] for row in every)
-        add("detect_patches, every share: less than 32 MB extra", most / _MB, most < _MOST_EXTRA)
+        add("detect_patches, every share: less than 3 MB extra", most / _MB, most < _MOST_EXTRA)
     least("replace_patches_, 10%", _pick(rows, "replace_patches_", PLAIN)(0.1), "reference", 3)
     for share, wanted in ((0.0, 150), (0.1, 15), (1.0, 4 if hardware.has_vnni() else 1.4)):
         least(f"hook, {share:.0%}", hook(share), "published", wanted)

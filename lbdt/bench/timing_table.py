@@ -79,7 +79,8 @@ def _unet(step: dict[str, Any]) -> list[str]:
     text = [f"UNet step ({step['sizes']}): {_ms(step['step_ms']['median'])} ms"]
     for name in ("present", "absent"):
         part = step[name]
-        line = f"hook, concept {name} ({part['share']:.1%} of patches detected): {_ms(part['hook_ms'])} ms, "
+        line = f"hook, concept {name} as measured ({part['candidates']:.1%} of patches candidates, {part['share']:.1%} "
+        line += f"detected): {_ms(part['hook_ms'])} ms, "
         line += f"{part['percent_of_step']:.3g} % of the step"
         if part["growth_percent"] is not None:
             line += f"; the step with it became {part['growth_percent']:+.3g} % longer"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor
 
 from lbdt.bench import hardware, hook, shapes, timing
+from lbdt.bench.measured_shares import MEASURED
 from lbdt.bench.shapes import Place, Shape
 
 HOOKPOINT = "unet.up_blocks.1.attentions.1"
-_SHARE = 0.1
+_KIND = "saeuron"  # whose shares of candidates and detections the hook is timed with
 _SCALE = 50.0
 """The concept's latents over the others, so that a patch above the threshold is among the k largest too."""
 
@@ -36,7 +36,8 @@ _TINY_SHAPE = Shape("small UNet", 1, 2, 32, 8, 8, latents=256, k=8, union=2)
 def measure(
     device: torch.device, quick: bool, rounds: int, seed: int, budget: float = 10.0
 ) -> dict[str, Any]:
-    """Milliseconds of a step, of the hook on the step's own feature map, and of a step with the hook.
+    """Milliseconds of a step, of the hook on a feature map of its sizes with the shares of candidates and detections
+    that pictures have (`measured_shares`), and of a step with the hook, on whose own map as many patches are detected.
 
     "percent_of_step" is the hook's own time over the step's: on a GPU inside a CUDA graph where it can be captured, as
     the host runs ahead of a whole step, but not of one hook. "growth_percent" is what a step with the hook
@@ -79,22 +80,21 @@ def measure(
         components={"unet": runner},
         scheduler=SimpleNamespace(timesteps=torch.tensor(hook.TIMESTEPS)),
     )
-    for name, share in (("present", _SHARE), ("absent", 0.0)):
-        eraser = hook.eraser(shape, _encoder(shape, x, share, place), seed)
-        stand, bare = hook.Pipe(shape, place), hook.Pipe(shape, place)
-        call = (inputs["timestep"], x, x)
-        versions = {"ours": partial(stand.unet, *call), "bare": partial(bare.unet, *call)}
-        with eraser.attach(stand, [hook.CONCEPT], layout=stand.layout):
-            for version in versions.values():
-                version()
-            alone = timing.in_turn(versions, device, rounds, budget)
-            detected = eraser.report().detected
-            graph = timing.graph(versions["ours"], device, rounds) if is_compiled else None
+    for name in ("present", "absent"):
+        measured = MEASURED[f"{_KIND}, {name}"]
+        stand = hook.Stand(shape, 0.0, place, measured)
+        versions = {key: stand.versions()[key] for key in ("ours", "bare")}
+        for version in versions.values():
+            version()
+        alone = timing.in_turn(versions, device, rounds, budget)
+        detected = stand.attachment.report().detected
+        graph = timing.graph(versions["ours"], device, rounds) if is_compiled else None
         own = alone["ours"]["ms"]["median"] - alone["bare"]["ms"]["median"]
         if graph and "warm" in graph:
             own = graph["warm"]["median"]
         result[name] = {
             "share": detected,
+            "candidates": measured.candidates,
             "hook_ms": own,
             "graph": graph,
             "percent_of_step": 100 * own / result["step_ms"]["median"],
@@ -103,6 +103,7 @@ def measure(
         }
         # An attachment makes the UNet compile anew, which takes a minute: once, where the hook does the most.
         if name == "present" or not is_compiled:
+            eraser = hook.eraser(shape, _encoder(shape, x, measured.detected, place), seed)
             eraser.hookpoint = HOOKPOINT
             with eraser.attach(pipe, [hook.CONCEPT], layout=("uncond", "cond")):
                 longer = time(step)

@@ -67,7 +67,10 @@ def command(
         int | None, counted(most=MOST_THREADS, help="CPU threads. Default: torch's choice.")
     ] = None,
     unet: Annotated[
-        bool, typer.Option("--unet", help="Also the hook's share of a UNet step at SD 1.5's size (GPU).")
+        bool,
+        typer.Option(
+            "--unet", help="Also the hook's share of a UNet step at SD 1.5's size (on a CPU: some minutes)."
+        ),
     ] = False,
     cold: Annotated[
         bool,
