@@ -86,6 +86,7 @@ SMALL = {
     f"--out streamed --sampling-steps 2 {TRAIN}",
     "lbdt erase ... --method steering": ERASE,
     "lbdt erase --min-patches 1": ERASE,
+    "lbdt env": "",
     "lbdt concepts --eraser DIR": "",
     "lbdt attack": ATTACK,
     "lbdt attack --quick": ATTACK,
