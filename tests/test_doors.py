@@ -142,8 +142,10 @@ def test_an_environment_variable_of_nonsense_is_refused_at_the_start(name, comma
 
 def test_in_python_a_backend_of_nonsense_is_refused_at_first_use(monkeypatch):
     from lbdt import ops
+    from lbdt.ops import _dispatch
 
     monkeypatch.setenv("LBDT_BACKEND", "nonsense")
+    _dispatch.of_the_environment.cache_clear()  # as in a process that has not called an op
     with pytest.raises(ValueError, match="LBDT_BACKEND: unknown backend 'nonsense'"):
         ops.patch_uniform(*(toy.torch.zeros(1, dtype=toy.torch.int64) for _ in range(3)), 4)
 

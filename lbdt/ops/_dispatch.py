@@ -3,6 +3,7 @@ is chosen from its arguments, with a reason against every other one."""
 
 import contextlib
 import contextvars
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -84,7 +85,8 @@ def register(
 def use_backend(name: str) -> Iterator[None]:
     """Forces `name` ("auto", "reference", "cpp" or "triton") for the ops called in the block, in this thread.
 
-    The keyword `backend=` of an op goes before it; the environment variable LBDT_BACKEND comes after it.
+    The keyword `backend=` of an op goes before it; the environment variable LBDT_BACKEND, which is read once, at the
+    first call of an op, comes after it.
     Raises ValueError for an unknown name.
     """
     token = _forced.set(_known(name, "use_backend"))
@@ -167,6 +169,12 @@ def _requested(backend: str) -> str:
     forced = _forced.get()
     if forced is not None:
         return forced
+    return of_the_environment()
+
+
+@functools.cache
+def of_the_environment() -> str:
+    """LBDT_BACKEND or "auto"; read at the first call of an op, as every read takes its time."""
     return _known(os.environ.get("LBDT_BACKEND") or "auto", "LBDT_BACKEND")
 
 
