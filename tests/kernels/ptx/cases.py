@@ -208,7 +208,9 @@ CASES = {
     ),
     "many survivors, update": Case(
         "detect_patches",
-        lambda: detection(*(2, 64, 8, 8, 400, 4, 60), layout=NHWC, update=True, threshold=-99.0, seed=24),
+        lambda: detection(
+            height=8, width=8, latents=400, union=4, k=60, layout=NHWC, update=True, threshold=-99.0, seed=24
+        ),
         archs=NEWEST,
     ),
     "many survivors, float32": Case(
