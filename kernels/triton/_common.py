@@ -1,6 +1,7 @@
 """What the kernels share: loads that the interpreter gets right, patch offsets, dot products, launch helpers."""
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,6 @@ def accumulate(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_MINUS: tl.constexpr,
-    GATHERED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`acc + a (x - minus)` over all D channels, products accumulated in float32.
@@ -92,19 +92,11 @@ def accumulate(
     exact, while a rounded difference would not be.
 
     Channel offsets are 32-bit, as 64-bit ones of a whole tile would not fit in registers.
-
-    GATHERED: neighbours of `x_pointers` are no neighbours in memory. Such loads are too narrow for the compiler's
-    asynchronous copies, so each is issued here one step ahead of its use.
     """
     channel = tl.arange(0, BLOCK_D)
-    if GATHERED:
-        inside = None
-        if D % BLOCK_D != 0:
-            inside = (channel < D)[:, None]
-        next_x = load(x_pointers + channel[:, None] * x_stride, both(x_mask, inside))
-        next_minus = next_x
-        if HAS_MINUS:
-            next_minus = load(minus_pointers + channel[:, None] * minus_stride, both(x_mask, inside))
+    TWICE: tl.constexpr = HAS_MINUS and a_pointers.dtype.element_ty != tl.float32
+    if TWICE:
+        less = tl.zeros(acc.shape, tl.float32)
     for start in range(0, D, BLOCK_D):
         c = start + channel
         inside_a = None
@@ -113,29 +105,16 @@ def accumulate(
             inside_a = (c < D)[None, :]
             inside_x = (c < D)[:, None]
         a = load(a_pointers + c[None, :] * a_stride, inside_a)
-        if GATHERED:
-            x, minus = next_x, next_minus
-            # Past the end there is nothing to load: the last channels once more, unused.
-            c = tl.minimum(start + BLOCK_D, (D - 1) // BLOCK_D * BLOCK_D) + channel
-            if D % BLOCK_D != 0:
-                inside_x = (c < D)[:, None]
-            next_x = load(x_pointers + c[:, None] * x_stride, both(x_mask, inside_x))
-            next_minus = next_x
-            if HAS_MINUS:
-                next_minus = load(minus_pointers + c[:, None] * minus_stride, both(x_mask, inside_x))
-        else:
-            x = load(x_pointers + c[:, None] * x_stride, both(x_mask, inside_x))
-            minus = x
-            if HAS_MINUS:
-                minus = load(minus_pointers + c[:, None] * minus_stride, both(x_mask, inside_x))
+        x = load(x_pointers + c[:, None] * x_stride, both(x_mask, inside_x))
         if HAS_MINUS:
-            if x.dtype == tl.float32:
-                acc = tl.dot(a, x - minus, acc, input_precision=PRECISION)
+            minus = load(minus_pointers + c[:, None] * minus_stride, both(x_mask, inside_x))
+            if TWICE:
+                less = tl.dot(a, minus, less)
             else:
-                acc = tl.dot(a, x, acc)
-                acc = tl.dot(a, -minus, acc)
-        else:
-            acc = tl.dot(a, x, acc, input_precision=PRECISION)
+                x -= minus
+        acc = tl.dot(a, x, acc, input_precision=PRECISION)
+    if TWICE:
+        acc -= less
     return acc
 
 
@@ -161,11 +140,13 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+@functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; (0, 0) where there is none."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
+@functools.cache
 def programs(device: torch.device, per_multiprocessor: int) -> int:
     """Programs of a grid that keeps the device busy; few in the interpreter, so that each loops."""
     if device.type != "cuda":

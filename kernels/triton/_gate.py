@@ -29,15 +29,15 @@ def keep_evidence(
     passing,  # [U, P] bool, of some of the watched latents
     owner,  # [U] int32, their concepts; outside of [0, 32 W): none
     words,
-    first,
+    written,  # [P] bool
 ):
-    """Sets the bits of the concepts whose latents pass; `first`: where nothing is there yet."""
+    """Sets the bits of the concepts whose latents pass; `written`: beside those that are there."""
     for word in range(words):
         mine = passing & (owner // 32 == word)[:, None] & (owner >= 0)[:, None]
         bit = tl.full(owner.shape, 1, tl.int32) << (owner % 32)
         bits = tl.reduce(tl.where(mine, bit[:, None], 0), 0, _either)
         pointers = evidence + word * total + place
-        before = tl.load(pointers, mask=inside & (first == 0), other=0)
+        before = tl.load(pointers, mask=written, other=0)
         tl.store(pointers, before | bits, mask=inside)
 
 

@@ -131,7 +131,6 @@ def encode_topk_part_kernel(
             D,
             BLOCK_D,
             False,
-            False,
             PRECISION,
         )
         h += tl.load(bias + latent * bias_stride, mask=known, other=0.0)[:, None]

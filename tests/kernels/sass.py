@@ -1,5 +1,6 @@
 """Machine code of a kernel as `cuobjdump -sass` shows it: what its inner loop multiplies with, loads and waits for."""
 
+import math
 import os
 import re
 import subprocess
@@ -18,7 +19,8 @@ _REGISTERS, _SHARED, _THREADS = 65536, 228 * 1024, 2048
 
 
 class Code(NamedTuple):
-    """Counts of the innermost loop that has products, of the whole kernel where none has."""
+    """Counts of the innermost loop that has products, of several the one with the largest; of the whole kernel where
+    none has."""
 
     products: dict[str, int]
     element_loads: int
@@ -53,7 +55,7 @@ def read(code: list[tuple[int, str]]) -> Code:
             inside = [text for at, text in code if begin <= at <= address]
             if begin < address and any(_PRODUCT.search(text) for text in inside):
                 loops.append(inside)
-    inner = min(loops, key=len, default=[text for _, text in code])
+    inner = min(loops, key=lambda loop: (-_largest(loop), len(loop)), default=[text for _, text in code])
     products = Counter(found[0] for text in inner if (found := _PRODUCT.search(text)))
     waits = [int(n, 0) for text in inner for n in re.findall(r"\bDEPBAR\.LE SB0, (\w+)", text)]
     flight = [int(n, 0) for text in inner for n in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb\d, (\w+)", text)]
@@ -63,6 +65,13 @@ def read(code: list[tuple[int, str]]) -> Code:
         min(flight, default=0),
         min(waits, default=-1),
     )
+
+
+def _largest(loop: list[str]) -> int:
+    """Multiplications of the largest product of a loop, by its name: HGMMA.64x256x16, HMMA.16816."""
+    names = [found[0] for text in loop if (found := _PRODUCT.search(text))]
+    sizes = [re.search(r"\.(\d+)x(\d+)x(\d+)|\.(16)(8)(\d+)", name) for name in names]
+    return max(math.prod(int(n) for n in size.groups() if n) if size else 1 for size in sizes)
 
 
 def blocks(registers: int, warps: int, shared: int) -> int:

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"
 
 # Of all kinds of waits: asynchronous copies into products of either kind, mbarriers, and barriers of global memory.
 CASES = (
-    *(("half, channels last", 90), ("half, update, channels last", 90), ("gated over calls", 80)),
+    *(("half", 90), ("half, update, channels last", 90), ("gated over calls", 80)),
+    # The other tiles of the same kernels.
+    *(("many survivors", 90), ("many survivors, update", 90), ("many survivors", 80)),
     ("tensor maps", 90),
 )
 COUNT = 60

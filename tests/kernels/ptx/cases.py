@@ -179,6 +179,49 @@ CASES = {
         lambda: refuted(batch=1, threshold=-1e9, k=2, latents=300, seed=14),
         archs=NEWEST,
     ),
+    # Several programs share a block of patches; the last to be done packs.
+    "shared blocks": Case(
+        "detect_patches",
+        lambda: detection(batch=1, height=5, width=6, latents=600, union=5, k=12, threshold=-5.0, seed=21),
+        oldest=True,
+    ),
+    "shared blocks, update": Case(
+        "detect_patches",
+        lambda: detection(
+            batch=1,
+            height=5,
+            width=6,
+            latents=600,
+            union=20,
+            k=12,
+            threshold=-5.0,
+            update=True,
+            dtype=BRAIN,
+            seed=22,
+        ),
+    ),
+    # More survivors than the smaller tile of the second launch has.
+    "many survivors": Case(
+        "detect_patches",
+        lambda: detection(batch=3, height=8, width=8, latents=700, union=4, k=60, threshold=-99.0, seed=23),
+        oldest=True,
+    ),
+    "many survivors, update": Case(
+        "detect_patches",
+        lambda: detection(
+            height=8, width=8, latents=400, union=4, k=60, layout=NHWC, update=True, threshold=-99.0, seed=24
+        ),
+        archs=NEWEST,
+    ),
+    "many survivors, float32": Case(
+        "detect_patches",
+        lambda: detection(channels=40, latents=300, union=4, k=40, threshold=-99.0, dtype=FLOAT, seed=25),
+    ),
+    "every latent watched": Case(
+        "detect_patches",
+        lambda: detection(channels=64, union=150, k=60, threshold=-99.0, seed=26),
+        archs=NEWEST,
+    ),
     "no rank test": Case("detect_patches", lambda: detection(k=0, threshold=9.0, seed=15), archs=NEWEST),
     "ones": Case(
         "detect_patches",

@@ -101,11 +101,14 @@ class Judge:
     def mutants(self, launch: int) -> list[tuple[int, str]]:
         return sites(self.compiled.launches[launch])
 
+    def reaches(self, launch: int, place: int) -> bool:
+        return place in self._footprints[launch].reached
+
     def judge(self, launch: int, place: int, kind: str) -> Mutant:
         """What becomes of the mutant; raises `AssertionError` where one that changes nothing is found."""
         ready, known = self.compiled.launches[launch], self._footprints[launch]
         about = (self.name, self.arch, ready.name, kind, f"{place}: {ready.program.code[place].text}")
-        if place not in known.reached:
+        if not self.reaches(launch, place):
             return Mutant(*about, UNREACHED, "no run comes there")
         argument = known.argument(place, kind)
         error = self._error(launch, place, kind, SEEDS if argument is None else SEEDS[:1])
@@ -135,6 +138,7 @@ class Judge:
 
 MUTATED = (
     *("half", "half, channels last", "float32, channels last", "half, update", "half, update, channels last"),
+    *("many survivors", "many survivors, update", "many survivors, float32"),
     *("ragged", "gated", "gated over calls", "topk", "record"),
     *("int8", "tensor maps"),
 )
@@ -143,15 +147,23 @@ MUTATED = (
 
 def everything(of: Iterable[tuple[str, int]]) -> Iterable[tuple[Judge, int, int, str]]:
     """Every mutant of the cases `of`, (name, architecture), as (judge, launch, place, kind); of launches with the same
-    code only the first one's."""
-    seen = set()
+    code only the first one's that comes there."""
+    seen, elsewhere = set(), {}
     for name, arch in of:
         judge = Judge(name, arch)
         for launch, ready in enumerate(judge.compiled.launches):
             code = (arch, tuple(instruction.text for instruction in ready.program.code))
-            if code not in seen:
-                seen.add(code)
-                yield from ((judge, launch, place, kind) for place, kind in judge.mutants(launch))
+            for place, kind in judge.mutants(launch):
+                mutant = judge, launch, place, kind
+                if (code, place) in seen:
+                    continue
+                if judge.reaches(launch, place):
+                    seen.add((code, place))
+                    elsewhere.pop((code, place), None)
+                    yield mutant
+                else:
+                    elsewhere.setdefault((code, place), mutant)
+    yield from elsewhere.values()
 
 
 def sample(of: Iterable[tuple[str, int]], count: int) -> list[tuple[Judge, int, int, str]]:
