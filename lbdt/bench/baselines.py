@@ -40,8 +40,8 @@ def literal_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tenso
 
 
 class LiteralInt8:
-    """`literal` with products of bytes by torch's own int8 matrix product: rows and patches are coded with a scale each,
-    and what rounding makes of the answer is let be."""
+    """`literal` with products of bytes by torch's own int8 matrix product: rows and patches are coded with a scale
+    each, and what rounding makes of the answer is let be."""
 
     def __init__(self, weight: Tensor) -> None:
         self.codes, self.scale = _coded(weight)
