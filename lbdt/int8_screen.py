@@ -16,7 +16,7 @@ MOST_CHANNELS = 1 << 16
 """The largest d whose products of codes fit an int32; csrc/cpu/screen.h: kMostScreened."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK = 1 << 16  # weights coded at a time
-_LEAST = 1 << 16  # weights from which on a screen spares time
+_LEAST = 1 << 20  # weights from which on a screen spares time
 _UP = 1 + 2.0**-20  # lengths are rounded to float32 upwards
 _dispatch.define_internal("screen_instructions_cpp() -> str", lambda: "")
 

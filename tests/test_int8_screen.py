@@ -257,7 +257,7 @@ def test_on_a_processor_with_fewer_instructions(older):
 
 
 def test_a_screen_is_made_where_it_spares_time():
-    weight, bias, centre = normal(1024, 64), torch.zeros(1024), torch.zeros(64)
+    weight, bias, centre = normal(16384, 64), torch.zeros(16384), torch.zeros(64)
     found = Screen.where_useful(weight, bias, centre)
     assert (found is None) == (not instructions())
     assert Screen.where_useful(weight[:9], bias[:9], centre) is None
