@@ -29,10 +29,10 @@ TENTHS = tuple(0.05 + 0.1 * tenth for tenth in range(10))
 """The middles of ten equal groups of refuted candidates, by how much is read of the dictionary."""
 
 
-def pre_activations(
+def feature_rows(
     pipe: Any, eraser: ConceptEraser, kind: str, objects: list[str], steps: int | None, seed: int
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(object, timestep, h [B * N, L]) of every UNet call on the prompts of these objects in three styles."""
+    """(object, timestep, patches [B * N, d]) of every UNet call on the prompts of these objects in three styles."""
     block = pipe.unet.get_submodule(eraser.hookpoint.removeprefix("unet."))
     seen: list[Tensor] = []
     handle = block.register_forward_hook(lambda _, given, output: seen.append(output[0] - given[0]))
@@ -48,7 +48,7 @@ def pre_activations(
                 output_type="latent",
             )
             for timestep, x in zip(pipe.scheduler.timesteps, seen, strict=True):
-                yield name, timestep, eraser.sae.pre_activations(x.flatten(2).transpose(1, 2)).flatten(0, 1)
+                yield name, timestep, x.flatten(2).transpose(1, 2).flatten(0, 1)
     finally:
         handle.remove()
 
@@ -56,7 +56,8 @@ def pre_activations(
 def candidates(
     eraser: ConceptEraser, shown: str, timestep: Tensor, h: Tensor
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """(concept, h [C, L], value [C], owner [C]) of the candidates of the concept that is shown, and of three others."""
+    """(concept, found [B * N], value [C], owner [C]) of the candidates, which are `found` among the rows of `h`, of the
+    concept that is shown, and of three others."""
     place, names = int(eraser.dictionary.nearest_bin(timestep.view(1))), eraser.concepts
     first = names.index(shown)
     for concept in (names[(first + further) % len(names)] for further in _FURTHER):
@@ -65,7 +66,7 @@ def candidates(
         own = h[:, selection.latents]
         value, owner = torch.where(own > limits, own, -torch.inf).max(dim=1)
         found = value > -torch.inf
-        yield concept, h[found], value[found], selection.latents[owner[found]]
+        yield concept, found, value[found], selection.latents[owner[found]]
 
 
 @torch.inference_mode()
@@ -81,8 +82,10 @@ def measure(kind: str, objects: list[str], steps: int | None) -> dict[str, Any]:
     }
     counts = {name: {"patches": 0, "candidates": 0, "detected": 0} for name in ("present", "absent")}
     read: dict[str, dict[str, list[Tensor]]] = {name: {order: [] for order in orders} for name in counts}
-    for shown, timestep, h in pre_activations(pipe, eraser, kind, objects, steps, seed=2):
-        for concept, rows, value, owner in candidates(eraser, shown, timestep, h):
+    for shown, timestep, patches in feature_rows(pipe, eraser, kind, objects, steps, seed=2):
+        h = eraser.sae.pre_activations(patches)
+        for concept, found, value, owner in candidates(eraser, shown, timestep, h):
+            rows = h[found]
             name = "present" if concept == shown else "absent"
             above = (rows > value.unsqueeze(1)).scatter(1, owner.unsqueeze(1), False)
             full = above.sum(dim=1) >= k

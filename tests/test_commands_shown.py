@@ -135,6 +135,7 @@ ELSEWHERE = {
     "pip install --no-build-isolation .": "tests/test_packaging.py",
     "python -m benchmarks.early_stop": "tests/test_benchmarks.py",
     "python -m benchmarks.gate_cost --threads 2": "tests/test_benchmarks.py",
+    "python -m benchmarks.screen_bounds": "tests/test_measured_shares.py",
     "python -m benchmarks.paper_model": "tests/kernels/test_paper_model.py",
     "pytest tests/kernels -s": "tests/kernels",
     "python -m tests.kernels.ptx.mutants": "tests/kernels/test_ptx_mutants.py",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import early_stop
+from benchmarks import early_stop, screen_bounds
 from lbdt.bench import baselines, runner, shapes
 from lbdt.bench.measured_shares import MEASURED
 from tests.test_benchmarks import row
@@ -68,3 +68,12 @@ def test_early_stop_reads_less_in_the_order_of_firing(tmp_path, capsys):
     present, absent = (row[name]["detected"] / row[name]["patches"] for name in ("present", "absent"))
     assert present > 2 * absent
     assert "| saeuron | absent |" in capsys.readouterr().out
+
+
+def test_bounds_around_the_pre_bias_leave_less_open_than_around_zero(tmp_path, capsys):
+    out = tmp_path / "bounds.json"
+    assert screen_bounds.main(["--kind", "saeuron", "--steps", "2", "--object", "Cats", "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["kinds"]
+    near, far = row["centres"]["b_dec"], row["centres"]["0"]
+    assert 0 <= near["undecided"] < far["undecided"] < 1 and 0 < near["error"] < far["error"]
+    assert "| saeuron | b_dec |" in capsys.readouterr().out

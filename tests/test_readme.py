@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import attack, early_stop, evaluation, pipelines, train_vs_sparsify
+from benchmarks import attack, early_stop, evaluation, pipelines, screen_bounds, train_vs_sparsify
 from lbdt import canvas
 from lbdt.attack import AttackOutcome, summarise
 from lbdt.bench import timing_table
@@ -227,3 +227,5 @@ def test_the_figures_of_the_gate_are_those_of_the_linked_result():
 def test_the_table_of_candidates_is_that_of_the_linked_result():
     result = json.loads((MEASURED.parent / "results/early-stop.json").read_text())
     assert "\n".join(early_stop.lines(result["kinds"])) in MEASURED.read_text()
+    result = json.loads((MEASURED.parent / "results/screen-bounds.json").read_text())
+    assert "\n".join(screen_bounds.lines(result["kinds"])) in MEASURED.read_text()
