@@ -1,4 +1,4 @@
-"""How much the bounds of the int8 screen leave open on feature maps of EmojiCanvas: `python -m benchmarks.screen_bounds`.
+"""What the bounds of the int8 screen leave open on feature maps of EmojiCanvas: `python -m benchmarks.screen_bounds`.
 
 The candidates are those of `benchmarks.early_stop`: patches above a threshold of the shipped erasers' concepts, without
 an eraser, where the concept is shown and where it is not. Bounds are those of the codes that `lbdt.int8_screen` makes,
@@ -37,7 +37,7 @@ def bounds(rows: Tensor, screen: Screen) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def measure(kind: str, objects: list[str], steps: int | None) -> dict[str, Any]:
-    """Of the candidates, by centre: the share that bounds leave undecided, the latents between the bounds of one of
+    """The share of the candidates, by centre, that bounds leave undecided, the latents between the bounds of one of
     these, and the mean of e in standard deviations of h."""
     pipe, eraser = canvas.load_pipeline(), canvas.load_eraser(kind)
     pipe.set_progress_bar_config(disable=True)

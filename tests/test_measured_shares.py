@@ -72,7 +72,9 @@ def test_early_stop_reads_less_in_the_order_of_firing(tmp_path, capsys):
 
 def test_bounds_around_the_pre_bias_leave_less_open_than_around_zero(tmp_path, capsys):
     out = tmp_path / "bounds.json"
-    assert screen_bounds.main(["--kind", "saeuron", "--steps", "2", "--object", "Cats", "--out", str(out)]) == 0
+    assert (
+        screen_bounds.main(["--kind", "saeuron", "--steps", "2", "--object", "Cats", "--out", str(out)]) == 0
+    )
     (row,) = json.loads(out.read_text())["kinds"]
     near, far = row["centres"]["b_dec"], row["centres"]["0"]
     assert 0 <= near["undecided"] < far["undecided"] < 1 and 0 < near["error"] < far["error"]
