@@ -1,19 +1,21 @@
 """`lbdt::erase_step`: all that an eraser does in one denoiser call, so that a step costs one call on the host."""
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lbdt import reference
 from lbdt.donors import SOURCES
-from lbdt.ops import _checks, _cpu, _dispatch
+from lbdt.ops import _checks, _cpu, _dispatch, _triton
 from lbdt.ops.detect_patches import BOUNDS, CODE_LANES, MOST_PATCHES
 from lbdt.ops.record_patches import FIELDS
+from lbdt.ops.replace_patches import replacement
 
 _NAMES = tuple(inspect.signature(reference.erase_step).parameters)
 _DEFAULTS = reference.erase_step.__defaults__  # of those at the end
-_SOURCE = _NAMES.index("source")
+_MINUS, _SOURCE, _KNOWN, _SCREEN = map(_NAMES.index, ("minus", "source", "known_latents", "codes"))
 _WRITTEN = ("rows", "cells", "written", "run_sums", "run_last", "run_count")
 _STRIDED = ("x", "timesteps", "weight", "minus", "schedule")
 _TIMES = (torch.int64, torch.int32, *_checks.FLOATS)
@@ -162,30 +164,39 @@ def erase_step(
 
 
 def serves(x: Tensor, bank: Tensor | None) -> bool:
-    """Whether `erase_step_or_none` may stand for the op: a plain call without a gradient, which the C++ backend would
+    """Whether `erase_step_or_none` may stand for the op: a plain call without a gradient, which a fused backend would
     serve."""
     return (
         type(x) is Tensor
-        and x.is_cpu
         and not torch.compiler.is_compiling()
         # What records ops would keep which way this call has gone.
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch.jit.is_tracing()
         and not _checks.wants_gradient(x, bank)
-        and _dispatch.chosen("erase_step", x) == "cpp"
+        and _dispatch.chosen("erase_step", x) in ("cpp", "triton")
     )
 
 
 def erase_step_or_none(*arguments) -> Tensor | None:
-    """`erase_step` by the C++ op, with all arguments by position and the source as its place in SOURCES; None where
-    nothing was replaced, so that the result is x. Where the op's own checks fail, those of `erase_step` speak."""
+    """`erase_step` where `serves` said so, with all arguments by position and the source as its place in SOURCES; None
+    where it is known that nothing was replaced, so that the result is x.
+
+    What the C++ op refuses the checks of `erase_step` name; before a launch they look at all but shared memory.
+    """
+    x = arguments[0]
+    launches = x.is_cuda or (_triton.supports(x) is None and _dispatch.chosen("erase_step", x) == "triton")
     try:
-        out = torch.ops.lbdt.erase_step_cpp.default(*arguments)
+        if not launches:
+            out = torch.ops.lbdt.erase_step_cpp.default(*arguments)
+            return out if out.shape[0] else None
     except RuntimeError:
         # Nothing was written. What only lies otherwise in memory is copied there.
-        named = (*arguments[:_SOURCE], SOURCES[arguments[_SOURCE]], *arguments[_SOURCE + 1 :])
-        return torch.ops.lbdt.erase_step(*named, backend="cpp")
-    return out if out.shape[0] else None
+        pass
+    named = (*arguments[:_SOURCE], SOURCES[arguments[_SOURCE]], *arguments[_SOURCE + 1 :])
+    if not launches or _triton_supports(*named) is not None:
+        return torch.ops.lbdt.erase_step(*named)
+    _check(*_complete(named))
+    return _launched(_triton.kernels("erase_step").erase_step)(*_complete(named))
 
 
 @_checks.tensors
@@ -355,15 +366,35 @@ def _cpp(*arguments) -> Tensor:
     return out if out.shape[0] else x.clone()
 
 
-def _alone(*arguments) -> Tensor:
-    """The reference, on tensors to be written that share no memory; the C++ op looks itself."""
-    named = dict(zip(_NAMES, arguments, strict=True))
-    written = {name: named.pop(name) for name in _WRITTEN}
-    others = [value for value in named.values() if isinstance(value, Tensor)]
-    _checks.own_memory({name: value for name, value in written.items() if value is not None}, *others)
-    return reference.erase_step(*arguments)
+def _triton_supports(x, *args, **kwargs) -> str | None:
+    factors = dict(zip(_NAMES[1 : _MINUS + 1], args, strict=False)) | kwargs
+    return _triton.supports(x) or _triton.supports_product(x, factors.get("weight"), factors.get("minus"))
+
+
+def _launched(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The launcher `run`, handed what it replaces by; it takes no screen."""
+
+    def launched(x, *others) -> Tensor:
+        replace = replacement(x, x.shape[2:].numel(), others[_KNOWN - 1] is not None)
+        return run(x, *others[: _SCREEN - 1], replace)
+
+    return launched
+
+
+def _alone(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`run` on tensors to be written that share no memory; the C++ op looks itself."""
+
+    def checked(*arguments) -> Tensor:
+        named = dict(zip(_NAMES, arguments, strict=True))
+        written = {name: named.pop(name) for name in _WRITTEN}
+        others = [value for value in named.values() if isinstance(value, Tensor)]
+        _checks.own_memory({name: value for name, value in written.items() if value is not None}, *others)
+        return run(*arguments)
+
+    return checked
 
 
 _dispatch.implement("erase_step", _run, _fake)
+_triton.register("erase_step", _triton_supports, lambda run: _alone(_launched(run)))
 _dispatch.register("erase_step", "cpp", _cpp_supports, _cpp, _cpu.declines_product)
-_dispatch.register("erase_step", "reference", _dispatch.always, _alone)
+_dispatch.register("erase_step", "reference", _dispatch.always, _alone(reference.erase_step))

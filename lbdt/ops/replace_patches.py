@@ -1,5 +1,7 @@
 """`lbdt::replace_patches`: overwrites the masked patches' embeddings with others of the same feature map."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -102,6 +104,13 @@ def replace_patches_(
     )
 
 
+def replacement(x: Tensor, patches: int, avoids: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What replaces in maps like x [B, d, ...] of so many patches, past the checks and whatever backend is forced: the
+    C++ function if it can, or the reference, with the arguments of `replace_patches` all by position. For ops that
+    replace among other things, and have checked theirs."""
+    return _cpp if _unable(x, patches, avoids) is None else reference.replace_patches
+
+
 # Not by torch.library.register_autograd: that costs 4.4 us a call without a gradient, as are all calls of a pipeline.
 class _WithGradient(torch.autograd.Function):
     @staticmethod
@@ -187,9 +196,13 @@ def _run_(x, mask, u, height, width, padding=0, source="random", bank=None, avoi
 
 
 def _cpp_supports(x, mask, u, height, width, padding=0, source="random", bank=None, avoid=None) -> str | None:
+    return _unable(x, mask.shape[1], avoid is not None)
+
+
+def _unable(x, patches, avoids) -> str | None:
     reason = _build.missing("replace_patches_cpp", x.device.type)
     if reason is None and x.device.type == "cuda":
-        return _shared_memory(x, mask.shape[1], 2 if avoid is None else 3)
+        return _shared_memory(x, patches, 3 if avoids else 2)
     return reason
 
 

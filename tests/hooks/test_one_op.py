@@ -8,7 +8,7 @@ import torch
 from lbdt import ops
 from lbdt.hooks import erase_plan
 from tests import toy
-from tests.backends import DEVICE, HAS_CPP
+from tests.backends import DEVICE, HAS_CPP, HAS_TRITON
 from tests.hooks.test_gate_over_calls import with_run_gate
 from tests.repeats import repeats
 
@@ -108,12 +108,25 @@ def test_it_does_what_the_five_ops_do(settings, attach, call, used, monkeypatch)
     out, report, masks = ran(eraser, attach=attach, **call)
     assert len(used) == 4
     apart(monkeypatch)
-    expected, wanted, where = ran(eraser, attach=attach, **call)
+    with ops.use_backend("auto"):
+        expected, wanted, where = ran(eraser, attach=attach, **call)
     assert len(used) == 4
     assert all(map(torch.equal, out, expected)) and report == wanted
     for got, mask in zip(masks, where, strict=True):
         assert got[0] == mask[0] and all(map(torch.equal, got[1:], mask[1:]))
     assert any(bool(mask[1].any()) for mask in where), "nothing was detected"
+
+
+LAUNCHED = [
+    row for row in ROWS if row.id in ("ranked", "avoid-bank", "gate", "sets-and-seeds", "tokens", "run")
+]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize(("settings", "attach", "call"), LAUNCHED)
+def test_its_launches_do_what_the_five_ops_do(settings, attach, call, used, monkeypatch):
+    with ops.use_backend("triton"):
+        test_it_does_what_the_five_ops_do(settings, attach, call, used, monkeypatch)
 
 
 @pytest.mark.parametrize("run", [False, True], ids=["no-gate", "run"])

@@ -1,4 +1,4 @@
-"""erase_step, C++ against the reference: what is returned, recorded and kept of a run has the same bits."""
+"""erase_step, C++ and Triton against the reference: what is returned, recorded and kept of a run has the same bits."""
 
 import inspect
 
@@ -9,12 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from lbdt import ops
 from lbdt.ops.erase_step import erase_step_or_none, serves
 from lbdt.testing import layouts
-from tests.backends import DEVICE, every_backend
+from tests.backends import DEVICE, HAS_CPP, HAS_TRITON, every_backend
 from tests.layouts import bits, integers
 
 INF, NAN = float("inf"), float("nan")
 WRITTEN = ("rows", "cells", "written", "run_sums", "run_last", "run_count")
-backends = every_backend("cpp")
+backends = every_backend("cpp", "triton")
+FUSED = [name for name, there in (("cpp", HAS_CPP), ("triton", HAS_TRITON)) if there]
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="its one fused backend takes CPU tensors")
 
 
@@ -93,15 +94,16 @@ def bits_of(t):
 
 
 def check_same(arguments):
-    """Both backends, compared; what the reference has written."""
+    """All backends, compared; what the reference has written."""
     expected, kept = called(arguments, "reference")
-    got, written = called(arguments, "cpp")
     x = arguments["x"]
-    assert got.shape == x.shape and got.dtype == x.dtype and got.stride() == expected.stride()
-    assert not x.numel() or got.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
-    assert torch.equal(bits(got), bits(expected))
-    for name, value in kept.items():
-        assert torch.equal(bits_of(written[name]), bits_of(value)), name
+    for backend in FUSED:
+        got, written = called(arguments, backend)
+        assert got.shape == x.shape and got.dtype == x.dtype and got.stride() == expected.stride()
+        assert not x.numel() or got.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+        assert torch.equal(bits(got), bits(expected)), backend
+        for name, value in kept.items():
+            assert torch.equal(bits_of(written[name]), bits_of(value)), (backend, name)
     return expected, kept
 
 
@@ -333,6 +335,19 @@ def test_nothing_replaced_is_nothing_returned():
     assert torch.equal(arguments["rows"], kept["rows"])
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_launches_are_checked_and_do_not_tell_whether_anything_was_replaced():
+    arguments = inputs(threshold=1e9)
+    with ops.use_backend("triton"):
+        assert torch.equal(erase_step_or_none(*positional(arguments)), arguments["x"])
+        assert arguments["written"].tolist() == [4, 0]
+        with pytest.raises(TypeError, match="timesteps: expected dtype"):
+            erase_step_or_none(*positional(arguments | {"timesteps": torch.ones(4, dtype=torch.int16)}))
+        with pytest.raises(ValueError, match="weight: expected .L, d. with d = 12"):
+            erase_step_or_none(*positional(arguments | {"weight": torch.ones(40, 11)}))
+    assert arguments["written"].tolist() == [4, 0]
+
+
 def test_what_the_op_does_not_take_is_said_by_the_checks_or_copied():
     arguments = inputs()
     with pytest.raises(ValueError, match="images: expected a divisor"):
@@ -349,7 +364,7 @@ def test_it_serves_plain_calls_of_its_backend_only():
     with ops.use_backend("reference"):
         assert not serves(x, None)
     with ops.use_backend("triton"):
-        assert not serves(x, None)
+        assert serves(x, None) == HAS_TRITON and not serves(x.double(), None)
     with torch.enable_grad():
         assert not serves(x.clone().requires_grad_(), None) and not serves(x, x.clone().requires_grad_())
     assert not serves(x.double(), None) and not serves(x.to("meta"), None)
