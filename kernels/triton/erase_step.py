@@ -1,12 +1,13 @@
 """`lbdt::erase_step` in Triton: a handful of launches, no host sync, no size that depends on values.
 
 Eq.: METHOD.md, 2.2, 2.5, 2.6 and 4.1 to 4.4; reference: lbdt/reference/erase_step.py; arXiv 2606.31699.
-The first launch says of each row of the call what lbdt/call_rows.py does, and of each patch its number and whether it is
-finite; what follows are the launches of `detect_patches`, of a replacement that is handed in, and of `record_patches`;
-over a run the last one keeps what the gate has counted.
+The first launch says of each row of the call what lbdt/call_rows.py does, and of each patch its number and whether it
+is finite; then come those of `detect_patches`, of a replacement that is handed in, and of `record_patches`. Over a run
+one more keeps what the gate has counted.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,16 +24,16 @@ _BLOCK = 128
 
 
 @triton.jit
-def _all_finite(
+def _still_finite(
+    finite,  # [BLOCK_D, P] int32
     pointers,  # [1, P], of channel 0
     stride,
     mask,  # [1, P]
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Whether every one of D channels is a finite number; int32 [P], 1 where so."""
+    """`finite`, and 0 besides where one of D channels is no finite number; each counts at its remainder by BLOCK_D."""
     channel = tl.arange(0, BLOCK_D)[:, None]
-    finite = tl.full([BLOCK_D, mask.shape[1]], 1, tl.int32)
     for start in range(0, D, BLOCK_D):
         inside = mask
         if D % BLOCK_D != 0:
@@ -40,7 +41,7 @@ def _all_finite(
         values = load(pointers + (start + channel).to(tl.int64) * stride, inside).to(tl.float32)
         # Not larger than the largest float32, which NaN is not either.
         finite = finite & (tl.abs(values) <= 3.4028234663852886e38).to(tl.int32)
-    return tl.min(finite, axis=0)
+    return finite
 
 
 @triton.jit
@@ -140,12 +141,13 @@ def erase_step_rows_kernel(
     tl.store(numbers + place, uniform(seed, time, half, patch), mask=inside)
 
     pointers = x + row.to(tl.int64) * x_stride_b + patch_offset(patch, width, x_stride_h, x_stride_w, FLAT)
-    finite = _all_finite(pointers[None, :], x_stride_d, inside[None, :], D, BLOCK_D)
+    finite = tl.full([BLOCK_D, BLOCK_P], 1, tl.int32)
+    finite = _still_finite(finite, pointers[None, :], x_stride_d, inside[None, :], D, BLOCK_D)
     if HAS_MINUS:
         pointers = minus + row.to(tl.int64) * minus_stride_b
         pointers += patch_offset(patch, width, minus_stride_h, minus_stride_w, FLAT)
-        finite = finite & _all_finite(pointers[None, :], minus_stride_d, inside[None, :], D, BLOCK_D)
-    tl.store(sums + place, tl.where(finite != 0, 0.0, float("nan")), mask=inside)
+        finite = _still_finite(finite, pointers[None, :], minus_stride_d, inside[None, :], D, BLOCK_D)
+    tl.store(sums + place, tl.where(tl.min(finite, axis=0) != 0, 0.0, float("nan")), mask=inside)
 
     if tl.program_id(1) == 0:
         at = time.to(tl.float32)
@@ -204,6 +206,131 @@ def erase_step_keep_kernel(
     tl.store(run_count, tl.num_programs(0).to(tl.int64))
 
 
+class RowsOfCall(NamedTuple):
+    """What the first launch says of the rows of a call and of their patches."""
+
+    bins: Tensor
+    """[B] int64."""
+    now: Tensor
+    """[B] float32, the timesteps."""
+    on: Tensor
+    """[B, U] bool, the latents that count."""
+    u: Tensor
+    """[B, N] float32, the numbers of `patch_uniform`."""
+    sums: Tensor
+    """[B, N] float32: NaN for a patch that holds a NaN or infinity, else 0."""
+    deciding: Tensor | None
+    """[B] int64, the row whose patches the gate counts; None: each its own."""
+    so_far: Tensor | None
+    """[B, C + 1] int64, what the call begins with; None: there is no run."""
+    kept: Tensor | None
+    """[B] float32, the timesteps that the run's memory keeps; None: there is no run."""
+
+
+def rows_of_call(
+    x: Tensor,  # [B, d, H, W] or [B, d, N], B >= 1
+    minus: Tensor | None,  # like x
+    timesteps: Tensor,  # [B]
+    times: Tensor,  # [T]
+    enabled: Tensor,  # [S, U]
+    seeds: Tensor,  # [R]
+    images: int,
+    cond: int,
+    counted: int,
+    schedule: Tensor | None,  # [*]
+    first: int,
+    last: int,
+    run: tuple[Tensor, Tensor, Tensor] | None,  # [*, C + 1], [*], []
+    whole_calls: bool,
+    gated: bool,
+) -> RowsOfCall:
+    """The rows of the call, in one launch. `run`: run_sums, run_last and run_count of `erase_step`; `gated`: whether
+    there is a gate."""
+    batch, patches, union = x.shape[0], x.shape[2:].numel(), enabled.shape[1]
+    now = torch.empty(batch, dtype=torch.float32, device=x.device)
+    bins = torch.empty(batch, dtype=torch.int64, device=x.device)
+    u, sums = torch.empty(2, batch, patches, dtype=torch.float32, device=x.device).unbind()
+    on = torch.empty(batch, union, dtype=torch.bool, device=x.device)
+    deciding, so_far, kept, concepts = None, None, None, 0
+    if gated and cond >= 0:
+        deciding = torch.empty_like(bins)
+    if run is not None:
+        concepts = run[0].shape[1] - 1
+        so_far = torch.empty(batch, concepts + 1, dtype=torch.int64, device=x.device)
+        kept = torch.empty_like(now)
+    other, steps = x if minus is None else minus, times if schedule is None else schedule
+    across, stride_h, stride_w, flat = grid_strides(x)
+    _, other_h, other_w, other_flat = grid_strides(other)
+    with device_of(x):
+        erase_step_rows_kernel[(batch, max(1, -(-patches // _BLOCK_P)))](
+            x,
+            other,
+            timesteps,
+            times,
+            # Triton has no kernel arguments of torch.bool.
+            enabled.contiguous().view(torch.uint8),
+            seeds,
+            steps,
+            *((bins, now, bins) if run is None else run),
+            now,
+            bins,
+            on.view(torch.uint8),
+            u,
+            sums,
+            bins if deciding is None else deciding,
+            bins if so_far is None else so_far,
+            now if kept is None else kept,
+            patches,
+            union,
+            times.shape[0],
+            steps.shape[0],
+            first,
+            last,
+            images,
+            images // seeds.shape[0],
+            images // enabled.shape[0],
+            cond,
+            counted,
+            batch if cond < 0 else images,
+            concepts,
+            across,
+            x.stride(0),
+            x.stride(1),
+            stride_h,
+            stride_w,
+            other.stride(0),
+            other.stride(1),
+            other_h,
+            other_w,
+            *timesteps.stride(),
+            *times.stride(),
+            *seeds.stride(),
+            *steps.stride(),
+            D=x.shape[1],
+            FLAT=flat and other_flat,
+            HAS_MINUS=minus is not None,
+            WINDOWED=schedule is not None,
+            DECIDED=deciding is not None,
+            REMEMBERS=run is not None,
+            WHOLE_CALLS=whole_calls,
+            BLOCK_P=_BLOCK_P,
+            BLOCK_D=min(_BLOCK_D, 1 << (x.shape[1] - 1).bit_length()),
+            BLOCK=_BLOCK,
+            num_warps=8,
+            num_stages=1,
+        )
+    return RowsOfCall(bins, now, on, u, sums, deciding, so_far, kept)
+
+
+def keep_run(so_far: Tensor, kept: Tensor, run: tuple[Tensor, Tensor, Tensor], images: int) -> None:
+    """Keeps the sums `so_far` [B, C + 1] that a call has added to and the timesteps `kept` [B] of the first `images`
+    rows in the tensors of `run` (`rows_of_call`)."""
+    with device_of(so_far):
+        erase_step_keep_kernel[(images,)](
+            so_far, kept, *run, so_far.shape[1] - 1, BLOCK=_BLOCK, num_warps=1, num_stages=1
+        )
+
+
 def erase_step(
     x: Tensor,  # [B, d, H, W] or [B, d, N]
     timesteps: Tensor,  # [B]
@@ -246,92 +373,25 @@ def erase_step(
     `lbdt.reference.replace_patches`, of one; one more with the gate, the bank and over a run each, four with known
     latents. Scratch from torch's allocator, beyond that of `detect_patches`: 10 bytes a patch."""
     batch, patches = x.shape[0], x.shape[2:].numel()
-    decided, remembers = least is not None and cond >= 0, run_sums is not None and batch > 0
-    now, kept = torch.empty(2, batch, dtype=torch.float32, device=x.device).unbind()
-    bins, deciding, gated = torch.empty(3, batch, dtype=torch.int64, device=x.device).unbind()
-    u, sums = torch.empty(2, batch, patches, dtype=torch.float32, device=x.device).unbind()
-    on = torch.empty(batch, latents.shape[0], dtype=torch.bool, device=x.device)
-    so_far, concepts, counting = None, 0, batch if cond < 0 else images
-    if remembers:
-        concepts = least.shape[1]
-        so_far = torch.empty(batch, concepts + 1, dtype=torch.int64, device=x.device)
-    if batch > 0:
-        other, steps = x if minus is None else minus, times if schedule is None else schedule
-        across, stride_h, stride_w, flat = grid_strides(x)
-        _, other_h, other_w, other_flat = grid_strides(other)
-        with device_of(x):
-            erase_step_rows_kernel[(batch, max(1, -(-patches // _BLOCK_P)))](
-                x,
-                other,
-                timesteps,
-                times,
-                # Triton has no kernel arguments of torch.bool.
-                enabled.contiguous().view(torch.uint8),
-                seeds,
-                steps,
-                run_sums if remembers else bins,
-                run_last if remembers else now,
-                run_count if remembers else bins,
-                now,
-                bins,
-                on.view(torch.uint8),
-                u,
-                sums,
-                deciding,
-                so_far if remembers else bins,
-                kept,
-                patches,
-                latents.shape[0],
-                times.shape[0],
-                steps.shape[0],
-                first,
-                last,
-                images,
-                images // seeds.shape[0],
-                images // enabled.shape[0],
-                cond,
-                counted,
-                counting,
-                concepts,
-                across,
-                x.stride(0),
-                x.stride(1),
-                stride_h,
-                stride_w,
-                other.stride(0),
-                other.stride(1),
-                other_h,
-                other_w,
-                *timesteps.stride(),
-                *times.stride(),
-                *seeds.stride(),
-                *steps.stride(),
-                D=x.shape[1],
-                FLAT=flat and other_flat,
-                HAS_MINUS=minus is not None,
-                WINDOWED=schedule is not None,
-                DECIDED=decided,
-                REMEMBERS=remembers,
-                WHOLE_CALLS=whole_calls,
-                BLOCK_P=_BLOCK_P,
-                BLOCK_D=min(_BLOCK_D, 1 << (x.shape[1] - 1).bit_length()),
-                BLOCK=_BLOCK,
-                num_warps=8,
-                num_stages=1,
-            )
-    gated = None if least is None else gated
-    gate = owners, least, least_of, deciding if decided else None, gated, so_far
-    mask = detect_patches(x, weight, bias, latents, thresholds, bins, on, k, minus, *gate)
+    run = None if run_sums is None else (run_sums, run_last, run_count)
+    gated = None if least is None else torch.empty(batch, dtype=torch.int64, device=x.device)
+    if batch == 0:
+        mask = torch.empty(0, patches, dtype=torch.bool, device=x.device)
+        record_patches(mask, mask, timesteps.float(), sizes, rows, cells, written, mask.float(), gated)
+        return torch.empty_like(x)
+    call = rows_of_call(
+        *(x, minus, timesteps, times, enabled, seeds, images, cond, counted, schedule, first, last, run),
+        *(whole_calls, least is not None),
+    )
+    gate = owners, least, least_of, call.deciding, gated, call.so_far
+    mask = detect_patches(x, weight, bias, latents, thresholds, call.bins, call.on, k, minus, *gate)
     avoid = None
     if known_latents is not None:
         looked = mask.any(1, keepdim=True).expand(-1, known_latents.shape[0])
-        avoid = detect_patches(x, weight, bias, known_latents, known_thresholds, bins, looked, k, minus)
-    donors = None if bank is None else bank.index_select(0, bins)
-    out, replaced = replace(x, mask, u, height, width, padding, source, donors, avoid)
-    record_patches(mask, replaced, now, sizes, rows, cells, written, sums, gated)
-    if remembers:
-        with device_of(x):
-            erase_step_keep_kernel[(counting,)](
-                so_far, kept, run_sums, run_last, run_count, concepts, BLOCK=_BLOCK, num_warps=1, num_stages=1
-            )
+        avoid = detect_patches(x, weight, bias, known_latents, known_thresholds, call.bins, looked, k, minus)
+    donors = None if bank is None else bank.index_select(0, call.bins)
+    out, replaced = replace(x, mask, call.u, height, width, padding, source, donors, avoid)
+    record_patches(mask, replaced, call.now, sizes, rows, cells, written, call.sums, gated)
+    if run is not None:
+        keep_run(call.so_far, call.kept, run, batch if cond < 0 else images)
     return out

@@ -93,6 +93,43 @@ def encoding(batch, channels, side, latents, k, dtype, layout) -> dict:
     }
 
 
+def step(given: dict, timesteps: torch.dtype, concepts: int = 0, over_calls: bool = False) -> dict:
+    """Arguments of erase_step from those of `detection`."""
+    x, union = given["x"], given["enabled"].shape[1]
+    batch, channels, height, width = x.shape
+    kept = {name: given[name] for name in ("x", "weight", "bias", "latents", "thresholds", "k", "minus")}
+    whole = {"dtype": torch.int64}
+    return kept | {
+        "timesteps": torch.empty(batch, dtype=timesteps),
+        "times": torch.empty(50),
+        "enabled": torch.empty(1, union, dtype=torch.bool),
+        "seeds": torch.empty(1, **whole),
+        "images": max(batch // 2, 1),
+        "height": height,
+        "width": width,
+        "sizes": 2**45,
+        "rows": torch.empty(1 << 16, 5 + (concepts > 0), **whole),
+        "cells": torch.empty(0, dtype=torch.uint8),
+        "written": torch.empty(2, **whole),
+        **dict.fromkeys(("bank", "known_latents", "known_thresholds")),
+        "padding": 1,
+        "source": "random",
+        "owners": torch.empty(union, **whole) if concepts else None,
+        "least": torch.empty(50, concepts, **whole) if concepts else None,
+        "least_of": height * width,
+        "cond": 1 if concepts else -1,
+        "counted": -1,
+        "schedule": torch.empty(50, dtype=timesteps) if concepts else None,
+        "first": 0,
+        "last": 50,
+        "run_sums": torch.empty(64, concepts + 1, **whole) if over_calls else None,
+        "run_last": torch.empty(64) if over_calls else None,
+        "run_count": torch.empty((), **whole) if over_calls else None,
+        "whole_calls": True,
+        "replace": lambda x, mask, *others: (x, mask),
+    }
+
+
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 SD15 = {"channels": 1280, "side": 16, "latents": 20480, "k": 32}
@@ -167,6 +204,23 @@ CASES = {
         "halves": torch.empty(1, dtype=torch.int64),
         "patches": 1,
     },
+    "erase_step sd15-b1 NCHW float16": lambda: step(
+        detection(**SD15, batch=2, union=2, dtype=HALF, layout=NCHW, update=False), torch.int64
+    ),
+    "erase_step sdxl-1024 update channels_last bfloat16": lambda: step(
+        detection(**SDXL, batch=2, union=40, dtype=BRAIN, layout=NHWC, update=True), HALF, 9, True
+    ),
+    "erase_step ones": lambda: step(
+        detection(
+            **SD15 | {"channels": 1, "side": 1, "k": 1},
+            batch=1,
+            union=1,
+            dtype=FLOAT,
+            layout=NCHW,
+            update=False,
+        ),
+        torch.float64,
+    ),
     "patch_uniform": lambda: {
         "seeds": torch.empty(8, dtype=torch.int64),
         "timesteps": torch.empty(8),
@@ -181,7 +235,10 @@ def main(arch: int, names: list[str]) -> None:
     for name, arguments in CASES.items():
         if names and name not in names:
             continue
-        for launch in record(name.split()[0], arch, **arguments())[0]:
+        op = name.split()[0]
+        for launch in record(op, arch, **arguments())[0]:
+            if not launch.name.startswith(op):
+                continue  # of another op, which has cases of its own
             result = {"case": name, "kernel": launch.name, "arch": arch} | measured(launch, arch, name)
             print(json.dumps(result), flush=True)
 

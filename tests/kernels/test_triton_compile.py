@@ -21,6 +21,7 @@ PRODUCTS = ("detect_patches_candidates_kernel", "detect_patches_count_kernel", "
 KERNELS = {
     *(*PRODUCTS, "detect_patches_gate_kernel"),
     *("encode_topk_merge_kernel", "patch_uniform_kernel", "record_patches_kernel"),
+    *("erase_step_rows_kernel", "erase_step_keep_kernel"),
 }
 
 

@@ -9,14 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from lbdt import ops
 from lbdt.ops.erase_step import erase_step_or_none, serves
 from lbdt.testing import layouts
-from tests.backends import DEVICE, HAS_CPP, HAS_TRITON, every_backend
+from tests.backends import DEVICE, HAS_CPP, HAS_TRITON, every_backend, on_device
 from tests.layouts import bits, integers
 
 INF, NAN = float("inf"), float("nan")
 WRITTEN = ("rows", "cells", "written", "run_sums", "run_last", "run_count")
 backends = every_backend("cpp", "triton")
-FUSED = [name for name, there in (("cpp", HAS_CPP), ("triton", HAS_TRITON)) if there]
-pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="its one fused backend takes CPU tensors")
+FUSED = [name for name, there in (("cpp", HAS_CPP and DEVICE.type == "cpu"), ("triton", HAS_TRITON)) if there]
+on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="of C++, or of values that are read on the CPU only")
 
 
 def inputs(
@@ -83,10 +83,11 @@ def called(arguments, backend):
     own = {n: arguments[n].clone() if arguments.get(n) is not None else None for n in WRITTEN}
     own = {name: value for name, value in own.items() if value is not None}
     before = {n: v.clone() for n, v in arguments.items() if torch.is_tensor(v)}
-    out = ops.erase_step(**(arguments | own), backend=backend)
-    for name, value in before.items():
-        assert torch.equal(bits_of(arguments[name]), bits_of(value)), f"{name} was written"
-    return out, own
+    there = on_device(arguments | own)
+    out = ops.erase_step(**there, backend=backend)
+    for name in before.keys() - own.keys():
+        assert torch.equal(bits_of(there[name].cpu()), bits_of(before[name])), f"{name} was written"
+    return out.cpu(), {name: there[name].cpu() for name in own}
 
 
 def bits_of(t):
@@ -233,6 +234,7 @@ def test_a_gate_over_a_run(calls, whole_calls, more):
     assert (state["run_sums"] >= 1 << 40).any(), "no concept was found in any image"
 
 
+@on_cpu
 def test_what_is_kept_of_a_run_by_hand():
     """Two patches of evidence a call, with 3 quarters of a patch in the mean: found in the first call."""
     arguments = inputs(B=1, d=2, H=1, W=3, L=2, U=1, T=1, C=1, k=0, gate="run", threshold=0.5)
@@ -284,6 +286,7 @@ REFUSED = [
 ]
 
 
+@on_cpu
 @backends
 @pytest.mark.parametrize(("given", "error", "message"), REFUSED)
 def test_it_refuses(given, error, message, backend):
@@ -291,6 +294,7 @@ def test_it_refuses(given, error, message, backend):
         called(inputs() | given, backend)
 
 
+@on_cpu
 @backends
 def test_it_refuses_memory_that_is_shared(backend):
     arguments = inputs()
@@ -306,6 +310,7 @@ def test_no_gradient():
         ops.erase_step(**arguments)
 
 
+@on_cpu
 @backends
 @pytest.mark.parametrize("given", [{}, {"gate": "run", "cond": 1}, {"threshold": 1e9, "C_kept": 50}], ids=str)
 def test_opcheck(given, backend):
@@ -325,6 +330,7 @@ def positional(arguments, source=0):
     ]
 
 
+@on_cpu
 def test_nothing_replaced_is_nothing_returned():
     arguments = inputs(threshold=1e9)
     assert erase_step_or_none(*positional(arguments)) is None
@@ -335,6 +341,7 @@ def test_nothing_replaced_is_nothing_returned():
     assert torch.equal(arguments["rows"], kept["rows"])
 
 
+@on_cpu
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_launches_are_checked_and_do_not_tell_whether_anything_was_replaced():
     arguments = inputs(threshold=1e9)
@@ -348,6 +355,7 @@ def test_launches_are_checked_and_do_not_tell_whether_anything_was_replaced():
     assert arguments["written"].tolist() == [4, 0]
 
 
+@on_cpu
 def test_what_the_op_does_not_take_is_said_by_the_checks_or_copied():
     arguments = inputs()
     with pytest.raises(ValueError, match="images: expected a divisor"):
@@ -358,6 +366,7 @@ def test_what_the_op_does_not_take_is_said_by_the_checks_or_copied():
     assert torch.equal(erase_step_or_none(*positional(arguments | {"latents": spread})), expected)
 
 
+@on_cpu
 def test_it_serves_plain_calls_of_its_backend_only():
     x = torch.ones(1, 2, 3, 4)
     assert serves(x, None)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from tests.kernels.ptx import step_rows
+
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 
@@ -142,6 +144,7 @@ def uniform(timesteps=(801.0, -3.5, float("nan")), patches=300) -> dict:
 
 
 NEWEST = (90,)
+_STEP = "tests.kernels.ptx.step_rows"
 CASES = {
     # Gathered by element, as neighbours in x are no neighbours in channels; and copied asynchronously.
     "half": Case("detect_patches", lambda: detection(k=6), oldest=True),
@@ -264,4 +267,24 @@ CASES = {
         "record_patches", lambda: recording(cells=0, summed=False, gate=False), archs=NEWEST
     ),
     "uniform": Case("patch_uniform", uniform, archs=NEWEST, oldest=True),
+    "step": Case(_STEP, step_rows.inputs, archs=NEWEST, expected=step_rows.expected),
+    "step of a run": Case(
+        _STEP,
+        lambda: step_rows.inputs(
+            run=True,
+            update=True,
+            of=lambda x: x.bfloat16().to(memory_format=NHWC),
+            timesteps=torch.tensor([600, 601, 600, 601]),
+            times=torch.arange(700.0).flip(0),
+            enabled=torch.eye(2, 150) > 0,
+            seeds=torch.tensor([2**63 - 1, -4]),
+            cond=1,
+            counted=2,
+            schedule=torch.tensor([800, 601, 600, 1]).half(),
+            first=1,
+            last=2,
+        ),
+        oldest=True,
+        expected=step_rows.expected,
+    ),
 }
