@@ -21,10 +21,11 @@ def supports(x: Tensor) -> str | None:
     """Why Triton cannot take `x`; None if it can. Triton is imported only where the device could run it."""
     if not _installed():
         return "triton is not installed: pip install 'lbdt[gpu]'"
-    if x.device.type == "cuda":
+    kind = x.device.type
+    if kind == "cuda":
         return _unfit(x.device)
-    if x.device.type != "cpu" or not _interpreted():
-        return f"needs a CUDA tensor, got one on {x.device}"
+    if kind != "cpu" or not interpreted():
+        return f"needs a CUDA tensor, got one on {kind}"
     return None
 
 
@@ -51,7 +52,7 @@ def register(
 
 
 def _declines(*args: Any, **kwargs: Any) -> str | None:
-    return "Triton's interpreter is for tests" if _interpreted() else None
+    return "Triton's interpreter is for tests" if interpreted() else None
 
 
 def kernels(op: str) -> ModuleType:
@@ -73,7 +74,8 @@ def _installed() -> bool:
 
 
 @functools.cache
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
     # Asked of the environment first: without it, calls on the CPU need not import Triton at all.
     if not os.environ.get("TRITON_INTERPRET"):
         return False

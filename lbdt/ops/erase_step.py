@@ -184,14 +184,13 @@ def erase_step_or_none(*arguments) -> Tensor | None:
     What the C++ op refuses the checks of `erase_step` name; before a launch they look at all but shared memory.
     """
     x = arguments[0]
-    launches = x.is_cuda or (_triton.supports(x) is None and _dispatch.chosen("erase_step", x) == "triton")
+    launches = x.is_cuda or (_triton.interpreted() and _dispatch.chosen("erase_step", x) == "triton")
     try:
         if not launches:
             out = torch.ops.lbdt.erase_step_cpp.default(*arguments)
             return out if out.shape[0] else None
     except RuntimeError:
-        # Nothing was written. What only lies otherwise in memory is copied there.
-        pass
+        pass  # Nothing was written. What only lies otherwise in memory is copied below.
     named = (*arguments[:_SOURCE], SOURCES[arguments[_SOURCE]], *arguments[_SOURCE + 1 :])
     if not launches or _triton_supports(*named) is not None:
         return torch.ops.lbdt.erase_step(*named)
@@ -361,14 +360,15 @@ def _cpp(*arguments) -> Tensor:
         elif isinstance(value, Tensor) and name not in (*_WRITTEN, *_STRIDED):
             value = value.contiguous()
         laid_out.append(value)
-    x = arguments[0]
     out = torch.ops.lbdt.erase_step_cpp(*laid_out)
-    return out if out.shape[0] else x.clone()
+    return out if out.shape[0] else arguments[0].clone()
 
 
 def _triton_supports(x, *args, **kwargs) -> str | None:
+    if reason := _triton.supports(x):
+        return reason
     factors = dict(zip(_NAMES[1 : _MINUS + 1], args, strict=False)) | kwargs
-    return _triton.supports(x) or _triton.supports_product(x, factors.get("weight"), factors.get("minus"))
+    return _triton.supports_product(x, factors.get("weight"), factors.get("minus"))
 
 
 def _launched(run: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -108,7 +108,7 @@ def test_auto_passes_over_a_backend_that_declines_and_a_name_does_not(spy):
 
 TRITON = [
     pytest.param({"_installed": False}, ENCODE, "triton is not installed: pip install", id="not-installed"),
-    pytest.param({"_interpreted": False}, ENCODE, "needs a CUDA tensor, got one on cpu", id="on-the-CPU"),
+    pytest.param({"interpreted": False}, ENCODE, "needs a CUDA tensor, got one on cpu", id="on-the-CPU"),
     pytest.param(
         {}, tuple(t.double() for t in ENCODE[:3]) + (2,), "needs float32, .*got float64", id="float64"
     ),
