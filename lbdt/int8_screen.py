@@ -18,6 +18,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK = 1 << 16  # weights coded at a time
 _LEAST = 1 << 20  # weights from which on a screen spares time
 _UP = 1 + 2.0**-20  # lengths are rounded to float32 upwards
+_TINY = 2.0**-120  # in which squares and products vanish
+_LARGE = 2.0**60  # from which on products may overflow: there is no bound, as in csrc/cpu/screen.h
 _dispatch.define_internal("screen_instructions_cpp() -> str", lambda: "")
 
 
@@ -67,7 +69,7 @@ class Screen(NamedTuple):
                 raise TypeError(f"{name}: expected float32, got {tensor.dtype}")
         padded = -(-width // CODE_LANES) * CODE_LANES
         codes = torch.zeros(latents, padded, dtype=torch.int8, device=weight.device)
-        bounds = torch.empty(BOUNDS, latents, device=weight.device)
+        bounds = torch.empty(BOUNDS, latents, dtype=torch.float32, device=weight.device)
         middle, step = centre.double(), max(1, _CHUNK // width)
         for first in range(0, latents, step):
             part = slice(first, first + step)
@@ -103,7 +105,10 @@ def _coded(rows: Tensor, bias: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     codes = (rows / scale.clamp(min=2.0**-100).unsqueeze(1)).round().nan_to_num().clamp(-127, 127)
     coded = codes * scale.unsqueeze(1)
     start = bias + rows @ centre
-    # As screen_rounding of csrc/cpu/screen.h has it for the products.
-    slack = (bias.abs() + start.abs()) * (rows.shape[1] + 64) * 2.0**-22
-    lengths = coded.norm(dim=1) * _UP, (rows - coded).norm(dim=1) * _UP
+    lengths = coded.norm(dim=1) * _UP + _TINY, (rows - coded).norm(dim=1) * _UP + _TINY
+    # As screen_rounding of csrc/cpu/screen.h has it for the products; what underflow takes from a sum is less.
+    rounding = (rows.shape[1] + 64) * 2.0**-22
+    slack = (bias.abs() + start.abs()) * rounding + rounding * 2.0**-102
+    bounded = (sum(lengths) < _LARGE) & (bias.abs() < _LARGE**2) & (start.abs() < _LARGE**2)
+    slack = torch.where(bounded, slack, torch.inf)
     return codes.to(torch.int8), torch.stack((scale, start, *lengths, slack, codes.sum(1))).float()

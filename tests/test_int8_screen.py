@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 
 from lbdt import ops
+from lbdt.bench.hardware import allocated_peak
 from lbdt.int8_screen import MOST_CHANNELS, Screen, instructions
 from lbdt.ops.detect_patches import CODE_LANES
 from tests.backends import HAS_CPP
@@ -175,6 +176,26 @@ def test_values_at_the_ends_of_the_numbers(value, watched):
     given["thresholds"].fill_(-INF)
     plain, screened = masks(given)
     assert torch.equal(plain, screened)
+
+
+@needs_cpp
+def test_many_candidates_are_decided_some_at_a_time():
+    given = arguments(B=1, H=60, W=70, L=500, U=1, k=40, d=16, threshold=-9.0)
+    plain, screened = masks(given)
+    assert plain.any() and not plain.all() and torch.equal(plain, screened)
+    screen = Screen.of(given["weight"], given["bias"], torch.zeros(16))._asdict()
+    peak = allocated_peak(lambda: ops.detect_patches(**given, **screen, backend="cpp"))
+    # A bit a latent and candidate and its codes, of 1,024 of these a thread.
+    assert peak < 4 * torch.get_num_threads() * 1024 * (500 // 8 + 16)
+
+
+def test_a_screen_is_float32_whatever_torch_makes_by_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = Screen.of(torch.ones(3, 5, dtype=torch.float32), *(torch.zeros(n).float() for n in (3, 5)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.bounds.dtype == torch.float32
 
 
 @needs_cpp

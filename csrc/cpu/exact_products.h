@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 namespace lbdt {
@@ -56,7 +57,7 @@ class ExactProducts {
         rows_(floats(kPatches * x.width)),
         room_(floats(kChains * x.width)) {}
 
-  // The patches that `exceeds` is asked for next: `count`, ascending positions in B * N.
+  // The patches that `exceeding` is asked for next: `count`, ascending positions in B * N.
   void take(const int64_t* patches, int64_t count) {
     map_.pack(patches, count, 0, map_.width, kPatches, panel_.get());
     constexpr int64_t kLine = 16;  // floats of a cache line
@@ -66,7 +67,8 @@ class ExactProducts {
           rows_.get()[i * map_.width + c] = panel_.get()[c * kPatches + i];
     for (int64_t i = 0; i < count; ++i) {
       const float* row = rows_.get() + i * map_.width;
-      length_[i] = std::sqrt(quick_product(row, row, map_.width));
+      const float length = std::sqrt(quick_product(row, row, map_.width)) + 0x1p-60f * std::sqrt(float(map_.width));
+      length_[i] = length < kLarge ? length : std::numeric_limits<float>::infinity();
     }
   }
 
@@ -93,7 +95,7 @@ class ExactProducts {
       const float bias = call_.bias[latents[j]], h = bias + quick_product(w, x, map_.width);
       const ScreenLatents bounds = call_.screen->from(latents[j]);
       const float length = (*bounds[kInner] + *bounds[kOuter]) * length_[i];  // at least that of w, times that of x
-      const float apart = screen_rounding(map_.width) * (length + std::fabs(bias)) + 0x1p-100f;
+      const float apart = screen_rounding(map_.width) * length + *bounds[kSlack];
       if (std::fabs(h - value) > apart) {
         found += h > value;
       } else {

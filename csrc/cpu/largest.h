@@ -180,7 +180,9 @@ class FindLargest {
         out[kind * own.size() + a] = *whole[kind];
       const float floor = own.floor[image * own.size() + a];
       out[kStart * own.size() + a] -= floor;
-      if (std::isfinite(floor)) out[kSlack * own.size() + a] += screen_rounding(x_.width) * std::fabs(floor);
+      float& slack = out[kSlack * own.size() + a];
+      if (std::isfinite(floor))
+        slack += std::fabs(floor) < kLarge * kLarge ? screen_rounding(x_.width) * std::fabs(floor) : kInf;
     }
     return out;
   }

@@ -17,12 +17,13 @@
 #include <cstring>
 #include <limits>
 #include <optional>
-#include <vector>
 
 namespace lbdt {
 
 // Products of codes stay within int32 up to there: 255 * 127 * d.
 constexpr int64_t kMostScreened = 1 << 16;
+// Lengths from which on products may overflow: there is no bound.
+constexpr float kLarge = 0x1p60f;
 
 struct Screen {
   const int8_t* codes;       // [L, d], d a multiple of 4 by zeros
@@ -107,9 +108,10 @@ LBDT_CLONES void code_panel(const float* panel, int64_t width, const float* cent
   const float more = 1.0f + static_cast<float>(width + 8) * 0x1p-23f, rounding = screen_rounding(width);
   const float tiny = 0x1p-60f * std::sqrt(static_cast<float>(width));
   for (int i = 0; i < kLanes; ++i) {
-    const float off = std::sqrt(length[i]) * more + tiny;
-    const float slack = rounding * (std::sqrt(whole[i]) * more + off + tiny);
-    out.inner[i] = std::sqrt(rest[i]) * more + tiny + slack;
+    const float off = std::sqrt(length[i]) * more + tiny, all = std::sqrt(whole[i]) * more + tiny;
+    const float slack = rounding * (all + off);
+    out.inner[i] = off < kLarge && all < kLarge ? std::sqrt(rest[i]) * more + tiny + slack
+                                                : std::numeric_limits<float>::infinity();
     out.outer[i] = off + slack;
     out.value[i] = std::numeric_limits<float>::infinity();
     out.owner[i] = -1;

@@ -10,6 +10,7 @@
 
 #include "tiles.h"
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__x86_64__)
@@ -82,6 +83,11 @@ using ScreenTile = void (*)(
 
 #if defined(__x86_64__)
 
+// What codes of patches that are 128 too large add to a product.
+inline int32_t screen_correction(float sum) {
+  return std::fabs(sum) < 0x1p23f ? static_cast<int32_t>(sum) * 128 : 0;
+}
+
 inline int32_t screen_word(const int8_t* codes) {
   int32_t word;
   __builtin_memcpy(&word, codes, sizeof word);
@@ -123,7 +129,7 @@ __attribute__((target("avx512f,avx512bw,avx512vnni"))) void screen_avx512(
   }
 #pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r) {
-    const __m512i correction = _mm512_set1_epi32(static_cast<int32_t>(latents[kSum][r]) * 128);
+    const __m512i correction = _mm512_set1_epi32(screen_correction(latents[kSum][r]));
     const __m512 scale = _mm512_set1_ps(latents[kScale][r]), start = _mm512_set1_ps(latents[kStart][r]);
     const __m512 inner = _mm512_set1_ps(latents[kInner][r]), outer = _mm512_set1_ps(latents[kOuter][r]);
     const __m512 slack = _mm512_set1_ps(latents[kSlack][r]);
@@ -180,18 +186,18 @@ __attribute__((target("avx2,fma"))) inline void screen_avxvnni_half(
   for (int r = 0; r < Rows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
   for (int64_t c = 0; c < word_count; ++c) {
     const uint32_t* from = words + c * lanes + at;
-    const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 8));
+    const __m256i near = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i far = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 8));
 #pragma GCC unroll 6
     for (int r = 0; r < Rows; ++r) {
       const __m256i row = _mm256_set1_epi32(screen_word(codes + r * code_step + c * kWord));
-      asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum[r][0]) : "x"(first), "x"(row));
-      asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum[r][1]) : "x"(second), "x"(row));
+      asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum[r][0]) : "x"(near), "x"(row));
+      asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum[r][1]) : "x"(far), "x"(row));
     }
   }
 #pragma GCC unroll 6
   for (int r = 0; r < Rows; ++r) {
-    const __m256i correction = _mm256_set1_epi32(static_cast<int32_t>(latents[kSum][r]) * 128);
+    const __m256i correction = _mm256_set1_epi32(screen_correction(latents[kSum][r]));
     const __m256 scale = _mm256_set1_ps(latents[kScale][r]), start = _mm256_set1_ps(latents[kStart][r]);
     const __m256 inner = _mm256_set1_ps(latents[kInner][r]), outer = _mm256_set1_ps(latents[kOuter][r]);
     const __m256 slack = _mm256_set1_ps(latents[kSlack][r]);

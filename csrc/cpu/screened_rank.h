@@ -24,24 +24,27 @@
 
 namespace lbdt {
 
-constexpr int64_t kShared = 64;  // patches a thread from which on they are shared out
-constexpr int64_t kDear = 8;     // what a product by itself costs, in parts of one of many
-constexpr int64_t kFew = 2048;   // latents for whose time nobody leaves the screen
-constexpr int64_t kSeen = 16;  // latents that are looked at together for one that is to be counted
+constexpr int64_t kShared = 64;      // patches a thread from which on they are shared out
+constexpr int64_t kTogether = 1024;  // patches at most that are decided together
+constexpr int64_t kDear = 8;         // times as long as one of many products a single one takes
+constexpr int64_t kFew = 2048;       // products of many, in whose time single ones are worth while in any case
+constexpr int64_t kSeen = 16;        // latents whose bits are looked at together
 
 template <typename T>
 class ScreenedRank {
  public:
   // Clears the mask of those `alive` that at least k other latents exceed. Many are shared out among the threads, which
-  // then never wait for each other; of few each thread takes some latents.
+  // then never wait for each other, and some at a time, so that little is held; of few each thread takes some latents.
   static void run(
       const DetectCall& call, const FeatureMap<T>& x, const Largest& largest, const std::vector<int64_t>& alive) {
     const int64_t count = static_cast<int64_t>(alive.size()), threads = torch::stable::get_num_threads();
-    if (count < kShared * threads) return ScreenedRank(call, x, largest).run(alive);
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const auto first = alive.begin() + i * count / threads, last = alive.begin() + (i + 1) * count / threads;
-        ScreenedRank(call, x, largest).run({first, last});
+    if (count < kShared * threads && count <= kTogether) return ScreenedRank(call, x, largest).decide(alive);
+    const int64_t slices = std::max(threads, divide_up(count, kTogether));
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < slices;) {
+        const auto first = alive.begin() + i * count / slices, last = alive.begin() + (i + 1) * count / slices;
+        ScreenedRank(call, x, largest).decide({first, last});
       }
     });
   }
@@ -51,7 +54,7 @@ class ScreenedRank {
       : call_(call), x_(x), largest_(largest), screen_(*call.screen) {}
 
   // Between parts of the dictionary, each half as long as all before it, the patches that are refuted are dropped.
-  void run(const std::vector<int64_t>& alive) {
+  void decide(const std::vector<int64_t>& alive) {
     patches_ = alive;
     candidates_ = std::vector<Candidate>(alive.size());
     Coded coded = code();
@@ -65,17 +68,16 @@ class ScreenedRank {
       settle_likely(coded, parts);
       coded = only(std::move(coded), [](const Candidate& one) { return !one.refuted && !one.vague; });
     }
-    const auto may = [&](Candidate& one) {
-      if (one.refuted || one.vague || one.certain + one.may < call_.k) return false;
-      one.vague = too_many(one, one.may, latents);
-      return !one.vague;
-    };
-    coded = only(std::move(coded), may);
+    for (const int32_t index : members(coded)) {
+      Candidate& one = candidates_[index];
+      if (is_open(one)) one.vague = too_many(one, one.may, latents);
+    }
+    coded = only(std::move(coded), [&](const Candidate& one) { return is_open(one); });
     if (!coded.panels.empty()) settle_rest(coded, parts);
     std::vector<int64_t> vague;
     for (size_t i = 0; i < candidates_.size(); ++i) {
       call_.mask[patches_[i]] = !candidates_[i].refuted;
-      if (candidates_[i].vague) vague.push_back(patches_[i]);
+      if (candidates_[i].vague && !candidates_[i].refuted) vague.push_back(patches_[i]);
     }
     if (!vague.empty()) Rank<T>(call_, x_, largest_).run(std::move(vague));
   }
@@ -114,6 +116,11 @@ class ScreenedRank {
     return torch::stable::empty({std::max<int64_t>(count, 1)}, torch::headeronly::ScalarType::Int);
   }
   static uint32_t* at(const Tensor& words) { return static_cast<uint32_t*>(words.mutable_data_ptr()); }
+
+  // Whether more latents than are counted may still refute it.
+  bool is_open(const Candidate& one) const {
+    return !one.refuted && !one.vague && one.certain < call_.k && one.certain + one.may >= call_.k;
+  }
 
   // Whether to count so many `more` exactly costs clearly more than all products up to `stop`, many side by side.
   static bool too_many(const Candidate& one, int64_t more, int64_t stop) {
@@ -185,7 +192,7 @@ class ScreenedRank {
     const auto full = [&](int32_t candidate) {
       return candidates_[candidate].certain.load(std::memory_order_relaxed) >= call_.k;
     };
-    // A patch whose count is full is asked for no more.
+    // A patch whose count is full stays so, and is asked for no more: nobody reads the bits that are not written here.
     if (std::all_of(panel.candidate.begin(), panel.candidate.begin() + panel.filled, full)) return;
     ScreenCounts counts{};
     ScreenBits bits[kBlock];
@@ -205,7 +212,7 @@ class ScreenedRank {
 
   // The panels of those that are `wanted`; as they are where that spares none.
   template <typename Wanted>
-  Coded only(Coded coded, const Wanted& wanted) {
+  Coded only(Coded coded, const Wanted& wanted) const {
     std::vector<int32_t> left;
     std::vector<std::pair<const Panel*, int64_t>> from;
     int64_t halves = 0;
@@ -259,7 +266,7 @@ class ScreenedRank {
     const Part rest = compare(coded, 0, screen_.latents, true);
     // Of the panels that were left as they are, some are decided.
     settle(members(coded), [&](Candidate& one, ExactProducts<T>& exact, int32_t index, int64_t place) {
-      if (one.vague) return;
+      if (!is_open(one)) return;
       for (; one.settled < static_cast<int32_t>(parts.size()) && one.certain < call_.k; ++one.settled)
         count_exactly(parts[one.settled], index, exact, place);
       if (one.certain < call_.k && one.certain + one.may >= call_.k) count_exactly(rest, index, exact, place);
