@@ -53,7 +53,7 @@ class ScreenedRank {
   ScreenedRank(const DetectCall& call, const FeatureMap<T>& x, const Largest& largest)
       : call_(call), x_(x), largest_(largest), screen_(*call.screen) {}
 
-  // Between parts of the dictionary, each half as long as all before it, the patches that are refuted are dropped.
+  // Between parts of the dictionary, each a quarter as long as all before it, the patches that are refuted are dropped.
   void decide(const std::vector<int64_t>& alive) {
     patches_ = alive;
     candidates_ = std::vector<Candidate>(alive.size());
@@ -63,7 +63,7 @@ class ScreenedRank {
     const int64_t least = kBlock * std::max<int64_t>(blocks, torch::stable::get_num_threads());
     std::vector<Part> parts;
     for (int64_t start = 0, stop; start < latents && !coded.panels.empty(); start = stop) {
-      stop = std::min(latents, start + std::max(start / 2, least) / kBlock * kBlock);
+      stop = std::min(latents, start + std::max(start / 4, least) / kBlock * kBlock);
       parts.push_back(compare(coded, start, stop, false));
       settle_likely(coded, parts);
       coded = only(std::move(coded), [](const Candidate& one) { return !one.refuted && !one.vague; });
