@@ -107,7 +107,8 @@ def test_its_table_is_that_of_the_linked_evaluation():
         assert f"| `{name}`: " in README.read_text() and "not measured" in README.read_text()
     assert f"{evaluation.others_line(values)} of the pictures of other objects" in text
     rows = json.loads((MEASURED.parent / "results/cpu-amd-epyc-26-2.json").read_text())["rows"]
-    hook = {row["share"]: row["versions"] for row in rows if row["shape"] == "sd15-b1" and not row["variant"]}
+    rows = [row for row in rows if (row["op"], row["shape"], row["variant"]) == ("hook", "sd15-b1", "")]
+    hook = {row["share"]: row["versions"] for row in rows}
     ours, theirs = (timing_table._ms(hook[0.1][version]["own_ms"]) for version in ("ours", "published"))
     least = f"{hook[0.0]['ours']['own_ms']:.2f}"
     assert (
@@ -156,11 +157,18 @@ def test_the_hook_s_figures_are_those_of_the_linked_result():
     text = MEASURED.read_text()
     assert f"commit `{result['commit'][:7]}`" in text
     for row in result["rows"]:
-        ours, published = row["versions"]["ours"], row["versions"]["published"]
+        case = ", ".join(part for part in (f"{row['share']:.0%}", row["variant"]) if part)
+        ours = row["versions"]["ours"]
+        if row["op"] == "detect_patches":
+            times = [row["versions"][name]["own_ms"] for name in ("literal", "bfloat16", "int8", "ours")]
+            cells = [timing_table._ms(ms) for ms in times]
+            cells += [f"{row['ratio'][name]:.3g}x" for name in ("literal", "int8")]
+            assert f"| {case} | {' | '.join(cells)} | {ours['allocated_bytes'] / 1e6:.1f} |" in text
+            continue
+        published = row["versions"]["published"]
         if row["shape"] == "host":
             assert f"{1000 * ours['own_ms']:.1f} microseconds" in text
             continue
-        case = ", ".join(part for part in (f"{row['share']:.0%}", row["variant"]) if part)
         times = [timing_table._ms(ms) for ms in (published["own_ms"], ours["own_ms"], ours["own_cold_ms"])]
         assert f"| {case} | {' | '.join(times)} | {row['ratio']['published']:.3g}x |" in text
 
