@@ -215,10 +215,9 @@ def test_bench_shows_no_time_where_masks_differ(tmp_path, monkeypatch):
         ["--dtype", "int8"],
         ["--share", "101"],
         ["--rounds", "1"],
-        ["--unet"],
         ["--op", "detect_patches", "--shape", "host"],
     ],
-    ids=["op", "shape", "dtype", "share", "rounds", "unet_on_a_cpu", "nothing_to_time"],
+    ids=["op", "shape", "dtype", "share", "rounds", "nothing_to_time"],
 )
 def test_bench_refuses_bad_usage(arguments):
     assert lbdt("bench", "--device", "cpu", *arguments).exit_code == 2

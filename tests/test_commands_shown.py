@@ -93,7 +93,7 @@ SMALL = {
     "lbdt attack --world unlearncanvas --model style50 --eraser DIR --classifier style50_cls.pth": "--quick --concept "
     "Cats --style Joy --tokens 1 --steps 2 --iterations 1 --timesteps 1 --device cpu",
     "lbdt bench --threads 2": BENCH,
-    "lbdt bench --op hook --shape sd15-b1 --shape host --threads 2 --cold": "--rounds 2 --share 1",
+    "lbdt bench --op hook --op detect_patches --shape sd15-b1 --shape host --threads 2 --cold": "--rounds 2 --share 1",
     "torchrun --nproc_per_node N -m lbdt collect ...": f"--model pipe --prompts prompts.jsonl --site {toy.HOOKPOINT} "
     "--out shared --steps 2 --device cpu",
     "torchrun --nproc_per_node N -m lbdt evaluate": CANVAS,

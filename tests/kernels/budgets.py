@@ -32,7 +32,9 @@ _FLOAT, _UPDATE = "detect_patches sd15-b1 NCHW float32", "detect_patches sdxl-10
 _GATED, _TOPK = "detect_patches gated over calls bfloat16", "encode_topk sd15-b8 NCHW float16"
 _CANDIDATES, _COUNT = "detect_patches_candidates_kernel", "detect_patches_count_kernel"
 _GATE, _PART, _MERGE = "detect_patches_gate_kernel", "encode_topk_part_kernel", "encode_topk_merge_kernel"
-_RECORD, _UNIFORM = "record_patches", "patch_uniform"
+_RECORD, _UNIFORM, _STEP = "record_patches", "patch_uniform", "erase_step sd15-b1 NCHW float16"
+_RUN = "erase_step sdxl-1024 update channels_last bfloat16"
+_ROWS, _KEEP = "erase_step_rows_kernel", "erase_step_keep_kernel"
 
 BUDGETS = {
     (3, 9): (
@@ -50,6 +52,8 @@ BUDGETS = {
         Budget(_TOPK, _MERGE, 40, 12, "", 0, 0, -1),
         Budget(_RECORD, f"{_RECORD}_kernel", 92, 5, "", 1, 0, -1),
         Budget(_UNIFORM, f"{_UNIFORM}_kernel", 22, 16, "", 2, 0, -1),
+        Budget(_STEP, _ROWS, 58, 4, "", 8, 0, -1),
+        Budget(_RUN, _KEEP, 30, 32, "", 1, 0, -1),
     ),
     (3, 6): (
         Budget(_B8, _CANDIDATES, 168, 3, "HGMMA.64x64x16.F32", 0, 1, 4),
@@ -65,6 +69,8 @@ BUDGETS = {
         Budget(_TOPK, _MERGE, 40, 12, "", 0, 0, -1),
         Budget(_RECORD, f"{_RECORD}_kernel", 122, 4, "", 1, 0, -1),
         Budget(_UNIFORM, f"{_UNIFORM}_kernel", 21, 16, "", 2, 0, -1),
+        Budget(_STEP, _ROWS, 58, 4, "", 8, 0, -1),
+        Budget(_RUN, _KEEP, 30, 32, "", 1, 0, -1),
     ),
 }
 
