@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,22 +130,41 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
     return table
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; writes it with --out."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+def run(
+    name: str,
+    about: str,
+    objects: list[str],
+    measure: Callable[[str, list[str], int | None], dict[str, Any]],
+    lines: Callable[[list[dict[str, Any]]], list[str]],
+    arguments: list[str] | None,
+) -> int:
+    """The command line of a benchmark by kinds of erasers and `objects`, unless others are named: prints the table of
+    what is measured of each kind; writes it with --out."""
+    parser = argparse.ArgumentParser(description=about.partition("\n\n")[0])
     parser.add_argument("--kind", action="append", choices=list(canvas.KINDS), help="default: all")
     parser.add_argument("--steps", type=int, help="default: the kind's own")
-    parser.add_argument("--object", action="append", metavar="NAME", help="default: five objects")
+    parser.add_argument(
+        "--object",
+        action="append",
+        choices=canvas.OBJECTS,
+        metavar="NAME",
+        help=f"default: {', '.join(objects)}",
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    objects = options.object or ["Cats", "Dogs", "Trees", "Sea", "Human"]
+    objects = options.object or objects
     rows = [measure(kind, objects, options.steps) for kind in options.kind or canvas.KINDS]
-    result = {"benchmark": "early_stop", "objects": objects, "steps": options.steps, "kinds": rows}
+    result = {"benchmark": name, "objects": objects, "steps": options.steps, "kinds": rows}
     print("\n".join(lines(rows)))
     if options.out:
-        about = hardware.describe(torch.device("cpu"))
-        write_file(options.out, (json.dumps(result | about, indent=1) + "\n").encode())
+        device = hardware.describe(torch.device("cpu"))
+        write_file(options.out, (json.dumps(result | device, indent=1) + "\n").encode())
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; writes it with --out."""
+    return run("early_stop", __doc__, ["Cats", "Dogs", "Trees", "Sea", "Human"], measure, lines, arguments)
 
 
 if __name__ == "__main__":

@@ -7,21 +7,16 @@ with patches coded around the SAE's pre-bias and around zero; behind a pre-encod
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.early_stop import candidates, feature_rows
+from benchmarks.early_stop import candidates, feature_rows, run
 from lbdt import canvas
-from lbdt.bench import hardware
 from lbdt.hooks.pre_encoder import PreEncoder
 from lbdt.int8_screen import Screen
-from lbdt.runs.files import write_file
 
 
 def bounds(rows: Tensor, screen: Screen) -> tuple[Tensor, Tensor]:
@@ -94,20 +89,7 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; writes it with --out."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--kind", action="append", choices=list(canvas.KINDS), help="default: all")
-    parser.add_argument("--steps", type=int, help="default: the kind's own")
-    parser.add_argument("--object", action="append", metavar="NAME", help="default: three objects")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(arguments)
-    objects = options.object or ["Cats", "Trees", "Sea"]
-    rows = [measure(kind, objects, options.steps) for kind in options.kind or canvas.KINDS]
-    print("\n".join(lines(rows)))
-    if options.out:
-        result = {"benchmark": "screen_bounds", "objects": objects, "steps": options.steps, "kinds": rows}
-        about = hardware.describe(torch.device("cpu"))
-        write_file(options.out, (json.dumps(result | about, indent=1) + "\n").encode())
-    return 0
+    return run("screen_bounds", __doc__, ["Cats", "Trees", "Sea"], measure, lines, arguments)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,14 @@ def test_early_stop_reads_less_in_the_order_of_firing(tmp_path, capsys):
     assert "| saeuron | absent |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("module", [early_stop, screen_bounds], ids=lambda module: module.__name__)
+def test_an_object_that_emojicanvas_has_not_is_refused_by_name(module, capsys):
+    with pytest.raises(SystemExit) as refused:
+        module.main(["--object", "Zebra"])
+    assert refused.value.code == 2
+    assert "--object: invalid choice: 'Zebra'" in (said := capsys.readouterr().err) and "Rabbits" in said
+
+
 def test_bounds_around_the_pre_bias_leave_less_open_than_around_zero(tmp_path, capsys):
     out = tmp_path / "bounds.json"
     assert (
