@@ -29,8 +29,7 @@ def literal(
     """`detect_patches` as its formula reads: encode everything, top-k, scatter into zeros [B, N, L],
     compare."""
     z = _dense_code(x if minus is None else x - minus, weight, bias, k)
-    floor = thresholds[timestep_bin].masked_fill(~enabled, torch.inf).unsqueeze(1)
-    return (z[..., latents] > floor).any(dim=-1)
+    return _detected(z, latents, thresholds, timestep_bin, enabled)
 
 
 def literal_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -47,24 +46,12 @@ class LiteralInt8:
         self.codes, self.scale = _coded(weight)
 
     def __call__(
-        self,
-        x: Tensor,  # [B, d, H, W]
-        weight: Tensor,  # [L, d]
-        bias: Tensor,  # [L]
-        latents: Tensor,  # [U]
-        thresholds: Tensor,  # [T, U]
-        timestep_bin: Tensor,  # [B]
-        enabled: Tensor,  # [B, U]
-        k: int,
-        minus: Tensor | None = None,  # like x
-    ) -> Tensor:  # [B, N]
-        """The mask, by and large."""
+        self, x: Tensor, weight: Tensor, bias: Tensor, k: int, minus: Tensor | None = None, **named: Tensor
+    ) -> Tensor:
+        """The mask [B, N], by and large; arguments are those of `literal`."""
         codes, scale = _coded((x if minus is None else x - minus).flatten(2).transpose(1, 2).flatten(0, 1))
         h = torch._int_mm(codes, self.codes.t()).float().mul_(scale).mul_(self.scale.t()).add_(bias)
-        values, indices = h.topk(k, dim=-1, sorted=False)
-        z = torch.zeros_like(h).scatter_(-1, indices, values.relu()).view(x.shape[0], -1, h.shape[1])
-        floor = thresholds[timestep_bin].masked_fill(~enabled, torch.inf).unsqueeze(1)
-        return (z[..., latents] > floor).any(dim=-1)
+        return _detected(_kept(h, k).view(x.shape[0], -1, h.shape[1]), **named)
 
 
 class LiteralBfloat16:
@@ -74,7 +61,7 @@ class LiteralBfloat16:
         self.weight = weight.bfloat16()
 
     def __call__(self, x: Tensor, weight: Tensor, minus: Tensor | None = None, **named: Any) -> Tensor:
-        """The mask [B, N], by and large."""
+        """The mask [B, N], by and large; arguments are those of `literal`."""
         return literal((x if minus is None else x - minus).bfloat16(), self.weight, **named)
 
 
@@ -96,9 +83,19 @@ def _pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _dense_code(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
-    h = _pre_activations(x, weight, bias)
+    return _kept(_pre_activations(x, weight, bias), k)
+
+
+def _kept(h: Tensor, k: int) -> Tensor:
     values, indices = h.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(h).scatter_(-1, indices, values.relu())
+
+
+def _detected(
+    z: Tensor, latents: Tensor, thresholds: Tensor, timestep_bin: Tensor, enabled: Tensor
+) -> Tensor:
+    floor = thresholds[timestep_bin].masked_fill(~enabled, torch.inf).unsqueeze(1)
+    return (z[..., latents] > floor).any(dim=-1)
 
 
 class PublishedHook:
