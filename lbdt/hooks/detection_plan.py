@@ -111,7 +111,9 @@ class DetectionPlan:
         """`centre`: what activations lie around, by which products are screened where that spares time; None: they are
         not."""
         self.options, self.gate, self.pre = options, gate, pre
-        self._centre, self.screen = centre, None
+        self._centre: Tensor | None = centre
+        self.screen: dict[str, Tensor] = {}
+        """The arguments of the ops by which products are screened; empty: they are not."""
         self.captured = False
         """Whether a CUDA graph reads these tensors."""
         # As given, since a cast to the dtype of one call's activations would be rounded for the next one's.
@@ -131,7 +133,8 @@ class DetectionPlan:
             setattr(self, name, getattr(self, name).to(device))
         self.weight = self._exact_weight.to(device, dtype)
         if self._centre is not None:
-            self.screen = Screen.where_useful(self.weight, self.bias, self._centre.to(device))
+            screen = Screen.where_useful(self.weight, self.bias, self._centre.to(device))
+            self.screen = {} if screen is None else screen._asdict()
         if self.pre is not None:
             self.pre.to(device, dtype)
         if self.gate is not None:
@@ -209,8 +212,8 @@ class DetectionPlan:
             now.gated = torch.empty_like(rows.bins)
             if self.gate.over_run:
                 so_far = now.memory.rows(rows.timesteps, self._inside(now), images)
-            gate = {"deciding": rows.deciding, "gated": now.gated, "so_far": so_far}
-            gate |= zip(("owners", "least", "least_of"), self.gate, strict=False)
+            gate = {"owners": self.gate.owners, "least": self.gate.least, "least_of": self.gate.least_of}
+            gate |= {"deciding": rows.deciding, "gated": now.gated, "so_far": so_far}
         mask = ops.detect_patches(
             looked,
             self.weight,
@@ -222,7 +225,7 @@ class DetectionPlan:
             self.options.k,
             minus,
             **gate,
-            **({} if self.screen is None else self.screen._asdict()),
+            **self.screen,
         )
         if so_far is not None:
             now.memory.keep(so_far, images)

@@ -106,7 +106,7 @@ class ErasePlan(DetectionPlan):
             sum(1 << place for place in prompted) if prompted else -1,
             *((None, 0, 0) if options.steps is None else (now.schedule.to(x.device), *options.steps)),
             *run,
-            *(self.screen or ()),
+            *self.screen.values(),
         )
 
     def detect(self, x: Tensor, minus: Tensor | None, now: Now) -> Tensor:
@@ -126,7 +126,7 @@ class ErasePlan(DetectionPlan):
                 enabled,
                 self.options.k,
                 minus,
-                **({} if self.screen is None else self.screen._asdict()),
+                **self.screen,
             )
         now.looked = None
         return mask
