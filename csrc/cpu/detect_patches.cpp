@@ -7,7 +7,8 @@
 // With `least`, the gate (METHOD.md, 2.5 and 2.6): patches that are evidence only for concepts of which the deciding
 // row has too few are taken away.
 // 2 N U d flops for m, then 2 C L d for the C patches with m > -inf (candidates), less where counts reach k
-// early. Reads x once and, where there is a candidate, the dictionary once. Holds C d floats.
+// early. Reads x once and, where there is a candidate, the dictionary once. Holds C d floats; with a screen as many
+// bytes, and a bit a latent and candidate of those that are decided together.
 
 #include "checks.h"
 #include "detection.h"

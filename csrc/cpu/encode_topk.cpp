@@ -234,7 +234,7 @@ void encode(
   std::iota(every.begin(), every.end(), 0);
   Kept kept(patches, k, weight.size(0));
   {
-    const lbdt::Columns packed(divide_up(patches, kernels().lanes) * kernels().lanes * map.width);
+    const lbdt::Columns<float> packed(divide_up(patches, kernels().lanes) * kernels().lanes * map.width);
     offer_all(map, map.panels(every, packed.get()), weight, bias, kept);
   }
   T* out = static_cast<T*>(values.mutable_data_ptr());

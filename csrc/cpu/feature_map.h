@@ -37,11 +37,14 @@ inline Floats floats(int64_t count) {
 }
 
 // Memory that grows with the input: from torch's allocator, whose profiler counts it; at the start of a cache line.
+template <typename T>
 class Columns {
+  static_assert(sizeof(T) == 4);
+
  public:
   explicit Columns(int64_t count)
-      : tensor_(torch::stable::empty({std::max<int64_t>(count, 1)}, torch::headeronly::ScalarType::Float)) {}
-  float* get() const { return static_cast<float*>(tensor_.mutable_data_ptr()); }
+      : tensor_(torch::stable::empty({std::max<int64_t>(count, 1)}, torch::headeronly::ScalarType::Int)) {}
+  T* get() const { return static_cast<T*>(tensor_.mutable_data_ptr()); }
 
  private:
   torch::stable::Tensor tensor_;

@@ -30,7 +30,7 @@ class Rank {
     const int64_t latents = call_.weight.size(0), lanes = kernels().lanes;
     const int64_t least = std::max<int64_t>(4 * call_.k, kBlock * torch::stable::get_num_threads());
     std::vector<std::atomic<int32_t>> counts(alive.empty() ? 0 : x_.images * x_.patches);
-    const Columns packed(divide_up(alive.size(), lanes) * lanes * x_.width);
+    const Columns<float> packed(divide_up(alive.size(), lanes) * lanes * x_.width);
     std::vector<Candidates> panels;
     int64_t vectors = 0;
     for (int64_t start = 0, stop; start < latents && !alive.empty(); start = stop) {

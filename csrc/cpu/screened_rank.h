@@ -10,8 +10,7 @@
 #include "screen.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
@@ -82,8 +81,6 @@ class ScreenedRank {
     if (!vague.empty()) Rank<T>(call_, x_, largest_).run(std::move(vague));
   }
 
-  using Tensor = torch::stable::Tensor;
-
   struct Candidate {
     std::atomic<int32_t> certain{0};  // the latents that exceed its value
     std::atomic<int32_t> likely{0};   // of those that may, how many it is likely of
@@ -101,21 +98,16 @@ class ScreenedRank {
   };
 
   struct Coded {
-    Tensor words;  // of all panels
+    Columns<uint32_t> words;  // of all panels
     std::vector<Panel> panels;
   };
 
   // A part of the dictionary, with the patches that were compared with it.
   struct Part {
     int64_t start, stop;
-    Tensor bits;  // [panels, stop - start] int32: the lanes in which a latent is to be counted exactly
+    Columns<uint32_t> bits;  // [panels, stop - start]: the lanes in which a latent is to be counted exactly
     std::vector<std::array<int32_t, kScreenLanes>> lanes;  // their candidates
   };
-
-  static Tensor words_of(int64_t count) {
-    return torch::stable::empty({std::max<int64_t>(count, 1)}, torch::headeronly::ScalarType::Int);
-  }
-  static uint32_t* at(const Tensor& words) { return static_cast<uint32_t*>(words.mutable_data_ptr()); }
 
   // Whether more latents than are counted may still refute it.
   bool is_open(const Candidate& one) const {
@@ -137,12 +129,12 @@ class ScreenedRank {
   // Panels for these candidates, without words and bounds.
   Coded room_for(const std::vector<int32_t>& candidates) const {
     const int64_t count = static_cast<int64_t>(candidates.size());
-    Coded coded{words_of(divide_up(count, kScreenHalf) * kScreenHalf * screen_.words()), {}};
+    Coded coded{Columns<uint32_t>(divide_up(count, kScreenHalf) * kScreenHalf * screen_.words()), {}};
     for (int64_t lane = 0; lane < count; lane += kScreenLanes) {
       Panel& panel = coded.panels.emplace_back();
       panel.filled = std::min(kScreenLanes, count - lane);
       panel.lanes = panel.filled > kScreenHalf ? kScreenLanes : kScreenHalf;
-      panel.words = at(coded.words) + lane * screen_.words();
+      panel.words = coded.words.get() + lane * screen_.words();
       panel.candidate.fill(-1);
       std::copy_n(candidates.begin() + lane, panel.filled, panel.candidate.begin());
     }
@@ -174,7 +166,7 @@ class ScreenedRank {
   // the `rest`, those that may, and are not likely to.
   Part compare(const Coded& coded, int64_t start, int64_t stop, bool rest) {
     const int64_t size = stop - start, count = static_cast<int64_t>(coded.panels.size());
-    Part part{start, stop, words_of(count * size), {}};
+    Part part{start, stop, Columns<uint32_t>(count * size), {}};
     for (const Panel& panel : coded.panels) part.lanes.push_back(panel.candidate);
     const int64_t tasks = divide_up(size, kBlock), work = kBlock * screen_.words() * count * kScreenLanes;
     std::atomic<int64_t> next{0};
@@ -182,7 +174,7 @@ class ScreenedRank {
       for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
         const int64_t first = start + task * kBlock, some = std::min(kBlock, stop - first);
         for (int64_t i = 0; i < count; ++i)
-          compare_block(coded.panels[i], first, some, rest, at(part.bits) + i * size + first - start);
+          compare_block(coded.panels[i], first, some, rest, part.bits.get() + i * size + first - start);
       }
     });
     return part;
@@ -297,7 +289,7 @@ class ScreenedRank {
     Candidate& one = candidates_[index];
     const auto [panel, lane] = lane_of(part, index);
     const int64_t size = part.stop - part.start;
-    const uint32_t *bits = at(part.bits) + panel * size, own = uint32_t{1} << lane;
+    const uint32_t *bits = part.bits.get() + panel * size, own = uint32_t{1} << lane;
     const float value = largest_.value[patches_[index]];
     int64_t some[kChains], found = 0;
     const auto count_found = [&] {
