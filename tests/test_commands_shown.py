@@ -27,7 +27,9 @@ from typer.testing import CliRunner
 from lbdt import cli
 from lbdt.editors import ConceptEraser, Steering
 from lbdt.evaluation.worlds.unlearncanvas import OBJECTS, THEMES
+from lbdt.serving import EXAMPLE_POLICY
 from tests import toy
+from tests.commands import groups_and_commands
 from tests.evaluation.test_clip import tiny_clip
 from tests.evaluation.test_nudity import RED, install
 from tests.evaluation.test_unlearncanvas import LOOKS, THINGS, planted
@@ -51,6 +53,7 @@ PUT = {
     "openai/clip-vit-large-patch14": "clip",
     "Qwen/Qwen2-VL-7B-Instruct": "qwen",
     "N": "2",
+    "FILE": str(EXAMPLE_POLICY),
     "$W/evaluation": "evaluation",
 }
 ONE = "--processes 1 --device cpu --concept Cats --own 1 --others 1 --quick"
@@ -88,6 +91,7 @@ SMALL = {
     "lbdt erase --min-patches 1": ERASE,
     "lbdt env": "",
     "lbdt concepts --eraser DIR": "",
+    "lbdt policy check FILE": "",
     "lbdt attack": ATTACK,
     "lbdt attack --quick": ATTACK,
     "lbdt attack --world unlearncanvas --model style50 --eraser DIR --classifier style50_cls.pth": "--quick --concept "
@@ -172,7 +176,8 @@ def spans(text: str) -> list[str]:
 def helps() -> list[str]:
     """What the commands' `--help` is made of."""
     texts = []
-    for command in typer.main.get_command(cli.app).commands.values():
+    groups, commands = groups_and_commands()
+    for command in (*groups.values(), *commands.values()):
         texts += [command.help or "", *(getattr(option, "help", None) or "" for option in command.params)]
     return texts
 

@@ -11,15 +11,15 @@ import typing
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from lbdt import cli
 from lbdt.cli import options
 from lbdt.runs import writable
 from tests import toy
+from tests.commands import groups_and_commands
 
-COMMANDS = typer.main.get_command(cli.app).commands
+_, COMMANDS = groups_and_commands()
 BAD_INTEGERS = (
     "-9223372036854775809",
     "9223372036854775808",

@@ -114,7 +114,8 @@ _FAILURES = (
 
 
 def reported(command: Callable) -> Callable:
-    """Failures become one line on stderr and exit code 1; an interruption one line and 130."""
+    """Failures become one line on stderr, those with `faults` one for each, and exit code 1; an interruption one line
+    and 130."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -134,7 +135,9 @@ def reported(command: Callable) -> Callable:
             say("lbdt: interrupted")
             raise typer.Exit(128 + signal.SIGINT) from error
         except _FAILURES as error:
-            say(f"lbdt: {_in_words(error)}")
+            # An error of several faults has a line for each.
+            lines = str(error).split("\n") if hasattr(error, "faults") else [_in_words(error)]
+            say("lbdt: " + "\n".join(map(printable, lines)))
             raise typer.Exit(1) from error
 
     return run
@@ -155,11 +158,11 @@ def _in_words(error: BaseException) -> str:
         text = worded(error)
     elif isinstance(error, KeyError) and error.args:
         text = str(error.args[0])  # str(KeyError) would quote it
-    return printable(" ".join(text.split())) or type(error).__name__
+    return " ".join(text.split()) or type(error).__name__
 
 
 def say(line: str) -> None:
-    """A line on stderr, if it still takes one; characters that it cannot show are escaped."""
+    """A line, or several, on stderr, if it still takes one; characters that it cannot show are escaped."""
     with contextlib.suppress(OSError):
         sys.stderr.write(_shown(line, sys.stderr) + "\n")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from lbdt.dictionary.checks import (
 from lbdt.dictionary.picture_counts import PictureCounts
 from lbdt.dictionary.selection import DetectionRates, Selection
 from lbdt.runs.site_names import checked_site
+from lbdt.runs.wording import nearest
 
 _DEFAULT_TOP_K = 2
 
@@ -98,9 +98,8 @@ class ConceptDictionary:
         """The place of a concept; ValueError naming the known ones and the nearest."""
         if concept in self.concepts:
             return self.concepts.index(concept)
-        lowered = {name.lower(): name for name in self.concepts}
-        near = difflib.get_close_matches(str(concept).lower(), lowered, n=1, cutoff=0.5)
-        hint = f"; did you mean {lowered[near[0]]!r}?" if near else ""
+        near = nearest(str(concept), self.concepts)
+        hint = f"; did you mean {near!r}?" if near else ""
         raise ValueError(f"unknown concept {concept!r}{hint} Known concepts: {', '.join(self.concepts)}")
 
     def scores(self) -> Tensor:

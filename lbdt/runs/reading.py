@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from lbdt.runs.wording import require_unicode
 
 _MAX_JSON = 1 << 25
@@ -23,7 +21,7 @@ _MAX_LINE = 1 << 20
 _MAX_DEPTH = 64
 _LONGEST_REASON = 300
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-MAX_FLOAT = torch.finfo(torch.float32).max
+MAX_FLOAT = (2 - 2**-23) * 2.0**127
 """The largest number that is computed with in float32."""
 
 

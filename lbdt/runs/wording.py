@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from lbdt.runs.digests import sha256
@@ -47,6 +49,13 @@ def short(text: str, most: int) -> str:
         return text
     end = (most - 1) // 3
     return f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` was perhaps meant to be, letters' case aside; None where none is near."""
+    lowered = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+    return lowered[near[0]] if near else None
 
 
 def require_unicode(what: str, text: str) -> None:
