@@ -24,6 +24,8 @@ FORMAT = 1
 """The format of policy files that is read."""
 REFUSE = "refuse"
 
+_MOST_ERRORS = 20_000
+"""pydantic takes a kilobyte for each to say what it is."""
 _EXPECTED = {
     "string_type": "text in quotes",
     "list_type": 'a list of texts, as in ["A", "B"]',
@@ -99,6 +101,10 @@ def checked_shape(tables: Mapping[str, Any]) -> tuple[PolicyFile | None, list[st
     try:
         return PolicyFile.model_validate(tables), []
     except ValidationError as error:
+        if (count := error.error_count()) > _MOST_ERRORS:
+            return None, [
+                f"expected a policy of format {FORMAT}, got {count} values of a wrong type or unknown name"
+            ]
         return None, [_fault(found) for found in error.errors(include_url=False, include_context=False)]
 
 
