@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from lbdt.cli import assemble, attack, bench, collect, concepts, convert, env, erase, evaluate, score, train
+from lbdt.cli import (
+    assemble,
+    attack,
+    audit,
+    bench,
+    collect,
+    concepts,
+    convert,
+    env,
+    erase,
+    evaluate,
+    score,
+    train,
+)
 
 app = typer.Typer(
     name="lbdt",
@@ -37,3 +50,4 @@ def _root(
 
 for module in (erase, concepts, collect, train, score, assemble, evaluate, attack, convert, bench, env):
     app.command(module.__name__.rpartition(".")[2])(module.command)
+app.add_typer(audit.app, name="audit")
