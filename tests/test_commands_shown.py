@@ -171,9 +171,10 @@ def spans(text: str) -> list[str]:
 
 def helps() -> list[str]:
     """What the commands' `--help` is made of."""
-    texts = []
-    for command in typer.main.get_command(cli.app).commands.values():
+    texts, commands = [], [*typer.main.get_command(cli.app).commands.values()]
+    for command in commands:
         texts += [command.help or "", *(getattr(option, "help", None) or "" for option in command.params)]
+        commands += getattr(command, "commands", {}).values()  # of a group, such as `lbdt audit`
     return texts
 
 

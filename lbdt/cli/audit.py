@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lbdt.cli.options import AsJson, print_result, reported, say
 from lbdt.runs.wording import printable
+
+if TYPE_CHECKING:
+    from lbdt.serving.audit_check import AuditSummary
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -43,7 +47,7 @@ def verify_command(
     """Check an audit file, or a folder of them: every line's spelling and hash, their order, and that none is missing.
 
     Exit code 1 with the first 20 faults on stderr. Without a key, whoever may write a file can make all its hashes
-    anew; and lines cut off an unfinished file are only missed by --expect.
+    anew; and lines cut off an unfinished file are noticed by --expect alone.
     """
     from lbdt.serving.audit_check import AuditFault, verify
     from lbdt.serving.audit_lines import read_key
@@ -52,16 +56,18 @@ def verify_command(
     try:
         summary = verify(place, key=key, expect=expect, strict=strict, progress=True)
     except AuditFault as error:
-        for fault in str(error).split("\n"):
-            say(f"lbdt: {printable(fault)}")
+        for fault in error.faults:
+            say(f"lbdt: {printable(str(fault))}")
+        if error.count > len(error.faults):
+            say(f"lbdt: {error.count - len(error.faults)} more faults")
         if as_json:
             faults = [fault._asdict() for fault in error.faults]
             print_result({"faults": error.count, "first": faults, **error.summary.as_dict()}, [], True)
-        raise typer.Exit(1) from error
+        sys.exit(1)  # typer.Exit is a RuntimeError, which `reported` would put in words
     print_result({"faults": 0, "first": [], **summary.as_dict()}, _lines(summary), as_json)
 
 
-def _lines(summary) -> list[str]:
+def _lines(summary: AuditSummary) -> list[str]:
     outcomes = ", ".join(f"{count} {name}" for name, count in summary.outcomes.items() if count)
     count = len(summary.files)
     lines = [
@@ -71,6 +77,6 @@ def _lines(summary) -> list[str]:
     for file in summary.files:
         state = "finished" if file.finished else "open: no end line, its writer is at work or was killed"
         if file.torn:
-            state += f"; the last line is cut off after {file.torn} bytes, as by a kill: no picture was released for it"
+            state += f"; the last line is cut off after {file.torn} bytes, as by a kill"
         lines.append(f"{file.name}: {state}; last hash {file.last or 'none'}")
     return lines

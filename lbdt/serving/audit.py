@@ -40,15 +40,17 @@ _ANEW = "find out who did it, then close this log and make another, which begins
 
 
 class AuditError(RuntimeError):
-    """Nothing was written of a call; the text says why, and what to do."""
+    """None of a call's lines can be relied on, so none of its pictures may be released; the text says why, and what to
+    do."""
 
 
 class AuditLog:
     """Appends pictures' lines to a file of its own in `folder`, which is made if needed.
 
-    Threads may share it. A process that was forked off may not: it makes its own. Whatever fails leaves none of a call's
-    lines: what part of them was written is cut off again, if not at once then before the next call's. So a call that is
-    tried again writes all of its lines or raises.
+    Threads may share it. A process that was forked off may not: it makes its own. Whatever fails leaves none of a
+    call's lines: what part of them was written is cut off again, if not at once then before the next call's. So a call
+    that is tried again writes all of its lines or raises. A file that others have written to, cut, moved or removed is
+    left as it is found, and takes no line any more.
 
     Args:
         folder: for the files of all replicas, `audit-<UTC time>-<random>.jsonl`, mode 0600.
@@ -290,7 +292,7 @@ class _AuditFile:
             there = os.stat(self.path, follow_symlinks=False)
         except FileNotFoundError:
             there = None
-        if there is None or here.st_nlink == 0:
+        if there is None:
             what = "was removed or renamed while it was written"
         elif (there.st_dev, there.st_ino) != self._identity:
             what = "was replaced by another file while it was written"

@@ -74,8 +74,8 @@ class FileSummary:
     finished: bool = False
     """Whether it has an end line: if not, its writer is at work, or was killed."""
     torn: int = 0
-    """Bytes after the last whole line: a killed writer's, or a line that is being written. It is of no picture that was
-    released."""
+    """Bytes after the last whole line: what a killed writer has left, or is being written. Its picture had not been
+    released, if no one else has cut it."""
     last: str | None = None
     """The hash that the last whole line has."""
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -211,7 +211,7 @@ class _FileCheck:
         self.summary = FileSummary(path.name)
         self.header: dict[str, Any] | None = None
         self.end: dict[str, Any] | None = None
-        self._pictures: int | None = 0  # the last number; None: the line before has none that can be read
+        self._pictures: int | None = None  # the last number; None: the line before has none that can be read
 
     def run(self, bar: Any, strict: bool) -> None:
         """Reads the file; what is wrong is told to the check."""
@@ -246,7 +246,7 @@ class _FileCheck:
     def _line(self, number: int, line: bytes) -> None:
         """Raises Wrong with what is wrong."""
         before, self.summary.last = self.summary.last, None
-        pictures, self._pictures = self._pictures, 0 if number == 1 else None
+        pictures, self._pictures = self._pictures, None
         values, body, said = parsed(line)
         self.summary.last = said
         if said == self.check.expect:
@@ -262,9 +262,8 @@ class _FileCheck:
         else:
             raise Wrong("neither a picture's line nor an end line")
         if number > 1 and before is not None and values["previous"] != before:
-            raise Wrong(
-                f"previous: expected {shown_hash(before)}, that of the line before, got {shown_hash(values['previous'])}"
-            )
+            got = shown_hash(values["previous"])
+            raise Wrong(f"previous: expected {shown_hash(before)}, that of the line before, got {got}")
         if hashed(body, self.check.key) != said:
             key = " under this key" if self.check.key is not None else ""
             raise Wrong(f"hash: the line is not what {shown_hash(said)} was made of{key}")
@@ -272,6 +271,7 @@ class _FileCheck:
     def _header(self, values: dict[str, Any]) -> None:
         if "lbdt_audit" not in values:
             raise Wrong("expected a header, got another line")
+        self._pictures = 0
         if values["lbdt_audit"] != SCHEMA or type(values["lbdt_audit"]) is not int:
             raise Wrong(f"lbdt_audit: expected {SCHEMA}, got {brief(values['lbdt_audit'])}")
         require_names(values, HEADER)

@@ -66,7 +66,7 @@ class PictureRecord:
     request: str
     """The request's id; with `index` it names one picture, for all replicas and all time."""
     index: int
-    """Which picture of the request, from 0."""
+    """The picture's place in the request, from 0."""
     tenant: str
     policy_version: str
     policy_digest: str

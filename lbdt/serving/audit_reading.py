@@ -1,4 +1,4 @@
-"""One line of an audit file, read: whether it is spelt as the writer spells it, and whether a field is what it may be."""
+"""An audit file's lines, read: whether one is spelt as the writer spells it, and a field is what it may be."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def parsed(line: bytes) -> tuple[dict[str, Any], bytes, str]:
 
 
 def lines_of(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Lines with their ends, none longer than is allowed by more than a byte: the rest of such a line is passed over."""
+    """Lines with their ends. Of one that is too long, all but a byte more than is allowed is passed over."""
     try:
         while line := file.readline(MOST_LINE + 1):
             cut = line
