@@ -10,6 +10,7 @@ import typer
 from lbdt.cli import (
     assemble,
     attack,
+    audit,
     bench,
     collect,
     concepts,
@@ -51,3 +52,4 @@ def _root(
 for module in (erase, concepts, collect, train, score, assemble, evaluate, attack, convert, bench, env):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(policy.app, name="policy")
+app.add_typer(audit.app, name="audit")

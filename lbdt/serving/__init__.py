@@ -1,4 +1,4 @@
-"""Policies of a service: which concepts are erased for which of its tenants (`pip install lbdt[serve]`).
+"""Pictures for many tenants, each without its own concepts: policies, a server, an audit (`pip install lbdt[serve]`).
 
 Importing this module is inert: every public name is loaded when it is first used.
 """
@@ -6,13 +6,21 @@ Importing this module is inert: every public name is loaded when it is first use
 import importlib
 
 _ATTRIBUTES = {
+    "AuditError": "lbdt.serving.audit",
+    "AuditLog": "lbdt.serving.audit",
     "EXAMPLE_POLICY": "lbdt.serving.policy",
+    "PictureEngine": "lbdt.serving.engine",
+    "PictureRecord": "lbdt.serving.audit_lines",
     "Policy": "lbdt.serving.policy",
     "PolicyError": "lbdt.serving.policy",
     "PolicyWatcher": "lbdt.serving.policy_watch",
+    "ServeSettings": "lbdt.serving.settings",
     "TenantRules": "lbdt.serving.policy",
     "UnknownTenantError": "lbdt.serving.policy",
+    "Work": "lbdt.serving.engine",
+    "build": "lbdt.serving.deployment",
     "load_policy": "lbdt.serving.policy",
+    "verify": "lbdt.serving.audit_check",
 }
 
 __all__ = list(_ATTRIBUTES)
