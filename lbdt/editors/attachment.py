@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lbdt.editors.edit_report import Blind, Report, StepMask, step_masks
+from lbdt.editors.edit_report import Blind, PictureReport, Report, StepMask, picture_reports, step_masks
 from lbdt.hooks import lookup
 from lbdt.hooks.call_state import CallState
 from lbdt.hooks.detection_plan import DetectionPlan
@@ -225,6 +225,18 @@ class Attachment:
     def report(self) -> Report:
         """What happened under this attachment. Waits for the device."""
         return self._summary(self._recorder.read())
+
+    def pictures(self) -> tuple[PictureReport, ...]:
+        """What happened to each picture of the pipeline's last call, in their order. Waits for the device.
+
+        Raises:
+            ValueError: no call, or another attachment has taken this one's place.
+        """
+        if self._calls is None or self._calls.before is None or isinstance(self._recorder, KeptCalls):
+            raise ValueError(
+                "pictures: no call of the pipeline under this attachment is kept; call it before"
+            )
+        return picture_reports(self._recorder.since(self._calls.before))
 
     def patches_changed(self) -> Tensor:
         """int64 [images]: the patches of each image that were overwritten in all kept calls, in all branches of

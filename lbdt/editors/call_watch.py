@@ -55,6 +55,8 @@ class CallWatch:
         self.plan, self.state, self.recorder = plan, state, recorder
         self.on_failure, self.enabled = on_failure, True
         self.failures: list[str] = []
+        self.before: torch.Tensor | None = None
+        """What was recorded when the pipeline's last call began; None: there was none."""
         self._name, self._root, self._denoiser = name, root, denoiser
         self._modules = [module for module, _ in hooks]
         state.shared = compiled
@@ -95,7 +97,8 @@ class CallWatch:
                 )
             check_lengths(self.plan, call.size.images, call.size.prompts)
         self.state.forget()
-        call.seen[self] = self.recorder.written.clone(), self.state.begun, len(self.failures)
+        self.before = self.recorder.written.clone()
+        call.seen[self] = self.before, self.state.begun, len(self.failures)
         self._announce(call)
 
     def leave(self, outer: PipelineCall | None) -> None:

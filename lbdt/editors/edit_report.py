@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lbdt.hooks.recorder import Call
+    from lbdt.hooks.recorder import Call, Row
 
 _SHOWN = 8
 
@@ -158,6 +158,34 @@ class StepMask:
     """bool [images, H, W], before padding."""
     replaced: Tensor
     """bool [images, H, W], after padding."""
+
+
+@dataclass(frozen=True)
+class PictureReport:
+    """One picture of a pipeline's call, step by step; counts are of patches, over the guidance branches."""
+
+    timesteps: tuple[float, ...]
+    detected: tuple[int, ...]
+    """How many, before padding."""
+    replaced: tuple[int, ...]
+    """How many were overwritten, after padding."""
+    gated: tuple[bool, ...]
+    """Whether patches were detected, in any branch, that the gate left."""
+
+
+def picture_reports(calls: Sequence[Sequence[Row]]) -> tuple[PictureReport, ...]:
+    """The reports of the pictures of calls, newest first, row by row."""
+    steps = [_pictures(rows) for rows in reversed(calls)]
+    return tuple(PictureReport(*zip(*picture, strict=True)) for picture in zip(*steps, strict=True))
+
+
+def _pictures(rows: Sequence[Row]) -> list[tuple[float, int, int, bool]]:
+    images = 1 + max(row.image for row in rows)
+    found = [(rows[image].timestep, rows[image::images]) for image in range(images)]
+    return [
+        (time, sum(r.detected for r in mine), sum(r.replaced for r in mine), any(r.gated for r in mine))
+        for time, mine in found
+    ]
 
 
 def warn_not_finite(patches: int) -> None:

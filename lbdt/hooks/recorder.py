@@ -47,6 +47,10 @@ class Row(NamedTuple):
     timestep: float
     image: int
     not_finite: int
+    detected: int
+    replaced: int
+    gated: bool
+    """Whether all that was detected was left by the gate."""
 
 
 class Recorder:
@@ -120,7 +124,7 @@ class Recorder:
             images = batch // (sizes % 8)
             calls.append(
                 [
-                    Row(time, place % images, row[FIELDS])
+                    Row(time, place % images, row[FIELDS], row[0], row[1], self._gated([row]) > 0)
                     for place, (time, row) in enumerate(zip(times[-batch:], rows[-batch:], strict=True))
                 ]
             )
