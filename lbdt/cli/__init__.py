@@ -20,6 +20,7 @@ from lbdt.cli import (
     evaluate,
     policy,
     score,
+    serve,
     train,
 )
 
@@ -49,7 +50,20 @@ def _root(
         raise typer.Exit()
 
 
-for module in (erase, concepts, collect, train, score, assemble, evaluate, attack, convert, bench, env):
+for module in (
+    erase,
+    concepts,
+    collect,
+    train,
+    score,
+    assemble,
+    evaluate,
+    attack,
+    convert,
+    serve,
+    bench,
+    env,
+):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(policy.app, name="policy")
 app.add_typer(audit.app, name="audit")

@@ -99,6 +99,11 @@ class Policy:
         """The tenants' names, in the order of the file."""
         return tuple(self._rules)
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether any tenant has an API key."""
+        return bool(self._keys)
+
     def resolve(self, tenant: str) -> TenantRules:
         """The rules of a tenant; those of `unknown_tenant` for one that the file does not name.
 

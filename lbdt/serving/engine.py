@@ -1,0 +1,213 @@
+"""Pictures of different tenants in one call of a pipeline, under one attachment: no network, no queue here."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lbdt.editors import UnprotectedError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lbdt.editors import ConceptEraser
+    from lbdt.editors.edit_report import PictureReport
+
+OnFailure = Literal["refuse", "unprotected"]
+MOST_SEED = 2**63 - 1
+
+
+class PromptTooLongError(ValueError):
+    """A prompt of more tokens than the text encoder reads: the rest would be left out unsaid."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One picture to be made."""
+
+    prompt: str
+    seed: int
+    """What the start noise and the donors' draws come from, in [0, 2**63)."""
+    concepts: tuple[str, ...] = ()
+    """What is erased from it; none: the picture is the bare pipeline's."""
+    on_failure: OnFailure = "refuse"
+    """What is returned where erasing failed: an error, or the picture without it, which says so."""
+    size: tuple[int, int] | None = None
+    """(width, height) in pixels; None: the pipeline's own."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that was made."""
+
+    png: bytes
+    protected: bool
+    """Whether everything asked for was looked for; False only as `on_failure="unprotected"` allows."""
+    detected: tuple[int, ...] = ()
+    """Patches with a concept, for each step, over the guidance branches, before padding."""
+    replaced: tuple[int, ...] = ()
+    """Patches overwritten, likewise, after padding."""
+    gated: bool = False
+    """Whether patches were detected, and all of them left by the gate."""
+    reason: str | None = None
+    """Why it is not protected."""
+
+
+class PictureEngine:
+    """A pipeline with an eraser attached for as long as the engine lives.
+
+    Every call of the pipeline has `batch` rows; where fewer pictures are asked for, the rest is filled with empty
+    prompts. So no shape ever changes (one compiled graph is enough), and a picture has the same bits whoever else is in
+    its batch: those of a product may depend on how many rows it has. With `fill=False` a call has as many rows as there
+    are pictures, which costs less where few come at a time, and a seed's last bits then depend on their number.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        eraser: ConceptEraser,
+        *,
+        batch: int = 8,
+        steps: int = 20,
+        guidance: float | None = None,
+        fill: bool = True,
+    ) -> None:
+        """`pipe`: a diffusers pipeline as `ConceptEraser.attach` takes it, on its device; `batch`: the most pictures of
+        a call; `steps`, `guidance`: of every picture, None: the pipeline's own.
+
+        Raises:
+            ValueError, TypeError: as `attach`; a batch or steps below 1.
+        """
+        for name, value in (("batch", batch), ("steps", steps)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {value!r}")
+        self.pipe, self.eraser, self.batch, self.fill = pipe, eraser, batch, fill
+        self._call: dict[str, Any] = {"num_inference_steps": steps}
+        if guidance is not None:
+            self._call["guidance_scale"] = guidance
+        # The pipeline's own remarks quote prompts.
+        for name in ("diffusers", "transformers"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        pipe.set_progress_bar_config(disable=True)
+        self._lock = threading.Lock()
+        self._rows = 0
+        self._attachment: Any = None
+        self._attach(batch if fill else 1)
+
+    def generate(self, works: Sequence[Work]) -> list[Picture | Exception]:
+        """A picture or an error for each of the works, in their order; at most `batch`, all of one size.
+
+        Where erasing fails in a batch, each of its pictures is made once more alone, so that one picture's failure is
+        no other one's. Errors: `UnprotectedError`, `PromptTooLongError`, and what the pipeline raises.
+
+        Raises:
+            ValueError: too many works, sizes that differ, or unknown concepts; nothing is generated.
+        """
+        if len(works) > self.batch or len({work.size for work in works}) > 1:
+            raise ValueError(f"works: expected at most {self.batch} of one size, got {len(works)}")
+        for name in {name for work in works for name in work.concepts}:
+            self.eraser.select(name)
+        with self._lock:
+            if self._attachment is None:
+                raise ValueError("generate: the engine was closed")
+            outcome: dict[int, Picture | Exception] = {}
+            for place, work in enumerate(works):
+                if long := self._too_long(work.prompt):
+                    outcome[place] = long
+            rest = [place for place in range(len(works)) if place not in outcome]
+            for place, made in zip(rest, self._made([works[place] for place in rest]), strict=True):
+                outcome[place] = made
+            return [outcome[place] for place in range(len(works))]
+
+    def close(self) -> None:
+        """Takes the eraser off the pipeline; waits for a call that is on."""
+        with self._lock:
+            if self._attachment is not None:
+                self._attachment.remove()
+                self._attachment = None
+
+    def __enter__(self) -> PictureEngine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _attach(self, rows: int) -> None:
+        if self._attachment is not None:
+            self._attachment.remove()
+        self._attachment = self.eraser.attach(self.pipe, concepts=[[]] * rows, seed=[0] * rows)
+        self._rows = rows
+
+    def _too_long(self, prompt: str) -> PromptTooLongError | None:
+        """What is wrong where a tokenizer of the pipeline would cut the prompt off."""
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+            tokenizer = getattr(self.pipe, name, None)
+            if tokenizer is None:
+                continue
+            most, tokens = (
+                tokenizer.model_max_length,
+                len(tokenizer(prompt, truncation=False, verbose=False).input_ids),
+            )
+            if tokens > most:
+                return PromptTooLongError(f"prompt: {tokens} tokens, and the model reads {most}; shorten it")
+        return None
+
+    def _made(self, works: Sequence[Work]) -> list[Picture | Exception]:
+        if not works:
+            return []
+        try:
+            return list(self._called(works))
+        except Exception as error:
+            if len(works) > 1:
+                return [made for work in works for made in self._made([work])]
+            return [self._failed(works[0], error)]
+
+    def _failed(self, work: Work, error: Exception) -> Picture | Exception:
+        """A picture that could not be made with what it asks for."""
+        if not work.concepts or work.on_failure != "unprotected":
+            return error
+        try:
+            (picture,) = self._called([work], enabled=False)
+        except Exception as second:
+            return second
+        reason = str(error) if isinstance(error, UnprotectedError) else type(error).__name__
+        return Picture(picture.png, protected=False, reason=reason)
+
+    def _called(self, works: Sequence[Work], enabled: bool = True) -> Iterator[Picture]:
+        """The pictures of one call of the pipeline."""
+        rows = self.batch if self.fill else len(works)
+        if rows != self._rows:
+            self._attach(rows)
+        spare = rows - len(works)
+        seeds = [work.seed for work in works] + [0] * spare
+        sets = [list(work.concepts) for work in works] + [[]] * spare
+        size = {} if works[0].size is None else dict(zip(("width", "height"), works[0].size, strict=True))
+        self._attachment.set(concepts=sets, seed=seeds, enabled=enabled)
+        pictures = self.pipe(
+            [work.prompt for work in works] + [""] * spare,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **self._call,
+            **size,
+        ).images
+        reports = self._attachment.pictures()
+        for work, picture, report in zip(works, pictures, reports, strict=False):
+            yield _picture(work, picture, report)
+
+
+def _picture(work: Work, picture: Image.Image, report: PictureReport) -> Picture:
+    found = any(report.gated) and not any(report.replaced)
+    return Picture(png_of(picture), True, report.detected, report.replaced, found)
+
+
+def png_of(picture: Image.Image) -> bytes:
+    """The picture as a PNG file; the same bytes for the same pixels."""
+    with contextlib.closing(io.BytesIO()) as file:
+        picture.save(file, format="PNG", compress_level=1)
+        return file.getvalue()

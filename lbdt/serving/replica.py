@@ -1,0 +1,71 @@
+"""An engine with its queue, as one process of a server has it: no Ray here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lbdt.serving.batcher import Batcher
+from lbdt.serving.engine import PictureEngine, Work
+from lbdt.serving.front import Served
+from lbdt.serving.outcome import Outcome, outcome_of
+from lbdt.serving.settings import ServeSettings
+
+_STEPS = 20
+
+
+class Replica:
+    """Loads a pipeline and an eraser, and makes pictures of many tenants in batches."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        """Loads, attaches, and makes one batch of nothing, so that the first picture does not pay for it.
+
+        Raises:
+            ValueError, TypeError, OSError: what loading and `ConceptEraser.attach` raise.
+        """
+        self.settings = settings
+        self.engine, self.served = load_engine(settings)
+        self.engine.generate([Work("", 0)])
+        self._batcher: Batcher[Work, Outcome] = Batcher(
+            self._run, most=settings.batch, wait=settings.batch_wait, kind=lambda work: work.size
+        )
+
+    async def make(self, tenant: str, work: Work) -> Outcome:
+        """The tenant's picture, in a batch with whatever else waits; what is cancelled before that is not made."""
+        return await self._batcher.submit(tenant, work)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it answers what it is asked for."""
+        return self._batcher.is_alive
+
+    async def close(self) -> None:
+        """Finishes what was taken, and takes the eraser off."""
+        await self._batcher.close()
+        self.engine.close()
+
+    def _run(self, works: list[Work]) -> Sequence[Outcome]:
+        return [outcome_of(made) for made in self.engine.generate(works)]
+
+
+def load_engine(settings: ServeSettings) -> tuple[PictureEngine, Served]:
+    """The engine of the settings, and what it serves with."""
+    import torch
+
+    from lbdt.canvas.defaults import NAME, eraser_of, pipeline_of
+    from lbdt.runs.processes import usable_device
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    eraser = eraser_of(settings.eraser, settings.kind)
+    pipe = pipeline_of(settings.model, usable_device(settings.device))
+    call: dict[str, Any] = {"steps": settings.steps or _STEPS, "guidance": settings.guidance}
+    if settings.model is None:
+        from lbdt.canvas import KINDS
+
+        kind = KINDS[settings.kind]
+        call = {"steps": settings.steps or kind.steps, "guidance": settings.guidance}
+        if settings.guidance is None:
+            call["guidance"] = kind.guidance
+    engine = PictureEngine(pipe, eraser, batch=settings.batch, fill=settings.fill, **call)
+    return engine, Served(settings.model or NAME, eraser.digest(), tuple(eraser.concepts))

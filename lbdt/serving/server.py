@@ -1,0 +1,105 @@
+"""A server on this machine, from its start to its orderly end."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from lbdt.serving.settings import ServeSettings
+
+APP = "lbdt"
+_STARTING_SECONDS = 600.0
+
+
+class LocalServer:
+    """Ray, started here or joined, with the application on it. `stop` ends what was started.
+
+    What Ray opens beside the HTTP port listens on the loopback address alone where Ray is started here.
+    """
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        ray_address: str | None = None,
+        application: Callable[[ServeSettings], Any] | None = None,
+    ) -> None:
+        """`ray_address`: of a cluster to join, "auto" for that of this machine; None: Ray is started. `application`: in
+        place of `deployment.build`.
+
+        Raises:
+            OSError: the port is taken. RuntimeError: what a replica's start raised.
+        """
+        if port:
+            _check_free(host, port)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if ray_address is None:
+            # By this variable's name for other systems only, but it is what makes Ray's own ports listen on loopback.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        import ray
+        from ray import serve
+
+        from lbdt.serving.deployment import build
+
+        self.host, self.port, self._own = host, port, not ray.is_initialized()
+        self._app = (application or build)(settings)
+        if self._own:
+            ray.init(**_ray_options(settings, ray_address))
+        try:
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={
+                    "host": host,
+                    "port": port,
+                    # A request has its own time-out, which answers in words; this one is a net below.
+                    "request_timeout_s": settings.timeout + 30,
+                },
+                logging_config={"enable_access_log": False, "log_level": "WARNING"},
+            )
+            self.handle = serve.run(self._app, name=APP, route_prefix="/", blocking=False)
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://{self.host}:{self.port}"
+
+    def stop(self) -> None:
+        """Takes no more requests, finishes what was accepted, and ends."""
+        self.handle.drain.remote().result()
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends at once."""
+        import ray
+        from ray import serve
+
+        serve.shutdown()
+        if self._own:
+            ray.shutdown()
+
+
+def _check_free(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                error.errno, f"port {port} of {host}: {error.strerror}; give another --port"
+            ) from error
+
+
+def _ray_options(settings: ServeSettings, address: str | None) -> dict[str, Any]:
+    if address is not None:
+        return {"address": address, "log_to_driver": False}
+    return {
+        "num_cpus": max(os.cpu_count() or 1, settings.replicas + 1),
+        "include_dashboard": False,
+        "log_to_driver": False,
+    }

@@ -1,0 +1,166 @@
+"""Pictures of different tenants in one call: whose bits depend on whom, what fails whom, what is left behind."""
+
+import warnings
+
+import pytest
+import torch
+
+from lbdt import canvas
+from lbdt.editors import UnprotectedError, attached
+from lbdt.serving.engine import Picture, PictureEngine, PromptTooLongError, Work
+from tests.repeats import repeats
+
+STEPS = 3
+BROKEN = "An image of Sea in Neon style."
+NAMES = ("Cats", "Dogs", "Towers", "Sea", "Human")
+
+
+def prompt(*names):
+    return canvas.prompt(list(names), "Sketch")
+
+
+WORKS = [
+    Work(prompt("Cats", "Dogs"), 1, ("Cats",)),
+    Work(prompt("Cats", "Dogs"), 1, ("Dogs", "Towers")),
+    Work(prompt("Cats", "Dogs"), 1),
+    Work(prompt("Towers"), 2**63 - 1, ("Towers",)),
+]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return canvas.load_pipeline()
+
+
+@pytest.fixture(scope="module")
+def eraser():
+    return canvas.load_eraser()
+
+
+@pytest.fixture(scope="module")
+def engine(pipe, eraser):
+    with PictureEngine(pipe, eraser, batch=4, steps=STEPS, guidance=3.0) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def alone(engine):
+    return [engine.generate([work])[0] for work in WORKS]
+
+
+@pytest.fixture
+def broken(pipe):
+    """A text encoder that gives NaN for one prompt, as an overflow does."""
+    ids = pipe.tokenizer(BROKEN, padding="max_length").input_ids
+
+    def spoil(module, args, kwargs, output):
+        given = args[0] if args else kwargs["input_ids"]
+        output.last_hidden_state[(given == torch.tensor(ids)).all(1)] = torch.nan
+        return output
+
+    handle = pipe.text_encoder.register_forward_hook(spoil, with_kwargs=True)
+    yield
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    "order",
+    [(0, 1, 2, 3), (3, 2, 1, 0), (1,), (2, 0), (3, 1, 0)],
+    ids=lambda order: "-".join(map(str, order)),
+)
+def test_a_picture_does_not_depend_on_who_else_is_in_its_batch(engine, alone, order):
+    made = engine.generate([WORKS[place] for place in order])
+    for picture, place in zip(made, order, strict=True):
+        assert repeats(picture.png, alone[place].png)
+        assert picture.protected and picture.reason is None
+        assert len(picture.detected) == len(picture.replaced) == STEPS
+        assert picture.detected == alone[place].detected
+
+
+def test_tenants_concepts_do_not_mix(alone):
+    same_seed = {picture.png for picture in alone[:3]}
+    assert len(same_seed) == 3
+    assert alone[2].detected == alone[2].replaced == (0,) * STEPS
+
+
+def test_a_picture_without_concepts_is_the_bare_pipelines(pipe, alone):
+    with torch.no_grad():
+        rows = [WORKS[2].prompt, "", "", ""]
+        seeds = [torch.Generator().manual_seed(seed) for seed in (1, 0, 0, 0)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            bare = pipe(rows, generator=seeds, num_inference_steps=STEPS, guidance_scale=3.0).images[0]
+    from lbdt.serving.engine import png_of
+
+    assert repeats(alone[2].png, png_of(bare))
+
+
+def test_without_filling_a_call_has_a_row_a_picture(eraser):
+    rows, pipe = [], canvas.load_pipeline()
+    pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(args[0].shape[0]), with_kwargs=True
+    )
+    with PictureEngine(pipe, eraser, batch=4, steps=2, guidance=3.0, fill=False) as engine:
+        for count in (1, 3, 1):
+            assert all(isinstance(made, Picture) for made in engine.generate(WORKS[:count]))
+    assert rows == [2, 2, 6, 6, 2, 2]
+
+
+@pytest.mark.parametrize("on_failure", ["refuse", "unprotected"])
+def test_a_failure_is_that_pictures_alone(engine, alone, broken, on_failure):
+    bad = Work(BROKEN, 3, ("Sea",), on_failure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # PIL's casts of NaN
+        made = engine.generate([WORKS[0], bad, WORKS[1]])
+    assert repeats(made[0].png, alone[0].png) and repeats(made[2].png, alone[1].png)
+    if on_failure == "refuse":
+        assert isinstance(made[1], UnprotectedError)
+    else:
+        assert isinstance(made[1], Picture) and not made[1].protected
+        assert "NaN or infinite" in made[1].reason
+    assert repeats(engine.generate([WORKS[0]])[0].png, alone[0].png)
+
+
+def test_a_prompt_that_would_be_cut_off_is_refused(engine, alone, caplog, capsys):
+    secret = "unspeakable " * 40
+    made = engine.generate([WORKS[0], Work(secret, 1)])
+    assert repeats(made[0].png, alone[0].png)
+    assert isinstance(made[1], PromptTooLongError)
+    assert "tokens, and the model reads 24; shorten it" in str(made[1])
+    assert "unspeakable" not in caplog.text + "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("works", "text"),
+    [
+        ([WORKS[0]] * 5, "at most 4 of one size, got 5"),
+        ([WORKS[0], Work("a", 1, size=(256, 256))], "of one size"),
+        ([Work("a", 1, ("Cat",))], "did you mean 'Cats'"),
+    ],
+    ids=["too-many", "two-sizes", "unknown-concept"],
+)
+def test_what_is_refused_before_anything_is_made(engine, works, text):
+    with pytest.raises(ValueError, match=text):
+        engine.generate(works)
+
+
+@pytest.mark.parametrize("settings", [{"batch": 0}, {"steps": 0}, {"batch": True}], ids=str)
+def test_settings_that_no_engine_has(eraser, settings):
+    with pytest.raises(ValueError, match="expected 1 or more"):
+        PictureEngine(canvas.load_pipeline(), eraser, **settings)
+
+
+def test_another_size(pipe, eraser, engine):
+    made = engine.generate([Work(prompt("Cats"), 1, ("Cats",), size=(64, 64))])
+    assert isinstance(made[0], Picture)
+
+
+def test_closing_takes_the_eraser_off(eraser):
+    pipe = canvas.load_pipeline()
+    engine = PictureEngine(pipe, eraser, batch=2, steps=2)
+    assert len(attached(pipe)) == 1
+    engine.close()
+    engine.close()
+    assert attached(pipe) == ()
+    with pytest.raises(ValueError, match="was closed"):
+        engine.generate([WORKS[0]])
