@@ -153,7 +153,7 @@ def test_requests_and_indices_are_not_run_together(tmp_path):
     with AuditLog(tmp_path) as log:
         log.write(
             [
-                record(0, request="1 1", index=1),
+                record(0, request="11", index=1),
                 record(0, request="1", index=11),
                 record(0, request="1", index=1),
             ]
