@@ -108,8 +108,8 @@ class AuditLog:
             return self._file.last or ""
 
     def write(self, records: Sequence[PictureRecord]) -> str:
-        """Appends a line for each record, in one write; returns the last one's hash. Without records it only looks whether
-        the file is as it was left.
+        """Appends a line for each record, in one write; returns the last one's hash. Without records it only looks
+        whether the file is as it was left.
 
         Raises:
             ValueError: not a sequence of records, or one of more than 1 MiB.

@@ -210,7 +210,9 @@ def test_a_killed_writer_s_lines_are_whole(seed, tmp_path):
         writer.send_signal(signal.SIGKILL)
         told = [told, *map(int, writer.stdout.read().split())][-1]
     summary = verify(tmp_path)
-    assert not summary.finished and all(file.finished for file in summary.files[:-1])
+    begun = [file for file in summary.files if file.lines]  # the next file may have been made, and no more
+    assert not summary.finished and len(summary.files) - len(begun) <= 1
+    assert all(file.finished for file in begun[:-1])
     assert summary.pictures in range(told, told + 3)  # the last call may not have come to its end
 
 
