@@ -24,7 +24,7 @@ import contextlib
 import os
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,8 @@ class AuditLog:
             return self._file.last or ""
 
     def write(self, records: Sequence[PictureRecord]) -> str:
-        """Appends a line for each record, in one write; returns the last one's hash.
+        """Appends a line for each record, in one write; returns the last one's hash. Without records it only looks
+        whether the file is as it was left.
 
         Raises:
             ValueError: not a sequence of records, or one of more than 1 MiB.
@@ -121,7 +122,8 @@ class AuditLog:
             if not isinstance(record, PictureRecord):
                 raise ValueError(f"records: expected PictureRecord, got {type(record).__name__}")
         with self._held():
-            if self._file.ended:  # a change of files that failed, or was interrupted, goes on
+            # A change of files that was interrupted, or failed, goes on.
+            if self._file.ended:
                 self._go_on()
             if self._file.size == 0:
                 self._begin()
@@ -145,9 +147,8 @@ class AuditLog:
             if self._closed:
                 return
             self._closed = True
-            named = self._file.ended  # by its end line: the next file has to stay, even empty
             try:
-                if named:
+                if self._file.ended:
                     self._go_on()
                 if self._file.size == 0:
                     self._begin()
@@ -155,7 +156,7 @@ class AuditLog:
             finally:
                 self._file.close()
                 if self._next is not None:
-                    self._next.close() if named else self._next.discard()
+                    self._next.discard()
 
     def __enter__(self) -> AuditLog:
         return self
@@ -164,7 +165,7 @@ class AuditLog:
         self.close()
 
     @contextlib.contextmanager
-    def _held(self):
+    def _held(self) -> Iterator[None]:
         # Before the lock: it may have been held when the process was forked, and would be waited for without end.
         if self._process != os.getpid():
             raise AuditError(

@@ -74,11 +74,25 @@ def test_a_writer_that_was_killed_in_its_header(size, tmp_path):
     assert (file.lines, file.torn, file.last, file.finished) == (0, size, None, False)
 
 
-def test_a_writer_that_was_killed_in_a_change_of_files(tmp_path):
+@pytest.mark.parametrize(
+    ("first", "second", "finished"),
+    [
+        pytest.param(0, None, [False, False], id="before-the-end-line"),
+        pytest.param(9, None, [False, False], id="in-the-end-line"),
+        pytest.param(None, None, [True, False], id="before-the-header"),
+        pytest.param(None, 9, [True, False], id="in-the-header"),
+    ],
+)
+def test_a_writer_that_was_killed_in_a_change_of_files(first, second, finished, tmp_path):
+    """`first`: bytes of the end line, None: all of it; `second`: of the next file's header."""
     written(tmp_path, 3, max_lines=2)
-    _, last = sorted(tmp_path.iterdir())
-    os.truncate(last, 0)
-    assert [file.finished for file in verify(tmp_path).files] == [True, False]
+    before, after = sorted(tmp_path.iterdir())
+    *whole, end = lines(before)
+    put(before, [*whole, end[:first]])
+    put(after, [after.read_bytes()[: second or 0]])
+    summary = verify(tmp_path)
+    assert [file.finished for file in summary.files] == finished and summary.pictures == 2
+    assert [file.torn for file in summary.files] == [first or 0, second or 0]
 
 
 def test_zeros_that_a_power_cut_leaves_are_a_line_cut_off(tmp_path):
@@ -153,7 +167,7 @@ def test_requests_and_indices_are_not_run_together(tmp_path):
     with AuditLog(tmp_path) as log:
         log.write(
             [
-                record(0, request="1 1", index=1),
+                record(0, request="11", index=1),
                 record(0, request="1", index=11),
                 record(0, request="1", index=1),
             ]

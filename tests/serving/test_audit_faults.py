@@ -109,6 +109,28 @@ def test_a_change_of_files_that_fails_goes_on_with_the_next_call(results, finish
     assert [file.outcomes["protected"] for file in verify(tmp_path, strict=True).files] == finished
 
 
+@pytest.mark.parametrize("then", ["write", "close"])
+def test_a_change_of_files_that_is_interrupted_after_the_end_line(then, tmp_path, monkeypatch):
+    """Also where what comes next would have had room in the file before."""
+
+    def interrupted(*arguments):
+        end(*arguments)
+        raise KeyboardInterrupt
+
+    log = AuditLog(tmp_path, max_lines=2)
+    end = log._end
+    log.write([record(0)])
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "_end", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            log.write([record(1), record(2)])
+    if then == "write":
+        log.write([record(1)])
+    log.close()
+    assert verify(tmp_path, strict=True).pictures == 1 + (then == "write")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     "results",
     [

@@ -113,6 +113,16 @@ SPELT = "the same values are spelt otherwise than the writer spells them"
             id="schema-true",
         ),
         pytest.param(
+            sealed(1, lambda found: found | {"began": "today"}),
+            ["1: began: expected UTC as in ", f"2: {PREVIOUS}"],
+            id="began",
+        ),
+        pytest.param(
+            sealed(6, lambda found: found | {"ended": None}),
+            ["6: ended: expected UTC as in "],
+            id="ended",
+        ),
+        pytest.param(
             sealed(1, lambda found: found | {"hashing": "md5"}),
             ["1: hashing: expected sha256 or hmac-sha256, got 'md5'", f"2: {PREVIOUS}"],
             id="hashing",
