@@ -60,6 +60,9 @@ def command(
     timeout: Annotated[
         float, number(min=0.001, max=86_400, help="Seconds after which a request is answered by 504.")
     ] = 120.0,
+    policy_interval: Annotated[
+        float, number(min=0.01, max=3600, help="Seconds between looks at the policy's file.")
+    ] = 2.0,
     tenant_header: Annotated[
         str | None,
         typer.Option(
@@ -113,6 +116,7 @@ def command(
         max_prompt=max_prompt,
         timeout=timeout,
         tenant_header=tenant_header,
+        policy_interval=policy_interval,
     )
     # What would be refused in a minute by a replica is refused here, in words.
     usable_device(device)
@@ -122,9 +126,11 @@ def command(
             f"{policy}: no tenant has an API key, so nobody could be served; give keys, or --tenant-header NAME behind "
             "a gateway"
         )
-    ended = _on_signals()
+    ended = threading.Event()
     say("lbdt: starting Ray Serve and loading the model ...")
     server = LocalServer(settings, host, port, ray_address)
+    # After Ray, which has handlers of its own that end the process at once.
+    _on_signals(ended)
     say(
         f"lbdt: {server.url}/v1/images/generations, {len(loaded.tenants)} tenants by policy {loaded.version!r}"
     )
@@ -136,9 +142,8 @@ def command(
         server.kill()
 
 
-def _on_signals() -> threading.Event:
-    """Set by the first SIGTERM or SIGINT; the second one interrupts."""
-    ended = threading.Event()
+def _on_signals(ended: threading.Event) -> None:
+    """Has the first SIGTERM or SIGINT set it, and the second one interrupt."""
 
     def handle(number: int, frame: object) -> None:
         if ended.is_set():
@@ -147,4 +152,3 @@ def _on_signals() -> threading.Event:
 
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, handle)
-    return ended

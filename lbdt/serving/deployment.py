@@ -14,7 +14,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from lbdt.serving.audit import AuditLog
+from lbdt.serving.audit import AuditLog, read_key
 from lbdt.serving.engine import Work
 from lbdt.serving.front import Front, Served
 from lbdt.serving.image_request import Refusal
@@ -35,12 +35,14 @@ async def _no_such_route(request: Request, error: HTTPException) -> JSONResponse
     return JSONResponse(refusal.body(), error.status_code, headers=error.headers)
 
 
-@serve.deployment(logging_config=_QUIET, graceful_shutdown_timeout_s=_PATIENCE)
+@serve.deployment(
+    logging_config=_QUIET, graceful_shutdown_timeout_s=_PATIENCE, graceful_shutdown_wait_loop_s=0.5
+)
 class Engine:
     """A `Replica` on a device of its own."""
 
-    def __init__(self, settings: ServeSettings) -> None:
-        self._replica = Replica(settings)
+    def __init__(self, settings: ServeSettings, made_by: type[Replica] = Replica) -> None:
+        self._replica = made_by(settings)
 
     async def make(self, tenant: str, work: Work) -> Outcome:
         """`Replica.make`."""
@@ -60,14 +62,16 @@ class Engine:
             raise RuntimeError("the engine's queue ended")
 
 
-@serve.deployment(logging_config=_QUIET, graceful_shutdown_timeout_s=_PATIENCE)
+@serve.deployment(
+    logging_config=_QUIET, graceful_shutdown_timeout_s=_PATIENCE, graceful_shutdown_wait_loop_s=0.5
+)
 @serve.ingress(api)
 class Server:
     """The HTTP routes."""
 
     async def __init__(self, engine: DeploymentHandle, settings: ServeSettings) -> None:
         served: Served = await engine.served.remote()
-        key = None if settings.audit_key is None else settings.audit_key.read_bytes()
+        key = None if settings.audit_key is None else read_key(settings.audit_key)
         self._engine = engine
         replica = serve.get_replica_context().replica_id.unique_id
         self._front = Front(
@@ -81,12 +85,17 @@ class Server:
         self._watch = asyncio.get_running_loop().create_task(self._front.watch_policy())
 
     async def _make(self, tenant: str, work: Work) -> Outcome:
-        try:
-            return await self._engine.make.remote(tenant, work)
-        except BackPressureError:
-            return Failure("gone", "no engine had room")
-        except RayError as error:
-            return Failure("gone", type(error).__name__)
+        # Nothing of a picture is given out before it is whole, so it may be made again, with the same bits, where an
+        # engine died with it; not more often, as it may be what engines die of.
+        for again in (True, False):
+            try:
+                return await self._engine.make.remote(tenant, work)
+            except BackPressureError:
+                return Failure("gone", "no engine had room")
+            except RayError as error:
+                if not again:
+                    return Failure("gone", type(error).__name__)
+        raise AssertionError("a picture is made or not")
 
     @api.post("/v1/images/generations")
     async def images(self, request: Request) -> Response:
@@ -124,9 +133,9 @@ class Server:
         await self._front.drain()
 
 
-def build(settings: ServeSettings | dict[str, Any]) -> serve.Application:
+def build(settings: ServeSettings | dict[str, Any], made_by: type[Replica] = Replica) -> serve.Application:
     """The application, for `serve.run`, `serve run lbdt.serving.deployment:build policy=... audit=...`, or a graph of
-    one's own."""
+    one's own. `made_by`: a `Replica` of one's own."""
     if isinstance(settings, dict):
         settings = ServeSettings(**settings)
     gpus = 0 if settings.device == "cpu" else _gpus()
@@ -135,7 +144,7 @@ def build(settings: ServeSettings | dict[str, Any]) -> serve.Application:
         # What the front lets in waits in the engine's queue, where batches are made of it.
         max_ongoing_requests=max(2 * settings.batch, settings.max_queue),
         ray_actor_options={"num_cpus": 1 if not gpus else 0, "num_gpus": gpus},
-    ).bind(settings)
+    ).bind(settings, made_by)
     return Server.options(
         max_ongoing_requests=settings.max_queue + 1000, ray_actor_options={"num_cpus": 0}
     ).bind(engine, settings)

@@ -13,10 +13,11 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
+from lbdt.runs.wording import short
 from lbdt.serving.audit import AuditError, AuditLog, PictureRecord
+from lbdt.serving.audit_lines import utc_now
 from lbdt.serving.engine import Picture, Work
 from lbdt.serving.image_request import ImageRequest, Refusal, read_request
 from lbdt.serving.metrics import ServerMetrics
@@ -30,6 +31,7 @@ Make = Callable[[str, Work], Awaitable[Outcome]]
 _log = logging.getLogger("lbdt.serving")
 _STATUS = {"prompt_too_long": 400, "not_protected": 500, "failed": 500, "gone": 503}
 MOST_TENANT = 100
+MOST_REASON = 500
 _SECONDS_A_PICTURE = 1.0  # until one was made
 
 
@@ -61,7 +63,8 @@ class _Accepted:
     tenant: str
     rules: TenantRules
     request: ImageRequest
-    begun: datetime
+    begun: str
+    """When, in UTC."""
 
 
 class Front:
@@ -159,7 +162,7 @@ class Front:
         whole = await _read(headers, body, self.settings.max_body)
         request = read_request(whole, self.settings, (self.served.model,))
         with self._place(tenant, len(request.seeds)):
-            accepted = _Accepted(name, tenant, rules, request, datetime.now(UTC))
+            accepted = _Accepted(name, tenant, rules, request, utc_now())
             return await self._accepted(accepted)
 
     def _tenant(self, policy: Any, headers: Mapping[str, str]) -> str:
@@ -318,10 +321,10 @@ def _record(accepted: _Accepted, index: int, outcome: Outcome, eraser: str, rele
         gated=bool(picture and picture.gated),
         fallback="unprotected" if picture and not picture.protected else None,
         outcome=said,
-        reason=reason,
+        reason=None if reason is None else short(reason, MOST_REASON),
         image=hashlib.sha256(picture.png).hexdigest() if picture and released else None,
-        started=accepted.begun.isoformat(timespec="microseconds"),
-        finished=datetime.now(UTC).isoformat(timespec="microseconds"),
+        started=accepted.begun,
+        finished=utc_now(),
     )
 
 
