@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import sys
 import tempfile
@@ -162,26 +163,23 @@ def faults(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def _process() -> int:
-    import os
-
-    return os.getpid()
-
-
 def _malformed(bench: Bench, server: LocalServer, asked: list[load.Ask]) -> dict[str, Any]:
     seeds = [_SEED + 10, _SEED + 11]
     count = bench.count(10_000) // len(seeds)
     load.flood(server.url, malformed.bodies(1, 200), TENANTS[0])
-    before = load.memory(_process())
+    before = load.memory(os.getpid())
+    start = time.perf_counter()
     replies = [
         reply for seed in seeds for reply in load.flood(server.url, malformed.bodies(seed, count), TENANTS[0])
     ]
+    seconds = time.perf_counter() - start
     large = load.flood(server.url, [b"x" * 50_000_000] * 4, TENANTS[0], clients=2)
-    after = load.memory(_process())
+    after = load.memory(os.getpid())
     return {
         "seeds": seeds,
         "requests": len(replies),
         "answered by 4xx in a sentence": sum(400 <= r.status < 500 and len(r.sentence) > 10 for r in replies),
+        "a second": len(replies) / seconds,
         "bodies of 50 MB": [reply.status for reply in large],
         "MiB before": before,
         "MiB after": after,
@@ -195,7 +193,7 @@ def _soak(bench: Bench, server: LocalServer, asked: list[load.Ask]) -> dict[str,
     with load.Load(server.url, asked, CLIENTS) as running:
         while time.monotonic() - start < 600 * bench.scale:
             time.sleep(10 * min(1.0, bench.scale))
-            samples.append(((time.monotonic() - start) / 60, load.memory(_process())))
+            samples.append(((time.monotonic() - start) / 60, load.memory(os.getpid())))
     statuses = _statuses(running)
     # The first third is warm-up: allocators fill their pools.
     late = samples[len(samples) // 3 :]
@@ -247,7 +245,7 @@ def _kills(bench: Bench, server: LocalServer, asked: list[load.Ask]) -> dict[str
             if not load.until(lambda b=before: any(r.status == 200 for _, r in running.replies[b:]), 180):
                 raise RuntimeError("no picture after a kill")
             time.sleep(draw.uniform(0, 3))
-            load.kill_replica(_process())
+            load.kill_replica(os.getpid(), draw.choice(("Engine", "Engine", "Server")))
         load.until(lambda: running.replies[-1][1].status == 200, 180)
     names = [(record["request"], record["index"]) for record in load.audited(bench.folder / "faults")]
     return {
