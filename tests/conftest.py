@@ -3,18 +3,23 @@
 import gc
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
-from tests import fuzzing
+from tests import fuzzing, interpreter
+from tests.backends import HAS_TRITON
+from tests.longest import LONGEST
 from tests.misaligned import products
 from tests.repeats import MISALIGNED
 
 # Read when triton is imported: without a GPU its kernels run in the interpreter.
 if os.environ.get("LBDT_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.quicken()
 
 # A shell has what it starts with `&` ignore interruptions, and so what that starts, which a test may interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -40,7 +45,19 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # Before any test module is imported, as its targets are made then. Workers of xdist share one seed.
     given = getattr(config, "workerinput", {}).get("fuzz_seed") or config.getoption("--hypothesis-seed")
+    if hasattr(
+        config.option, "loadscopereorder"
+    ):  # by the number of their tests, which tells nothing of the time
+        config.option.loadscopereorder = False
     config.fuzz_line = fuzzing.choose(config.getoption("--fuzz-cases"), given)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        tests = Path(__file__).parent
+        place = {tests / name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_collection_finish(session):

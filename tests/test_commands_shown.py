@@ -25,6 +25,7 @@ import typer
 from typer.testing import CliRunner
 
 from lbdt import cli
+from lbdt.bench import shapes
 from lbdt.editors import ConceptEraser, Steering
 from lbdt.evaluation.worlds.unlearncanvas import OBJECTS, THEMES
 from lbdt.serving import EXAMPLE_POLICY
@@ -143,6 +144,7 @@ ELSEWHERE = {
     "python -m benchmarks.paper_model": "tests/kernels/test_paper_model.py",
     "pytest tests/kernels -s": "tests/kernels",
     "python -m tests.kernels.ptx.mutants": "tests/kernels/test_ptx_mutants.py",
+    "python -m tests.kernels.ptx.run": "tests/kernels/test_ptx_kernels.py",  # fewer
     "python -m tests.kernels.ptx.run --case half --seed 3": "tests/kernels/test_ptx_kernels.py",
     ".ci/setup --tests": "tests/kernels/test_ptx_kernels.py",  # what it installs
     ".ci/versions": "tests/test_packaging.py",
@@ -251,7 +253,8 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def home(models, tmp_path, monkeypatch) -> Path:
-    """The working folder: links to the inputs, nothing else."""
+    """The working folder: links to the inputs, nothing else. Sizes of real hookpoints are small ones."""
+    monkeypatch.setitem(shapes.SHAPES, "sd15-b1", shapes.QUICK["quick"])
     for path in models.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lbdt import donors, ops, reference
+from tests.longest import LONGEST
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(path.stem for path in (ROOT / "lbdt/ops").glob("[a-z]*.py"))
@@ -225,6 +226,10 @@ def test_tolerances_come_from_the_one_table():
     literal = re.compile(r"\b[ar]tol\s*=\s*[\d.]")
     assert literal.search("a" + "tol=1e-5")
     assert [p.name for p in (ROOT / "tests").rglob("*.py") if literal.search(p.read_text())] == []
+
+
+def test_the_files_that_are_begun_first_are_there():
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []
 
 
 def test_the_top_level_is_the_agreed_one():

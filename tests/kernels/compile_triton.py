@@ -5,13 +5,18 @@ resources, instructions, and the case. `python -m tests.kernels.compile_triton A
 `tests.kernels.budgets`.
 """
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
+from unittest import mock
 
 import torch
+import triton
+from triton.backends.nvidia.compiler import CUDABackend
 
 from tests.kernels import budgets, sass
 from tests.kernels.launches import Launch, compile_launch, record
@@ -19,7 +24,9 @@ from tests.kernels.launches import Launch, compile_launch, record
 
 def measured(launch: Launch, arch: int, name: str) -> dict:
     """Resources and instructions of one launch's machine code; more where the case `name` has budgets."""
-    compiled, _ = compile_launch(launch, arch)
+    # Only of sm_90 the machine code itself is read; for the others ptxas runs once, in `resources`.
+    with contextlib.nullcontext() if arch == 90 else without_machine_code():
+        compiled, _ = compile_launch(launch, arch)
     ptx, warps = compiled.asm["ptx"], launch.kwargs["num_warps"]
     registers, spilled, serialised = resources(ptx, arch)
     result = {
@@ -31,12 +38,22 @@ def measured(launch: Launch, arch: int, name: str) -> dict:
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": len(re.findall(r"\bmma\.sync|\btcgen05\.mma", ptx)),
         "cp_async": len(re.findall(r"\bcp\.async\b(?!\.(?:wait|commit))", ptx)),
-        "bytes": len(compiled.asm["cubin"]),
     }
     if arch != 90 or name not in budgets.CASES:
         return result
     code = sass.read(sass.disassembled(compiled.asm["cubin"]))
     return result | code._asdict() | {"blocks": sass.blocks(registers, warps, compiled.metadata.shared)}
+
+
+@contextlib.contextmanager
+def without_machine_code():
+    """Triton stops at PTX, and keeps that where no launch will look."""
+    with (
+        triton.knobs.cache.scope(),
+        mock.patch.object(CUDABackend, "make_cubin", lambda *args, **kwargs: b""),
+    ):
+        triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir) / "without-machine-code")
+        yield
 
 
 def resources(ptx: str, arch: int) -> tuple[int, int, bool]:
@@ -235,6 +252,8 @@ def main(arch: int, names: list[str]) -> None:
     for name, arguments in CASES.items():
         if names and name not in names:
             continue
+        if name.endswith(" ones") and arch != 90 and not names:
+            continue  # constants are typed before anything depends on the architecture
         op = name.split()[0]
         for launch in record(op, arch, **arguments())[0]:
             if not launch.name.startswith(op):

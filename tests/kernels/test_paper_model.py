@@ -34,15 +34,15 @@ def table(cache: Path, *arguments: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
 
 
-def test_the_page_shows_what_is_printed(tmp_path):
+def test_the_page_shows_what_is_printed(tmp_path_factory):
     shown = (ROOT / "kernels/README.md").read_text()
-    printed = table(tmp_path)
+    printed = table(triton_process.cache(tmp_path_factory))
     for row in printed[2:]:
         assert f"| {' | '.join(row)} |" in shown
 
 
-def test_more_from_l2_takes_less_time_and_none_less_than_the_floor(tmp_path):
-    head, _, *rows = table(tmp_path, "--cases", "1", "--l2", "2", "5.5", "1000")
+def test_more_from_l2_takes_less_time_and_none_less_than_the_floor(tmp_path_factory):
+    head, _, *rows = table(triton_process.cache(tmp_path_factory), "--cases", "1", "--l2", "2", "5.5", "1000")
     for row in (dict(zip(head, cells, strict=True)) for cells in rows):
         times = [float(each) for each in row["count, us"].split(" / ")]
         assert times == sorted(times, reverse=True) and times[-1] >= float(row["floor, us"])

@@ -20,13 +20,19 @@ MASKS = (
 )
 
 
-@pytest.fixture(scope="module", params=triton_process.VERSIONS)
-def outcomes(request, tmp_path_factory) -> tuple[str, list[dict]]:
+@pytest.fixture(scope="module")
+def version() -> str:
+    """`test_ptx_oldest.py` has another."""
+    return triton_process.PINNED
+
+
+@pytest.fixture(scope="module")
+def outcomes(version, tmp_path_factory) -> tuple[str, list[dict]]:
     """Of all cases, of the oldest Triton those of every kernel: a process compiles and runs them one by one."""
-    triton_process.needs(request.param)
-    arguments = ["--oldest"] if request.param == "oldest" else []
-    cache = tmp_path_factory.mktemp("triton")
-    return request.param, triton_process.lines(request.param, cache, "tests.kernels.ptx.run", *arguments)
+    triton_process.needs(version)
+    which = "--oldest" if version == "oldest" else "--suite"
+    cache = triton_process.cache(tmp_path_factory)
+    return version, triton_process.lines(version, cache, "tests.kernels.ptx.run", which)
 
 
 def test_every_case_is_right_and_free_of_races(outcomes):

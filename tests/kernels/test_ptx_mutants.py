@@ -25,7 +25,7 @@ def judged(tmp_path_factory) -> list[dict]:
     cases = [argument for name, arch in CASES for argument in ("--of", f"{arch} {name}")]
     return triton_process.lines(
         triton_process.PINNED,
-        tmp_path_factory.mktemp("triton"),
+        triton_process.cache(tmp_path_factory),
         "tests.kernels.ptx.mutants",
         *("--json", "--sample", str(COUNT), *cases),
     )

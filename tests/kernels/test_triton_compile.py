@@ -39,13 +39,15 @@ def by_kernel(version: str, arch: int, cache, *cases: str) -> dict[str, list[dic
 
 @pytest.fixture(scope="module", params=sorted(SHARED), ids=lambda arch: f"sm_{arch}")
 def compiled(request, tmp_path_factory):
-    return request.param, by_kernel(triton_process.PINNED, request.param, tmp_path_factory.mktemp("triton"))
+    return request.param, by_kernel(
+        triton_process.PINNED, request.param, triton_process.cache(tmp_path_factory)
+    )
 
 
 @pytest.fixture(scope="module")
 def compiled_by_the_oldest(tmp_path_factory):
     triton_process.needs("oldest")
-    return by_kernel("oldest", 90, tmp_path_factory.mktemp("triton"), "budgets")
+    return by_kernel("oldest", 90, triton_process.cache(tmp_path_factory), "budgets")
 
 
 def keeps_its_budgets(results: dict[str, list[dict]], version: tuple[int, ...]) -> None:

@@ -31,6 +31,24 @@ if HAS_TRITON:
         tl.store(again + place, key_value(key))
         tl.store(latents + place, key_latent(key))
 
+    @triton.jit
+    def _either(a, b):
+        return a | b
+
+    @triton.jit
+    def _larger(a, a_place, b, b_place):
+        return tl.where(a < b, b, a), tl.where(a < b, b_place, a_place)
+
+    @triton.jit
+    def folds(values, either, largest, places, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AXIS: tl.constexpr):
+        row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+        value = tl.load(values + row * COLUMNS + column)
+        left = tl.arange(0, COLUMNS if AXIS == 0 else ROWS)
+        tl.store(either + left, tl.reduce(value, AXIS, _either))
+        most, place = tl.reduce((value, row * COLUMNS + column), AXIS, _larger)
+        tl.store(largest + left, most)
+        tl.store(places + left, place)
+
 
 @pytest.fixture
 def small_tiles(monkeypatch):
@@ -227,3 +245,21 @@ def test_tf32_is_used_only_where_torch_allows_it():
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert common.precision(torch.float32) == "ieee"
+
+
+@pytest.mark.parametrize("quick", [True, False], ids=["by-slices", "by-elements"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_reduction_by_a_function_folds_in_order(monkeypatch, axis, quick):
+    """What `tests.interpreter` puts in the place of Triton's own does the same."""
+    from triton.runtime.interpreter import ReduceOps
+
+    if not quick:
+        monkeypatch.setattr(ReduceOps, "generic_reduce", ReduceOps.generic_reduce.__wrapped__)
+    values = torch.randint(9, (8, 4), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    either, largest, places = (torch.empty(values.shape[1 - axis], dtype=torch.int32) for _ in range(3))
+    folds[(1,)](values, either, largest, places, ROWS=8, COLUMNS=4, AXIS=axis)
+    expected = values.select(axis, 0)
+    for place in range(1, values.shape[axis]):
+        expected = expected | values.select(axis, place)
+    assert torch.equal(either, expected) and torch.equal(largest, values.amax(axis))
+    assert torch.equal(places % 4 if axis else places // 4, values.argmax(axis).int())

@@ -35,6 +35,12 @@ def version_of(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in found.version.split(".")[:2])
 
 
+def cache(tmp_path_factory) -> Path:
+    """Triton's cache for this run of the tests, whichever process of xdist asks: what one compiles the others find."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "triton"
+
+
 def lines(version: str, cache: Path, module: str, *arguments: str) -> list[dict]:
     """The JSON objects that `python -m module arguments` prints, a line each."""
     environment = os.environ | {

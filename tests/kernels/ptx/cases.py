@@ -19,6 +19,9 @@ class Case(NamedTuple):
     op: str
     inputs: Callable[[], dict]
     archs: tuple[int, ...] = (90, 80)
+    twice: bool = False
+    """Whether the tests run it for every one of `archs`, not for the first alone: of sm_80 one case for each way in
+    which its matrix instructions come by their operands. The rest of the code is the same on both."""
     oldest: bool = False
     """Whether it also runs, for the first of `archs`, as compiled by the oldest Triton that is supported."""
     expected: Callable[[dict], object] | None = None
@@ -147,9 +150,9 @@ NEWEST = (90,)
 _STEP = "tests.kernels.ptx.step_rows"
 CASES = {
     # Gathered by element, as neighbours in x are no neighbours in channels; and copied asynchronously.
-    "half": Case("detect_patches", lambda: detection(k=6), oldest=True),
+    "half": Case("detect_patches", lambda: detection(k=6), oldest=True, twice=True),
     "half, channels last": Case(
-        "detect_patches", lambda: detection(channels=512, layout=NHWC, k=6, seed=1), oldest=True
+        "detect_patches", lambda: detection(channels=512, layout=NHWC, k=6, seed=1), oldest=True, twice=True
     ),
     "bfloat16": Case("detect_patches", lambda: detection(dtype=BRAIN, seed=2), archs=NEWEST),
     "bfloat16, channels last": Case("detect_patches", lambda: detection(dtype=BRAIN, layout=NHWC, seed=3)),
@@ -167,6 +170,7 @@ CASES = {
     "ragged": Case(
         "detect_patches",
         lambda: detection(channels=90, height=3, width=7, latents=131, union=17, k=4, seed=9),
+        twice=True,
     ),
     "ragged, channels last": Case(
         "detect_patches",
@@ -202,12 +206,14 @@ CASES = {
             dtype=BRAIN,
             seed=22,
         ),
+        twice=True,
     ),
     # More survivors than the smaller tile of the second launch has.
     "many survivors": Case(
         "detect_patches",
         lambda: detection(batch=3, height=8, width=8, latents=700, union=4, k=60, threshold=-99.0, seed=23),
         oldest=True,
+        twice=True,
     ),
     "many survivors, update": Case(
         "detect_patches",
@@ -242,7 +248,7 @@ CASES = {
         lambda: gated(40, union=20, height=3, width=3, latents=40, k=0, deciding=False, seed=18),
         archs=NEWEST,
     ),
-    "topk": Case("encode_topk", encoding, oldest=True, expected=lowest_of_tied),
+    "topk": Case("encode_topk", encoding, oldest=True, expected=lowest_of_tied, twice=True),
     "topk, float32 with ties": Case(
         "encode_topk",
         lambda: encoding(dtype=FLOAT, latents=70, high=1),
@@ -254,6 +260,7 @@ CASES = {
         bytes_to_multiply,
         oldest=True,
         expected=lambda arguments: arguments["a"].int() @ arguments["b"].int().t(),
+        twice=True,
     ),
     "tensor maps": Case(
         "tests.kernels.ptx.described_product",
@@ -286,5 +293,6 @@ CASES = {
         ),
         oldest=True,
         expected=step_rows.expected,
+        twice=True,
     ),
 }

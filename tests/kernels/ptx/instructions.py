@@ -4,6 +4,7 @@ A builder takes an `Instruction` and its `Program` and returns `run(warp, on)`, 
 part, or None for all. Values of registers are unsigned [32] arrays of the register's width, never changed in place.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -87,6 +88,7 @@ def _watched(run: Run, used: frozenset[int], instruction: Instruction) -> Run:
     return watched
 
 
+@functools.cache
 def width_of(kind: str) -> int:
     """Bytes of a type such as s32 or f16x2."""
     if kind == "pred":
@@ -95,6 +97,7 @@ def width_of(kind: str) -> int:
     return int(bits) // 8 * (2 if kind.endswith("x2") else 1)
 
 
+@functools.cache
 def dtype_of(kind: str) -> type:
     """The numpy type in which `kind` is computed; bits and bfloat16 as unsigned integers."""
     if kind == "pred":

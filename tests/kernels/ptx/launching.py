@@ -12,7 +12,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from tests.kernels.launches import compile_launch, record
 from tests.kernels.ptx.cases import Case
 from tests.kernels.ptx.instructions import prepare
-from tests.kernels.ptx.machine import Launch
+from tests.kernels.ptx.machine import Launch, Step
 from tests.kernels.ptx.memory import GlobalMemory
 from tests.kernels.ptx.parsing import Program
 
@@ -26,13 +26,19 @@ COPIES_NEED_FENCE = VERSION >= (3, 9)
 they have been on every device that its kernels ran on."""
 
 
+@functools.cache
+def _prepared(ptx: str) -> tuple[Program, list[Step]]:
+    """The same code is that of several cases."""
+    program = Program(ptx)
+    return program, prepare(program)
+
+
 class Ready:
     """One launch: its program, its grid and its arguments in the machine's memory."""
 
     def __init__(self, name: str, ptx: str, shared: int, grid, values: list, memory: GlobalMemory) -> None:
         self.name, self.grid, self.memory, self._shared = name, grid, memory, shared
-        self.program = Program(ptx)
-        self.steps = prepare(self.program)
+        self.program, self.steps = _prepared(ptx)
         self._arguments = [
             memory.address(value) if isinstance(value, torch.Tensor) else int(value) for value in values
         ]

@@ -1,4 +1,4 @@
-"""Runs cases in the machine: `python -m tests.kernels.ptx.run [--oldest] [--case NAME] [--seed N]`.
+"""Runs cases in the machine: `python -m tests.kernels.ptx.run [--suite | --oldest] [--case NAME] [--seed N]`.
 
 Prints a JSON object a line: the case, for which architecture, the seed, what differs from the reference ("wrong", null:
 nothing) or the error that ended it, the instructions that warps executed, and matrix products that wait for each other.
@@ -36,14 +36,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--oldest", action="store_true", help="the cases that the oldest Triton runs too")
+    few = parser.add_mutually_exclusive_group()
+    few.add_argument("--suite", action="store_true", help="for two architectures only what the tests run so")
+    few.add_argument("--oldest", action="store_true", help="the cases that the oldest Triton runs too")
     parser.add_argument("--case", action="append", choices=list(CASES), help="only these")
     parser.add_argument("--seed", type=int, help="of the schedules (default: another one for each case)")
     given = parser.parse_args()
     for number, (name, case) in enumerate(CASES.items()):
         if (given.case and name not in given.case) or (given.oldest and not case.oldest):
             continue
-        for arch in case.archs[:1] if given.oldest else case.archs:
+        once = given.oldest or (given.suite and not case.twice)
+        for arch in case.archs[:1] if once else case.archs:
             print(json.dumps(outcome(name, arch, number if given.seed is None else given.seed)), flush=True)
 
 
