@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from lbdt.serving.audit import AuditLog, read_key
 from lbdt.serving.engine import Work
-from lbdt.serving.front import Front, Served
+from lbdt.serving.front import Front, Served, single
 from lbdt.serving.image_request import Refusal
 from lbdt.serving.metrics import ServerMetrics
 from lbdt.serving.outcome import Failure, Outcome
@@ -100,7 +100,7 @@ class Server:
     @api.post("/v1/images/generations")
     async def images(self, request: Request) -> Response:
         """Pictures, as the OpenAI API has it."""
-        answer = await self._front.images(dict(request.headers), request.stream())
+        answer = await self._front.images(single(request.headers.items()), request.stream())
         return JSONResponse(answer.body, answer.status, headers=dict(answer.headers))
 
     @api.get("/v1/models")
