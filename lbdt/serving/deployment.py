@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 from typing import Any
 
@@ -70,6 +71,7 @@ class Server:
     """The HTTP routes."""
 
     async def __init__(self, engine: DeploymentHandle, settings: ServeSettings) -> None:
+        _log_requests()
         served: Served = await engine.served.remote()
         key = None if settings.audit_key is None else read_key(settings.audit_key)
         self._engine = engine
@@ -148,6 +150,17 @@ def build(settings: ServeSettings | dict[str, Any], made_by: type[Replica] = Rep
     return Server.options(
         max_ongoing_requests=settings.max_queue + 1000, ray_actor_options={"num_cpus": 0}
     ).bind(engine, settings)
+
+
+def _log_requests() -> None:
+    """Has this process write the log of requests, which Python keeps back, to its stderr: a file of Ray's logs."""
+    log = logging.getLogger("lbdt.serving")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
 
 
 def _gpus() -> float:

@@ -10,11 +10,11 @@ from typing import Any
 from lbdt.serving.settings import ServeSettings
 
 APP = "lbdt"
-_STARTING_SECONDS = 600.0
 
 
 class LocalServer:
-    """Ray, started here or joined, with the application on it. `stop` ends what was started.
+    """Ray, started here or joined, with the application on it. `stop` ends what was started, and leaves what others run
+    on a cluster that was joined. Where Serve runs there already, its own host and port stay as they are.
 
     What Ray opens beside the HTTP port listens on the loopback address alone where Ray is started here.
     """
@@ -45,6 +45,7 @@ class LocalServer:
         from lbdt.serving.deployment import build
 
         self.host, self.port, self._own = host, port, not ray.is_initialized()
+        self._joined = ray_address is not None or not self._own
         self._app = (application or build)(settings)
         if self._own:
             ray.init(**_ray_options(settings, ray_address))
@@ -75,11 +76,16 @@ class LocalServer:
         self.kill()
 
     def kill(self) -> None:
-        """Ends at once."""
+        """Ends at once; may be called again."""
         import ray
         from ray import serve
 
-        serve.shutdown()
+        if not ray.is_initialized():
+            return  # Serve's shutdown would start another Ray to look for something to shut down
+        if self._joined:
+            serve.delete(APP)
+        if not self._joined or not serve.status().applications:
+            serve.shutdown()
         if self._own:
             ray.shutdown()
 
@@ -99,6 +105,7 @@ def _ray_options(settings: ServeSettings, address: str | None) -> dict[str, Any]
     if address is not None:
         return {"address": address, "log_to_driver": False}
     return {
+        "address": "local",  # or Ray would join what runs on this machine, or what RAY_ADDRESS names
         "num_cpus": max(os.cpu_count() or 1, settings.replicas + 1),
         "include_dashboard": False,
         "log_to_driver": False,

@@ -225,6 +225,7 @@ def test_nothing_of_a_request_is_in_the_logs_but_its_id(served):
         if path.is_file() and path.suffix in (".log", ".out", ".err", ".txt")
     ]
     assert found
+    assert any(b" INFO req_" in path.read_bytes() for path in found)
     secrets = [b"An image of", b"key of tenant", b"tenant-00"]
     for path in found:
         text = path.read_bytes()
