@@ -41,7 +41,8 @@ class Batcher(Generic[T, R]):
         kind: Callable[[T], Hashable] = lambda item: None,
     ) -> None:
         """`run` returns a result for each item, in their order; what it raises is raised by each `submit`, as a
-        RuntimeError of its kind where it is no Exception (a panic of Rust code is none). `wait`: the seconds that a batch which is not full waits for more, where nothing was running."""
+        RuntimeError of its kind where it is no Exception (a panic of Rust code is none). `wait`: the seconds that a
+        batch which is not full waits for more, where nothing was running."""
         self._run, self._most, self._wait, self._kind = run, most, wait, kind
         self._owners: OrderedDict[Hashable, deque[_Waiting[T, R]]] = OrderedDict()
         self._come = asyncio.Event()

@@ -30,6 +30,18 @@ _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 api = FastAPI(title="lbdt", docs_url=None, redoc_url=None, openapi_url=None)
 
 
+# Above the classes, which Ray takes with what is there when it meets them.
+def _log_requests() -> None:
+    """Has this process write the log of requests, which Python keeps back, to its stderr: a file of Ray's logs."""
+    log = logging.getLogger("lbdt.serving")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
+
+
 @api.exception_handler(StarletteHTTPException)
 async def _no_such_route(request: Request, error: HTTPException) -> JSONResponse:
     refusal = Refusal(error.status_code, f"{error.detail}.", code="no_such_route")
@@ -45,9 +57,9 @@ class Engine:
     def __init__(self, settings: ServeSettings, made_by: type[Replica] = Replica) -> None:
         self._replica = made_by(settings)
 
-    async def make(self, tenant: str, work: Work) -> Outcome:
+    async def make(self, tenant: str, work: Work, eraser: str) -> Outcome:
         """`Replica.make`."""
-        return await self._replica.make(tenant, work)
+        return await self._replica.make(tenant, work, eraser)
 
     async def served(self) -> Served:
         """What it serves with."""
@@ -91,7 +103,7 @@ class Server:
         # engine died with it; not more often, as it may be what engines die of.
         for again in (True, False):
             try:
-                return await self._engine.make.remote(tenant, work)
+                return await self._engine.make.remote(tenant, work, self._front.served.eraser)
             except BackPressureError:
                 return Failure("gone", "no engine had room")
             except RayError as error:
@@ -150,17 +162,6 @@ def build(settings: ServeSettings | dict[str, Any], made_by: type[Replica] = Rep
     return Server.options(
         max_ongoing_requests=settings.max_queue + 1000, ray_actor_options={"num_cpus": 0}
     ).bind(engine, settings)
-
-
-def _log_requests() -> None:
-    """Has this process write the log of requests, which Python keeps back, to its stderr: a file of Ray's logs."""
-    log = logging.getLogger("lbdt.serving")
-    log.setLevel(logging.INFO)
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
-        log.propagate = False
 
 
 def _gpus() -> float:

@@ -33,7 +33,7 @@ _STATUS = {"prompt_too_long": 400, "not_protected": 500, "failed": 500, "gone": 
 MOST_TENANT = 100
 MOST_REASON = 500
 BODY_SECONDS = 30.0
-"""That a client has for its request's body."""
+"""The time that a client has for its request's body."""
 _SECONDS_A_PICTURE = 1.0  # until one was made
 
 
@@ -246,10 +246,6 @@ class Front:
     async def _one(self, tenant: str, work: Work) -> Outcome:
         try:
             return await self._make(tenant, work)
-        except asyncio.CancelledError:
-            if asyncio.current_task().cancelling():
-                raise
-            return Failure("gone", "cancelled")  # by the engine's side
         except Exception as error:
             return Failure("failed", type(error).__name__)
 

@@ -34,8 +34,14 @@ class Replica:
             self._run, most=settings.batch, wait=settings.batch_wait, kind=lambda work: work.size
         )
 
-    async def make(self, tenant: str, work: Work) -> Outcome:
-        """The tenant's picture, in a batch with whatever else waits; what is cancelled before that is not made."""
+    async def make(self, tenant: str, work: Work, eraser: str | None = None) -> Outcome:
+        """The tenant's picture, in a batch with whatever else waits; what is cancelled before that is not made.
+
+        `eraser`: the fingerprint that the audit will name. A replica that was started later may have loaded another one
+        from the same place; then nothing is made.
+        """
+        if eraser not in (None, self.served.eraser):
+            return Failure("failed", "this engine has another eraser; restart the server")
         return await self._batcher.submit(tenant, work)
 
     @property

@@ -61,6 +61,10 @@ class LocalServer:
                 logging_config={"enable_access_log": False, "log_level": "WARNING"},
             )
             self.handle = serve.run(self._app, name=APP, route_prefix="/", blocking=False)
+        except RuntimeError as error:
+            why = _last_lines(serve)
+            self.kill()
+            raise RuntimeError(f"{error} {why}".strip()) from error
         except BaseException:
             self.kill()
             raise
@@ -88,6 +92,14 @@ class LocalServer:
             serve.shutdown()
         if self._own:
             ray.shutdown()
+
+
+def _last_lines(serve: Any) -> str:
+    """What the replicas that did not start said last: Serve's own error says only that they did not."""
+    application = serve.status().applications.get(APP)
+    messages = [] if application is None else [one.message for one in application.deployments.values()]
+    lines = [[line.strip() for line in message.splitlines() if line.strip()] for message in messages]
+    return "; ".join(dict.fromkeys(some[-1] for some in lines if some))
 
 
 def _check_free(host: str, port: int) -> None:

@@ -276,8 +276,17 @@ def test_what_an_engine_raises_does_not_leave_its_replica(monkeypatch):
     engine.made = KeyError("a prompt")
 
     async def scenario():
-        outcome = await made.make("acme", WORKS[0])
+        outcome = await made.make("acme", WORKS[0], SERVED.eraser)
         await made.close()
         return outcome
 
     assert asyncio.run(scenario()) == Failure("failed", "KeyError") and engine.closed
+
+
+def test_a_replica_with_another_eraser_than_the_audit_names_makes_nothing(monkeypatch):
+    engine = FailingEngine([Picture(b"png", True)])
+    monkeypatch.setattr(replica, "load_engine", lambda settings: (engine, SERVED))
+    made = replica.Replica(ServeSettings(policy="p", audit="a"))
+    outcome = asyncio.run(made.make("acme", WORKS[0], "cd" * 32))
+    assert isinstance(outcome, Failure) and "another eraser" in outcome.reason
+    assert len(engine.works) == 1  # the one it was started with

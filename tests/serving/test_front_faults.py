@@ -42,16 +42,6 @@ def test_a_header_that_comes_twice_counts_for_nothing(tmp_path):
     assert world.works == []
 
 
-def test_an_engine_that_cancels_is_not_a_client_who_left(tmp_path):
-    async def make(tenant, work):
-        raise asyncio.CancelledError
-
-    world = World(tmp_path, make)
-    answer = run(world.ask())
-    assert (answer.status, answer.body["error"]["code"]) == (503, "gone")
-    assert [record["reason"] for record in world.records()] == ["cancelled"]
-
-
 def test_who_leaves_while_the_audit_is_written_is_in_it(world, monkeypatch):
     writing, write = threading.Event(), AuditLog.write
 

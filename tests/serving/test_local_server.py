@@ -72,6 +72,21 @@ def test_a_ray_of_its_own_is_started_whatever_runs_here_and_ended_once(made):
     assert ray.done == ["serve", "ray"]
 
 
+def test_a_replica_that_does_not_start_says_why(made, monkeypatch):
+    ray = Ray(False, [])
+    said = "The deployment failed to start 3 times in a row. Error:\nTraceback ...\nAuditError: audit: no space left\n"
+    deployments = {"Server": types.SimpleNamespace(message=said), "Engine": types.SimpleNamespace(message="")}
+
+    def fail(app, name, **options):
+        ray.applications[name] = types.SimpleNamespace(deployments=deployments)
+        raise RuntimeError("Deploying application lbdt failed.")
+
+    monkeypatch.setattr(ray, "run", fail)
+    with pytest.raises(RuntimeError, match="failed. AuditError: audit: no space left$"):
+        made(ray)
+    assert ray.done == ["serve", "ray"]
+
+
 @pytest.mark.parametrize(
     ("running", "others", "done"),
     [
