@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lbdt.cli.options import CanvasKind, Device, Eraser, KindOption, counted, number, reported, say
+
+if TYPE_CHECKING:
+    from lbdt.serving.settings import ServeSettings
 
 
 @reported
@@ -126,6 +129,8 @@ def command(
             f"{policy}: no tenant has an API key, so nobody could be served; give keys, or --tenant-header NAME behind "
             "a gateway"
         )
+    if ray_address is None:
+        _check_audit(settings)
     ended = threading.Event()
     say("lbdt: starting Ray Serve and loading the model ...")
     server = LocalServer(settings, host, port, ray_address)
@@ -140,6 +145,18 @@ def command(
         server.stop()
     finally:
         server.kill()
+
+
+def _check_audit(settings: ServeSettings) -> None:
+    from lbdt.runs.writable import check_out_folder
+    from lbdt.serving.audit import read_key
+
+    if settings.audit_key is not None:
+        read_key(settings.audit_key)
+    try:
+        check_out_folder(settings.audit)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--out", "--audit", 1)) from error
 
 
 def _on_signals(ended: threading.Event) -> None:

@@ -230,13 +230,13 @@ class Attachment:
         """What happened to each picture of the pipeline's last call, in their order. Waits for the device.
 
         Raises:
-            ValueError: no call, or another attachment has taken this one's place.
+            ValueError: no call, or one that ended by an error; another attachment has taken this one's place.
         """
-        if self._calls is None or self._calls.before is None or isinstance(self._recorder, KeptCalls):
+        if self._calls is None or self._calls.last is None or isinstance(self._recorder, KeptCalls):
             raise ValueError(
                 "pictures: no call of the pipeline under this attachment is kept; call it before"
             )
-        return picture_reports(self._recorder.since(self._calls.before))
+        return picture_reports(self._recorder.since(*self._calls.last))
 
     def patches_changed(self) -> Tensor:
         """int64 [images]: the patches of each image that were overwritten in all kept calls, in all branches of

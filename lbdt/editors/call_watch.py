@@ -55,8 +55,9 @@ class CallWatch:
         self.plan, self.state, self.recorder = plan, state, recorder
         self.on_failure, self.enabled = on_failure, True
         self.failures: list[str] = []
-        self.before: torch.Tensor | None = None
-        """What was recorded when the pipeline's last call began; None: there was none."""
+        self.last: tuple[torch.Tensor, torch.Tensor] | None = None
+        """What was recorded when the pipeline's last call began, and when it had made its pictures; None: it made none,
+        or there was no call."""
         self._name, self._root, self._denoiser = name, root, denoiser
         self._modules = [module for module, _ in hooks]
         state.shared = compiled
@@ -87,6 +88,7 @@ class CallWatch:
 
     def begin(self, call: PipelineCall) -> None:
         """Refuses a call in which the hooks would not run, or could not know rows or timesteps."""
+        self.last = None
         self._check_modules(call.pipe)
         _check_scheduler(getattr(call.pipe, "scheduler", None), self.plan.options.steps is not None)
         if call.size is not None:
@@ -97,8 +99,7 @@ class CallWatch:
                 )
             check_lengths(self.plan, call.size.images, call.size.prompts)
         self.state.forget()
-        self.before = self.recorder.written.clone()
-        call.seen[self] = self.before, self.state.begun, len(self.failures)
+        call.seen[self] = self.recorder.written.clone(), self.state.begun, len(self.failures)
         self._announce(call)
 
     def leave(self, outer: PipelineCall | None) -> None:
@@ -108,7 +109,10 @@ class CallWatch:
 
     def judge(self, call: PipelineCall) -> None:
         """Raises UnprotectedError, or warns, where pictures were not treated as asked. Waits for the device."""
-        if self in call.seen and self.enabled:
+        if self not in call.seen:
+            return
+        self.last = call.seen[self][0], self.recorder.written.clone()
+        if self.enabled:
             for text in self._found(call, *call.seen[self]):
                 self.failed(text)
 

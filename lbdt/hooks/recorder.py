@@ -109,11 +109,12 @@ class Recorder:
         """Patches with NaN or infinity among the kept calls. Waits for the device."""
         return int(self.rows[:, FIELDS].sum())
 
-    def since(self, before: Tensor) -> list[list[Row]]:
-        """The kept calls that were written after `written` was `before` (a clone), newest first, row by row. Waits
-        for the device."""
-        first, end = int(before[0]), int(self.written[0])
-        first = 0 if first > end else max(first, end - _ROWS)
+    def since(self, before: Tensor, until: Tensor | None = None) -> list[list[Row]]:
+        """The kept calls that were written after `written` was `before` (a clone), newest first, row by row; `until`:
+        and before it was that. Waits for the device."""
+        first, written = int(before[0]), int(self.written[0])
+        end = written if until is None else int(until[0])
+        first = 0 if first > end else min(end, max(first, written - _ROWS))
         kept = self.rows[(torch.arange(first, end) % _ROWS).to(self.rows.device)].cpu()
         times = kept[:, 2].to(torch.int32).view(torch.float32).tolist()
         rows, calls = kept.tolist(), []

@@ -40,8 +40,9 @@ class Batcher(Generic[T, R]):
         wait: float = 0.005,
         kind: Callable[[T], Hashable] = lambda item: None,
     ) -> None:
-        """`run` returns a result for each item, in their order; what it raises is raised by each `submit`. `wait`: the
-        seconds that a batch which is not full waits for more, where nothing was running."""
+        """`run` returns a result for each item, in their order; what it raises is raised by each `submit`, as a
+        RuntimeError of its kind where it is no Exception (a panic of Rust code is none). `wait`: the seconds that a
+        batch which is not full waits for more, where nothing was running."""
         self._run, self._most, self._wait, self._kind = run, most, wait, kind
         self._owners: OrderedDict[Hashable, deque[_Waiting[T, R]]] = OrderedDict()
         self._come = asyncio.Event()
@@ -65,9 +66,9 @@ class Batcher(Generic[T, R]):
         """The item's result. Cancelling it before its batch has begun drops the item.
 
         Raises:
-            ClosedError: after `close`.
+            ClosedError: after `close`, or where its task has ended.
         """
-        if self._closed:
+        if not self.is_alive:
             raise ClosedError("submit: the batcher was closed")
         if self._task is None:
             self._task = asyncio.create_task(self._batches())
@@ -107,7 +108,11 @@ class Batcher(Generic[T, R]):
                 results = await loop.run_in_executor(self._pool, self._run, [one.item for one in batch])
                 if len(results) != len(batch):
                     raise RuntimeError(f"run: expected {len(batch)} results, got {len(results)}")
-            except Exception as error:
+            except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    error = RuntimeError(f"run: {type(error).__name__}")
                 for one in batch:
                     if not one.future.done():
                         one.future.set_exception(error)

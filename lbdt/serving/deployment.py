@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 from typing import Any
 
@@ -16,7 +17,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from lbdt.serving.audit import AuditLog, read_key
 from lbdt.serving.engine import Work
-from lbdt.serving.front import Front, Served
+from lbdt.serving.front import Front, Served, single
 from lbdt.serving.image_request import Refusal
 from lbdt.serving.metrics import ServerMetrics
 from lbdt.serving.outcome import Failure, Outcome
@@ -27,6 +28,18 @@ from lbdt.serving.settings import ServeSettings
 _PATIENCE = 86_400.0  # seconds a replica is given to finish what it accepted
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 api = FastAPI(title="lbdt", docs_url=None, redoc_url=None, openapi_url=None)
+
+
+# Above the classes, which Ray takes with what is there when it meets them.
+def _log_requests() -> None:
+    """Has this process write the log of requests, which Python keeps back, to its stderr: a file of Ray's logs."""
+    log = logging.getLogger("lbdt.serving")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
 
 
 @api.exception_handler(StarletteHTTPException)
@@ -44,9 +57,9 @@ class Engine:
     def __init__(self, settings: ServeSettings, made_by: type[Replica] = Replica) -> None:
         self._replica = made_by(settings)
 
-    async def make(self, tenant: str, work: Work) -> Outcome:
+    async def make(self, tenant: str, work: Work, eraser: str) -> Outcome:
         """`Replica.make`."""
-        return await self._replica.make(tenant, work)
+        return await self._replica.make(tenant, work, eraser)
 
     async def served(self) -> Served:
         """What it serves with."""
@@ -70,6 +83,7 @@ class Server:
     """The HTTP routes."""
 
     async def __init__(self, engine: DeploymentHandle, settings: ServeSettings) -> None:
+        _log_requests()
         served: Served = await engine.served.remote()
         key = None if settings.audit_key is None else read_key(settings.audit_key)
         self._engine = engine
@@ -89,7 +103,7 @@ class Server:
         # engine died with it; not more often, as it may be what engines die of.
         for again in (True, False):
             try:
-                return await self._engine.make.remote(tenant, work)
+                return await self._engine.make.remote(tenant, work, self._front.served.eraser)
             except BackPressureError:
                 return Failure("gone", "no engine had room")
             except RayError as error:
@@ -100,7 +114,7 @@ class Server:
     @api.post("/v1/images/generations")
     async def images(self, request: Request) -> Response:
         """Pictures, as the OpenAI API has it."""
-        answer = await self._front.images(dict(request.headers), request.stream())
+        answer = await self._front.images(single(request.headers.items()), request.stream())
         return JSONResponse(answer.body, answer.status, headers=dict(answer.headers))
 
     @api.get("/v1/models")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import threading
@@ -105,22 +106,21 @@ class PictureEngine:
         """A picture or an error for each of the works, in their order; at most `batch`, all of one size.
 
         Where erasing fails in a batch, each of its pictures is made once more alone, so that one picture's failure is
-        no other one's. Errors: `UnprotectedError`, `PromptTooLongError`, and what the pipeline raises.
+        no other one's. Errors: `UnprotectedError`, `PromptTooLongError`, ValueError for unknown concepts, and what the
+        pipeline and its tokenizers raise.
 
         Raises:
-            ValueError: too many works, sizes that differ, or unknown concepts; nothing is generated.
+            ValueError: too many works, or sizes that differ; nothing is generated.
         """
         if len(works) > self.batch or len({work.size for work in works}) > 1:
             raise ValueError(f"works: expected at most {self.batch} of one size, got {len(works)}")
-        for name in {name for work in works for name in work.concepts}:
-            self.eraser.select(name)
         with self._lock:
             if self._attachment is None:
                 raise ValueError("generate: the engine was closed")
             outcome: dict[int, Picture | Exception] = {}
             for place, work in enumerate(works):
-                if long := self._too_long(work.prompt):
-                    outcome[place] = long
+                if error := self._refused(work):
+                    outcome[place] = error
             rest = [place for place in range(len(works)) if place not in outcome]
             for place, made in zip(rest, self._made([works[place] for place in rest]), strict=True):
                 outcome[place] = made
@@ -140,21 +140,32 @@ class PictureEngine:
         self.close()
 
     def _attach(self, rows: int) -> None:
+        # Where attaching fails, the next call attaches again.
+        self._rows = 0
         if self._attachment is not None:
             self._attachment.remove()
         self._attachment = self.eraser.attach(self.pipe, concepts=[[]] * rows, seed=[0] * rows)
         self._rows = rows
 
+    def _refused(self, work: Work) -> Exception | None:
+        """Why nothing is made of it, whoever else is in its batch."""
+        try:
+            for name in work.concepts:
+                self.eraser.select(name)
+            return self._too_long(work.prompt)
+        except Exception as error:
+            return error
+
     def _too_long(self, prompt: str) -> PromptTooLongError | None:
-        """What is wrong where a tokenizer of the pipeline would cut the prompt off."""
+        """What is wrong where the pipeline would cut the prompt off."""
+        given = inspect.signature(self.pipe.__call__).parameters.get("max_sequence_length")
+        least = given.default if given is not None and isinstance(given.default, int) else None
         for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
             tokenizer = getattr(self.pipe, name, None)
             if tokenizer is None:
                 continue
-            most, tokens = (
-                tokenizer.model_max_length,
-                len(tokenizer(prompt, truncation=False, verbose=False).input_ids),
-            )
+            most = tokenizer.model_max_length if least is None else min(tokenizer.model_max_length, least)
+            tokens = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
             if tokens > most:
                 return PromptTooLongError(f"prompt: {tokens} tokens, and the model reads {most}; shorten it")
         return None
@@ -187,7 +198,8 @@ class PictureEngine:
             self._attach(rows)
         spare = rows - len(works)
         seeds = [work.seed for work in works] + [0] * spare
-        sets = [list(work.concepts) for work in works] + [[]] * spare
+        # Without erasing none is looked up: one that cannot be detected at all may be why it failed.
+        sets = [list(work.concepts) if enabled else [] for work in works] + [[]] * spare
         size = {} if works[0].size is None else dict(zip(("width", "height"), works[0].size, strict=True))
         self._attachment.set(concepts=sets, seed=seeds, enabled=enabled)
         pictures = self.pipe(

@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,8 @@ _log = logging.getLogger("lbdt.serving")
 _STATUS = {"prompt_too_long": 400, "not_protected": 500, "failed": 500, "gone": 503}
 MOST_TENANT = 100
 MOST_REASON = 500
+BODY_SECONDS = 30.0
+"""The time that a client has for its request's body."""
 _SECONDS_A_PICTURE = 1.0  # until one was made
 
 
@@ -93,7 +95,7 @@ class Front:
         return self._waiting.total()
 
     async def images(self, headers: Mapping[str, str], body: AsyncIterator[bytes]) -> Answer:
-        """The answer to `POST /v1/images/generations`; `headers` in lower case."""
+        """The answer to `POST /v1/images/generations`; `headers`: of `single`."""
         name, start = f"req_{secrets.token_hex(12)}", time.perf_counter()
         try:
             answer = await self._answered(name, headers, body)
@@ -101,6 +103,10 @@ class Front:
             self.metrics.count(self.metrics.refusals, refusal.code)
             wait = {} if refusal.retry_after is None else {"retry-after": str(refusal.retry_after)}
             answer = Answer(refusal.status, refusal.body(), wait)
+        except Exception as error:
+            # By its kind only: what is raised from here is logged by Ray, and its text may quote the request.
+            _log.error("%s: %s", name, type(error).__name__)
+            answer = Answer(500, Refusal(500, "The server failed.", code="internal").body())
         seconds = time.perf_counter() - start
         self.metrics.count(self.metrics.requests, str(answer.status))
         if answer.status == 200:
@@ -136,6 +142,7 @@ class Front:
                 self.metrics.count(self.metrics.reloads, "taken")
             elif self.policy.rejected not in (None, refused):
                 self.metrics.count(self.metrics.reloads, "rejected")
+                _log.error("policy: version %r stays in force: %s", before.version, self.policy.rejected)
 
     async def drain(self) -> None:
         """Takes nothing more, and returns when all that was accepted is answered."""
@@ -144,11 +151,14 @@ class Front:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self._audit.close)
 
-    async def _answered(self, name: str, headers: Mapping[str, str], body: AsyncIterator[bytes]) -> Answer:
+    def _check_open(self) -> None:
         if self.draining:
             raise Refusal(
                 503, "The server is shutting down; try another one.", code="shutting_down", retry_after=5
             )
+
+    async def _answered(self, name: str, headers: Mapping[str, str], body: AsyncIterator[bytes]) -> Answer:
+        self._check_open()
         # One version of the policy decides all of a request, whatever is loaded meanwhile.
         policy = self.policy.current
         tenant = self._tenant(policy, headers)
@@ -161,13 +171,14 @@ class Front:
             raise Refusal(415, "Expected content-type application/json.", code="unsupported_media_type")
         whole = await _read(headers, body, self.settings.max_body)
         request = read_request(whole, self.settings, (self.served.model,))
+        self._check_open()  # the body may have taken its time
         with self._place(tenant, len(request.seeds)):
             accepted = _Accepted(name, tenant, rules, request, utc_now())
             return await self._accepted(accepted)
 
     def _tenant(self, policy: Any, headers: Mapping[str, str]) -> str:
         if self.settings.tenant_header is not None:
-            tenant = headers.get(self.settings.tenant_header.lower(), "")
+            tenant = _in_utf8(headers.get(self.settings.tenant_header.lower(), ""))
             if not 0 < len(tenant) <= MOST_TENANT or not tenant.isprintable():
                 raise Refusal(
                     401,
@@ -249,9 +260,17 @@ class Front:
             _record(accepted, place, outcome, self.served.eraser, released=not fails)
             for place, outcome in enumerate(outcomes)
         ]
-        # Shielded, so that a client who leaves meanwhile leaves no record half written.
+        # Shielded and waited for at the end, so that a client who leaves meanwhile leaves no picture without a line.
+        task = asyncio.create_task(self._written(accepted, records, outcomes))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        await asyncio.shield(task)
+
+    async def _written(
+        self, accepted: _Accepted, records: Sequence[PictureRecord], outcomes: Sequence[Outcome]
+    ) -> None:
         try:
-            await asyncio.shield(asyncio.to_thread(self._audit.write, records))
+            await asyncio.to_thread(self._audit.write, records)
         except AuditError as error:
             self._audit_fault = "the audit cannot be written"
             _log.error("%s: %s", accepted.id, error)
@@ -270,6 +289,22 @@ class Front:
                 self.metrics.gated.inc(outcome.gated)
 
 
+def single(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Headers by name, in lower case, without those that came more than once: which of two tenants or keys counts,
+    servers and gateways see differently."""
+    given = [(name.lower(), value) for name, value in headers]
+    times = Counter(name for name, _ in given)
+    return {name: value for name, value in given if times[name] == 1}
+
+
+def _in_utf8(value: str) -> str:
+    """A header's value, which servers read as latin-1, as the UTF-8 that a policy is written in; none if it is not."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeError:
+        return ""
+
+
 async def _read(headers: Mapping[str, str], body: AsyncIterator[bytes], most: int) -> bytes:
     """The body, of which no more than `most` bytes are kept."""
     large = Refusal(413, f"body: at most {most} bytes are taken.", code="too_large")
@@ -279,10 +314,21 @@ async def _read(headers: Mapping[str, str], body: AsyncIterator[bytes], most: in
     if len(length) > 12 or int(length) > most:
         raise large
     whole = bytearray()
-    async for piece in body:
-        whole += piece
-        if len(whole) > most:
-            raise large
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for piece in body:
+                whole += piece
+                if len(whole) > most:
+                    raise large
+    except TimeoutError:
+        raise Refusal(
+            408, f"body: not there within {BODY_SECONDS:g} s.", code="slow_body", retry_after=1
+        ) from None
+    except Refusal:
+        raise
+    except Exception as error:
+        # What a server raises where the client is gone.
+        raise Refusal(400, "body: ended too early.", code="incomplete_body") from error
     return bytes(whole)
 
 

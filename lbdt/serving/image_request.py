@@ -77,7 +77,8 @@ def read_request(body: bytes, settings: ServeSettings, models: Sequence[str]) ->
         if name not in _FIELDS:
             near = difflib.get_close_matches(name, _FIELDS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; fields are {', '.join(_FIELDS)}"
-            raise _bad(name[:40], f"{name[:40]!r} is no field of this server{hint}")
+            shown = name[:40].encode(errors="replace").decode()  # half a surrogate pair cannot be sent
+            raise _bad(shown, f"{shown!r} is no field of this server{hint}")
     prompt = fields.get("prompt")
     if not isinstance(prompt, str):
         raise _bad("prompt", f"prompt: expected text, got {_kind(prompt)}")

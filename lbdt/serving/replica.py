@@ -8,7 +8,7 @@ from typing import Any
 from lbdt.serving.batcher import Batcher
 from lbdt.serving.engine import PictureEngine, Work
 from lbdt.serving.front import Served
-from lbdt.serving.outcome import Outcome, outcome_of
+from lbdt.serving.outcome import Failure, Outcome, outcome_of
 from lbdt.serving.settings import ServeSettings
 
 _STEPS = 20
@@ -18,20 +18,30 @@ class Replica:
     """Loads a pipeline and an eraser, and makes pictures of many tenants in batches."""
 
     def __init__(self, settings: ServeSettings) -> None:
-        """Loads, attaches, and makes one batch of nothing, so that the first picture does not pay for it.
+        """Loads, attaches, and makes one batch without prompts, so that the first picture does not pay for it and an
+        engine that can protect none, say for too few steps, does not start.
 
         Raises:
-            ValueError, TypeError, OSError: what loading and `ConceptEraser.attach` raise.
+            ValueError, TypeError, OSError: what loading and `ConceptEraser.attach` raise. UnprotectedError, or what the
+                pipeline raises: it cannot make pictures.
         """
         self.settings = settings
         self.engine, self.served = load_engine(settings)
-        self.engine.generate([Work("", 0)])
+        (made,) = self.engine.generate([Work("", 0, self.served.concepts[:1])])
+        if isinstance(made, Exception):
+            raise made
         self._batcher: Batcher[Work, Outcome] = Batcher(
             self._run, most=settings.batch, wait=settings.batch_wait, kind=lambda work: work.size
         )
 
-    async def make(self, tenant: str, work: Work) -> Outcome:
-        """The tenant's picture, in a batch with whatever else waits; what is cancelled before that is not made."""
+    async def make(self, tenant: str, work: Work, eraser: str | None = None) -> Outcome:
+        """The tenant's picture, in a batch with whatever else waits; what is cancelled before that is not made.
+
+        `eraser`: the fingerprint that the audit will name. A replica that was started later may have loaded another one
+        from the same place; then nothing is made.
+        """
+        if eraser not in (None, self.served.eraser):
+            return Failure("failed", "this engine has another eraser; restart the server")
         return await self._batcher.submit(tenant, work)
 
     @property
@@ -45,7 +55,11 @@ class Replica:
         self.engine.close()
 
     def _run(self, works: list[Work]) -> Sequence[Outcome]:
-        return [outcome_of(made) for made in self.engine.generate(works)]
+        try:
+            return [outcome_of(made) for made in self.engine.generate(works)]
+        except Exception as error:
+            # By its kind only: its text may quote a prompt, and Ray logs what an actor raises.
+            return [Failure("failed", type(error).__name__)] * len(works)
 
 
 def load_engine(settings: ServeSettings) -> tuple[PictureEngine, Served]:

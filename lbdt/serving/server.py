@@ -10,11 +10,11 @@ from typing import Any
 from lbdt.serving.settings import ServeSettings
 
 APP = "lbdt"
-_STARTING_SECONDS = 600.0
 
 
 class LocalServer:
-    """Ray, started here or joined, with the application on it. `stop` ends what was started.
+    """Ray, started here or joined, with the application on it. `stop` ends what was started, and leaves what others run
+    on a cluster that was joined. Where Serve runs there already, its own host and port stay as they are.
 
     What Ray opens beside the HTTP port listens on the loopback address alone where Ray is started here.
     """
@@ -45,6 +45,7 @@ class LocalServer:
         from lbdt.serving.deployment import build
 
         self.host, self.port, self._own = host, port, not ray.is_initialized()
+        self._joined = ray_address is not None or not self._own
         self._app = (application or build)(settings)
         if self._own:
             ray.init(**_ray_options(settings, ray_address))
@@ -60,6 +61,10 @@ class LocalServer:
                 logging_config={"enable_access_log": False, "log_level": "WARNING"},
             )
             self.handle = serve.run(self._app, name=APP, route_prefix="/", blocking=False)
+        except RuntimeError as error:
+            why = _last_lines(serve)
+            self.kill()
+            raise RuntimeError(f"{error} {why}".strip()) from error
         except BaseException:
             self.kill()
             raise
@@ -75,13 +80,26 @@ class LocalServer:
         self.kill()
 
     def kill(self) -> None:
-        """Ends at once."""
+        """Ends at once; may be called again."""
         import ray
         from ray import serve
 
-        serve.shutdown()
+        if not ray.is_initialized():
+            return  # Serve's shutdown would start another Ray to look for something to shut down
+        if self._joined:
+            serve.delete(APP)
+        if not self._joined or not serve.status().applications:
+            serve.shutdown()
         if self._own:
             ray.shutdown()
+
+
+def _last_lines(serve: Any) -> str:
+    """What the replicas that did not start said last: Serve's own error says only that they did not."""
+    application = serve.status().applications.get(APP)
+    messages = [] if application is None else [one.message for one in application.deployments.values()]
+    lines = [[line.strip() for line in message.splitlines() if line.strip()] for message in messages]
+    return "; ".join(dict.fromkeys(some[-1] for some in lines if some))
 
 
 def _check_free(host: str, port: int) -> None:
@@ -99,6 +117,7 @@ def _ray_options(settings: ServeSettings, address: str | None) -> dict[str, Any]
     if address is not None:
         return {"address": address, "log_to_driver": False}
     return {
+        "address": "local",  # or Ray would join what runs on this machine, or what RAY_ADDRESS names
         "num_cpus": max(os.cpu_count() or 1, settings.replicas + 1),
         "include_dashboard": False,
         "log_to_driver": False,

@@ -82,10 +82,11 @@ class ServeSettings(BaseModel):
     def _consistent(self) -> ServeSettings:
         if self.model is not None and self.eraser is None:
             raise ValueError("eraser: an eraser belongs to a pipeline: give it with model")
-        if self.max_n > self.tenant_queue:
+        if self.max_n > min(self.tenant_queue, self.max_queue):
             raise ValueError(
-                f"max_n: {self.max_n} pictures of a request, and a tenant may have {self.tenant_queue} in the queue; "
-                "raise max_queue or max_tenant_queue, or lower max_n"
+                f"max_n: {self.max_n} pictures of a request, and a tenant may have "
+                f"{min(self.tenant_queue, self.max_queue)} in the queue; raise max_queue or max_tenant_queue, or lower "
+                "max_n"
             )
         return self
 

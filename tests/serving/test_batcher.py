@@ -144,10 +144,22 @@ def test_all_that_waits_may_be_cancelled():
     run(scenario())
 
 
+class Panic(BaseException):
+    """As Rust code has it."""
+
+
+def panics(items):
+    raise Panic
+
+
 @pytest.mark.parametrize(
     ("fault", "text"),
-    [(lambda items: 1 // 0, "division"), (lambda items: [1], "expected 2 results, got 1")],
-    ids=["raises", "too-few-results"],
+    [
+        (lambda items: 1 // 0, "division"),
+        (lambda items: [1], "expected 2 results, got 1"),
+        (panics, "run: Panic"),
+    ],
+    ids=["raises", "too-few-results", "no-exception"],
 )
 def test_a_batch_that_fails_fails_its_items_and_no_other(fault, text):
     async def scenario():

@@ -1,5 +1,6 @@
 """Pictures of different tenants in one call: whose bits depend on whom, what fails whom, what is left behind."""
 
+import asyncio
 import warnings
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 
 from lbdt import canvas
 from lbdt.editors import UnprotectedError, attached
+from lbdt.serving import replica
 from lbdt.serving.engine import Picture, PictureEngine, PromptTooLongError, Work
+from lbdt.serving.front import Served
+from lbdt.serving.outcome import Failure
+from lbdt.serving.settings import ServeSettings
 from tests.repeats import repeats
 
 STEPS = 3
@@ -135,13 +140,79 @@ def test_a_prompt_that_would_be_cut_off_is_refused(engine, alone, caplog, capsys
     [
         ([WORKS[0]] * 5, "at most 4 of one size, got 5"),
         ([WORKS[0], Work("a", 1, size=(256, 256))], "of one size"),
-        ([Work("a", 1, ("Cat",))], "did you mean 'Cats'"),
     ],
-    ids=["too-many", "two-sizes", "unknown-concept"],
+    ids=["too-many", "two-sizes"],
 )
 def test_what_is_refused_before_anything_is_made(engine, works, text):
     with pytest.raises(ValueError, match=text):
         engine.generate(works)
+
+
+def test_an_unknown_concept_is_that_pictures_alone(engine, alone):
+    made = engine.generate([WORKS[0], Work("a", 1, ("Cat",), "unprotected")])
+    assert repeats(made[0].png, alone[0].png)
+    assert isinstance(made[1], ValueError) and "did you mean 'Cats'" in str(made[1])
+
+
+class Tokenizer:
+    """A pipeline's, that fails for one prompt."""
+
+    def __init__(self, real):
+        self._real = real
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+    def __call__(self, prompt, *args, **settings):
+        if prompt == BROKEN:
+            raise RuntimeError("not a text")
+        return self._real(prompt, *args, **settings)
+
+
+def test_a_tokenizers_failure_is_that_pictures_alone(engine, alone, pipe, monkeypatch):
+    monkeypatch.setattr(pipe, "tokenizer", Tokenizer(pipe.tokenizer))
+    made = engine.generate([WORKS[0], Work(BROKEN, 1)])
+    assert repeats(made[0].png, alone[0].png)
+    assert isinstance(made[1], RuntimeError)
+
+
+def test_a_prompt_is_too_long_where_the_pipeline_reads_less_than_its_tokenizer(engine, monkeypatch):
+    real = type(engine.pipe).__call__
+
+    def call(self, *args, max_sequence_length=8, **settings):
+        return real(self, *args, **settings)
+
+    monkeypatch.setattr(type(engine.pipe), "__call__", call)
+    short, long = engine.generate([Work("a", 1), Work(prompt(*NAMES), 1)])
+    assert isinstance(short, Picture)
+    assert isinstance(long, PromptTooLongError) and "the model reads 8" in str(long)
+
+
+def test_an_attachment_that_failed_once_is_made_anew(eraser, monkeypatch):
+    with PictureEngine(canvas.load_pipeline(), eraser, batch=4, steps=2, fill=False) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(eraser, "attach", lambda *args, **settings: 1 // 0)
+            failed = engine.generate(WORKS[:2])
+        assert [type(made) for made in failed] == [ZeroDivisionError, ZeroDivisionError]
+        made = engine.generate([WORKS[0]])
+    assert isinstance(made[0], Picture) and made[0].protected
+
+
+@pytest.mark.parametrize("on_failure", ["refuse", "unprotected"])
+def test_a_concept_that_cannot_be_detected_is_no_protection(engine, monkeypatch, on_failure):
+    real = engine._attachment.set
+
+    def deaf(concepts, **settings):
+        if any(concepts):
+            raise ValueError("no latent can be detected")
+        real(concepts=concepts, **settings)
+
+    monkeypatch.setattr(engine._attachment, "set", deaf)
+    (made,) = engine.generate([Work("a", 1, ("Cats",), on_failure)])
+    if on_failure == "refuse":
+        assert isinstance(made, ValueError)
+    else:
+        assert isinstance(made, Picture) and not made.protected and made.reason == "ValueError"
 
 
 @pytest.mark.parametrize("settings", [{"batch": 0}, {"steps": 0}, {"batch": True}], ids=str)
@@ -164,3 +235,58 @@ def test_closing_takes_the_eraser_off(eraser):
     assert attached(pipe) == ()
     with pytest.raises(ValueError, match="was closed"):
         engine.generate([WORKS[0]])
+
+
+SERVED = Served("m", "ab" * 32, ("Cats", "Dogs"))
+
+
+class FailingEngine:
+    def __init__(self, made):
+        self.made, self.works, self.closed = made, [], False
+
+    def generate(self, works):
+        self.works += works
+        if isinstance(self.made, Exception):
+            raise self.made
+        return self.made
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize("error", [UnprotectedError("NaN"), RuntimeError("no kernel")], ids=lambda e: str(e))
+def test_a_replica_that_cannot_make_pictures_does_not_start(monkeypatch, error):
+    engine = FailingEngine([error])
+    monkeypatch.setattr(replica, "load_engine", lambda settings: (engine, SERVED))
+    with pytest.raises(type(error), match=str(error)):
+        replica.Replica(None)
+    assert engine.works == [Work("", 0, ("Cats",))]
+
+
+def test_a_replica_whose_steps_protect_nothing_does_not_start(tmp_path):
+    settings = ServeSettings(policy=tmp_path / "p", audit=tmp_path / "a", device="cpu", steps=1, batch=1)
+    with pytest.raises(UnprotectedError, match="run more steps"):
+        replica.Replica(settings)
+
+
+def test_what_an_engine_raises_does_not_leave_its_replica(monkeypatch):
+    engine = FailingEngine([Picture(b"png", True)])
+    monkeypatch.setattr(replica, "load_engine", lambda settings: (engine, SERVED))
+    made = replica.Replica(ServeSettings(policy="p", audit="a"))
+    engine.made = KeyError("a prompt")
+
+    async def scenario():
+        outcome = await made.make("acme", WORKS[0], SERVED.eraser)
+        await made.close()
+        return outcome
+
+    assert asyncio.run(scenario()) == Failure("failed", "KeyError") and engine.closed
+
+
+def test_a_replica_with_another_eraser_than_the_audit_names_makes_nothing(monkeypatch):
+    engine = FailingEngine([Picture(b"png", True)])
+    monkeypatch.setattr(replica, "load_engine", lambda settings: (engine, SERVED))
+    made = replica.Replica(ServeSettings(policy="p", audit="a"))
+    outcome = asyncio.run(made.make("acme", WORKS[0], "cd" * 32))
+    assert isinstance(outcome, Failure) and "another eraser" in outcome.reason
+    assert len(engine.works) == 1  # the one it was started with

@@ -166,6 +166,8 @@ def test_a_gateway_may_name_the_tenant(tmp_path):
             ("", 401, "no_tenant"),
             ("a" * 101, 401, "no_tenant"),
             ("a\x00", 401, "no_tenant"),
+            ("\xff", 401, "no_tenant"),
+            ("犬", 401, "no_tenant"),
         ):
             answer = await world.ask(key="open-key", headers={"x-tenant": tenant})
             assert (answer.status, answer.body.get("error", {}).get("code")) == (status, code)

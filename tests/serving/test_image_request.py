@@ -115,6 +115,12 @@ def test_no_refusal_repeats_what_somebody_wrote():
         assert "secret" not in json.dumps(caught.value.body())
 
 
+def test_half_a_surrogate_pair_in_a_fields_name_can_be_answered():
+    with pytest.raises(Refusal) as caught:
+        read(b'{"prompt": "a", "\\ud800": 1}')
+    json.dumps(caught.value.body(), ensure_ascii=False).encode()
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_made_up_malformed_bodies_are_refused_in_a_sentence(seed):
     for body in malformed.bodies(seed, 100, max_prompt=SETTINGS.max_prompt, max_n=SETTINGS.max_n):
@@ -154,6 +160,7 @@ def test_any_object_is_read_or_refused(fields):
             {"max_queue": 2, "max_n": 4, "max_tenant_queue": 2},
             "4 pictures of a request, and a tenant may have 2",
         ),
+        ({"max_queue": 2}, "4 pictures of a request, and a tenant may have 2"),
         ({"batch": 0}, "batch: Input should be greater than or equal to 1"),
         ({"timeout": float("nan")}, "timeout"),
         ({"bach": 3}, "bach: Extra inputs are not permitted"),

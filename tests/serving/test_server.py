@@ -173,9 +173,12 @@ def test_a_client_who_leaves_has_its_work_dropped(served):
         thread.start()
     for thread in threads:
         thread.join()
+
+    def gone():
+        return [record for record in load.audited(served.audit) if record["reason"] == "client gone"]
+
+    assert load.until(lambda: len(gone()) >= 20, 20), len(gone())
     assert load.until(lambda: served.state().get("queue") == 0, 20)
-    gone = [record for record in load.audited(served.audit) if record["reason"] == "client gone"]
-    assert len(gone) >= 20
     assert load.Client(served.url).picture(asked[0]).status == 200
 
 
@@ -225,6 +228,7 @@ def test_nothing_of_a_request_is_in_the_logs_but_its_id(served):
         if path.is_file() and path.suffix in (".log", ".out", ".err", ".txt")
     ]
     assert found
+    assert any(b" INFO req_" in path.read_bytes() for path in found)
     secrets = [b"An image of", b"key of tenant", b"tenant-00"]
     for path in found:
         text = path.read_bytes()
