@@ -24,11 +24,11 @@ class EngineSettings(Protocol):
 
     @property
     def kind(self) -> str:
-        """Which of EmojiCanvas's erasers."""
+        """EmojiCanvas's eraser, by its name."""
 
     @property
     def device(self) -> str:
-        """As `lbdt.runs.processes.usable_device` takes it."""
+        """A name for `lbdt.runs.processes.usable_device`."""
 
     @property
     def steps(self) -> int | None:
