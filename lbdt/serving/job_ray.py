@@ -6,16 +6,17 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from typing import Any
 
 import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data.exceptions import SystemException
 from ray.exceptions import RayError
 
 from lbdt.serving.job_lines import JobLine
-from lbdt.serving.job_workers import BatchDone, JobWorker, Stop, WorkerSettings
+from lbdt.serving.job_workers import BatchDone, JobWorker, Stop, WorkerSettings, told
 
 _MOST_BLOCKS = 10_000
 
@@ -43,7 +44,7 @@ def run_on_ray(
         ray.init(**ray_options(address, count * settings.threads))
     try:
         yield from _run(settings, batches, stop, count)
-    except RayError as error:
+    except (RayError, SystemException) as error:
         raise RuntimeError(_in_words(error)) from error
     finally:
         if own:
@@ -93,30 +94,47 @@ def _run(
     _check_room(needs)
     rows = [{"batch": json.dumps([astuple(line) for line in batch])} for batch in batches]
     done = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MOST_BLOCKS)).map_batches(
-        _RayWorker,
+        RayWorker,
         batch_size=1,
         compute=ActorPoolStrategy(size=min(count, len(batches))),
         fn_constructor_args=(settings,),
         **needs,
     )
     for row in done.iter_rows():
-        yield BatchDone(int(row["pictures"]), int(row["refused"]), int(row["unprotected"]))
+        yield done_of(str(row["done"]))
         if stop():
             return
 
 
-class _RayWorker:
-    """A `JobWorker` as `map_batches` calls it."""
+class RayWorker:
+    """A `JobWorker` as `map_batches` calls it. What goes wrong is told in a row: Ray would wrap it in its own errors."""
 
     def __init__(self, settings: WorkerSettings) -> None:
-        self._worker = JobWorker(settings)
+        self._worker: JobWorker | None = None
+        try:
+            self._worker = JobWorker(settings)
+        except Exception as error:
+            self._fault = told(error)
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        done = [self._worker.run(lines_of(text)) for text in rows["batch"]]
-        return {
-            name: np.array([getattr(each, name) for each in done])
-            for name in ("pictures", "refused", "unprotected")
-        }
+        done = [self._run(text) for text in rows["batch"]]
+        return {"done": np.array([json.dumps(each) for each in done])}
+
+    def _run(self, text: str) -> dict[str, Any]:
+        if self._worker is None:
+            return {"fault": self._fault}
+        try:
+            return asdict(self._worker.run(lines_of(text)))
+        except Exception as error:
+            return {"fault": told(error)}
+
+
+def done_of(text: str) -> BatchDone:
+    """What a `RayWorker` says of a batch; RuntimeError where something went wrong."""
+    found = json.loads(text)
+    if "fault" in found:
+        raise RuntimeError(found["fault"])
+    return BatchDone(**found)
 
 
 def lines_of(text: str) -> list[JobLine]:
@@ -138,9 +156,9 @@ def _check_room(needs: dict[str, int]) -> None:
             )
 
 
-def _in_words(error: RayError) -> str:
-    """What went wrong in a worker, without Ray's traceback."""
-    cause = getattr(error, "cause", None) or error
-    cause = cause.__cause__ or cause
-    lines = str(cause).strip().splitlines()
-    return (lines[-1] if lines else "") or type(cause).__name__
+def _in_words(error: BaseException) -> str:
+    """What Ray says, without its traceback."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"Ray: {lines[-1] if lines else type(error).__name__}; the same command goes on"

@@ -67,9 +67,10 @@ class JobWorker:
 
         self.settings = settings
         self.engine, eraser = engine_of(settings)
-        if eraser.digest() != settings.digest:
+        if (digest := eraser.digest()) != settings.digest:
             raise ValueError(
-                f"--eraser {settings.eraser}: is not the same everywhere; copy the job's to each machine"
+                f"the eraser here is not the job's (digest {digest[:12]}... here, {settings.digest[:12]}... there); copy "
+                "the job's to each machine"
             )
         wording = "holds pictures of another model: {names} differ; give the same model to continue, or another folder"
         keep_settings(settings.folder, "model.json", fingerprint(self.engine.pipe), wording)
@@ -231,4 +232,9 @@ def _serve(parent: int, pipe: Any, settings: WorkerSettings) -> None:
         while (batch := pipe.recv()) is not None:
             pipe.send(worker.run(batch))
     except Exception as error:
-        pipe.send(str(error) or type(error).__name__)
+        pipe.send(told(error))
+
+
+def told(error: Exception) -> str:
+    """What went wrong in a worker, for the job's process."""
+    return str(error) or type(error).__name__

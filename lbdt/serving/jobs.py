@@ -123,7 +123,8 @@ def generate(job: PictureJob) -> JobResult:
             return JobResult(0, there, False, folder.summary(), threads, device)
         folder.reopen()
         try:
-            made, interrupted = _run(job, worker, batches_of(missing, job.batch), there)
+            batches = batches_of(missing, job.batch)
+            made, interrupted = _run(job, worker, batches, there) if batches else (0, False)
         finally:
             folder.gather()
         summary = folder.summary() if interrupted else folder.finish()

@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -18,7 +19,7 @@ from lbdt import canvas, cli
 from lbdt.serving import job_files, job_workers
 from lbdt.serving.job_files import picture_file
 from lbdt.serving.job_lines import JobLine
-from lbdt.serving.job_workers import JobWorker
+from lbdt.serving.job_workers import BatchDone, JobWorker, WorkerSettings
 from lbdt.serving.jobs import generate
 from tests.repeats import repeats
 from tests.serving.jobs import BROKEN, LINES, content, files, prompt, records, small_job, write
@@ -39,6 +40,13 @@ def unbroken(prompts, tmp_path_factory):
     result = generate(small_job(prompts, out))
     assert (result.made, result.there, result.interrupted) == (5, 0, False)
     return out
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -92,6 +100,13 @@ def test_a_finished_job_does_nothing(prompts, unbroken, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")} == before
 
 
+def test_a_job_that_lacks_its_summary_alone_loads_nothing(prompts, unbroken, tmp_path, monkeypatch):
+    monkeypatch.setattr(JobWorker, "__init__", lambda self, settings: pytest.fail("an engine was loaded"))
+    begin(unbroken, tmp_path / "out", [1, 2, 3, 4, 5])
+    result = generate(small_job(prompts, tmp_path / "out", workers=2))
+    assert (result.made, result.interrupted) == (0, False) and files(tmp_path / "out") == files(unbroken)
+
+
 def test_two_workers(prompts, unbroken, tmp_path):
     result = generate(small_job(prompts, tmp_path / "out", workers=2))
     assert result.made == 5 and repeats(content(tmp_path / "out"), content(unbroken))
@@ -106,13 +121,36 @@ def test_ray_data(prompts, unbroken, tmp_path, monkeypatch):
         # What is there stays; an actor for two batches, so that what it did first is not seen in what comes then.
         begin(unbroken, tmp_path / "out", [2])
         result = generate(small_job(prompts, tmp_path / "out", ray=True))
-        assert ray.is_initialized()
+        assert ray.is_initialized() and repeats(content(tmp_path / "out"), content(unbroken))
         with pytest.raises(ValueError, match="a worker needs 64 CPU, and the cluster has 2"):
             generate(small_job(prompts, tmp_path / "other", ray=True, threads=64))
     finally:
         ray.shutdown()
     assert (result.made, result.there) == (4, 1)
-    assert repeats(content(tmp_path / "out"), content(unbroken))
+
+
+def test_a_fault_on_a_node_is_told_as_it_is(unbroken, tmp_path):
+    from lbdt.serving.job_ray import RayWorker, done_of
+
+    begin(unbroken, tmp_path / "out", [1])
+    given = WorkerSettings(
+        tmp_path / "out",
+        5,
+        "another",
+        "refuse",
+        None,
+        None,
+        "sdxl",
+        "cpu",
+        steps=2,
+        guidance=None,
+        batch=2,
+        threads=1,
+    )
+    told = RayWorker(given)({"batch": np.array(['[[1, "000001", "a", 1, [], null]]'])})["done"]
+    with pytest.raises(RuntimeError, match="the eraser here is not the job's"):
+        done_of(told[0])
+    assert done_of('{"pictures": 1, "refused": 2, "unprotected": 3}') == BatchDone(1, 2, 3)
 
 
 def begin(whole, out, lines):
