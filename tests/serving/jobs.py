@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-from lbdt import canvas
+from typer.testing import CliRunner
+
+from lbdt import canvas, cli
 from lbdt.serving.jobs import PictureJob
 
 BROKEN = "An image of Sea in Neon style."
@@ -17,6 +20,9 @@ BROKEN = "An image of Sea in Neon style."
 def prompt(*names: str) -> str:
     return canvas.prompt(list(names), "Sketch")
 
+
+SMALL = ("--kind", "sdxl", "--steps", "2", "--batch", "2", "--threads", "1", "--device", "cpu")
+"""The options of `small_job`."""
 
 LINES = [
     {"prompt": prompt("Cats", "Dogs")},
@@ -66,3 +72,19 @@ def content(folder: Path) -> dict[str, Any]:
     summary = json.loads(found["summary.json"])
     assert summary.pop("records") == hashlib.sha256((folder / "records.jsonl").read_bytes()).hexdigest()
     return found | {"summary.json": summary}
+
+
+def begin(whole: Path, out: Path, lines: list[int]) -> None:
+    """As an interrupted run left it: the pictures of these lines."""
+    shutil.copytree(whole, out)
+    (out / "summary.json").unlink()
+    kept = [row for row in records(out) if row["line"] in lines]
+    for row in records(out):
+        if row not in kept:
+            (out / row["file"]).unlink()
+    write(out / "records.jsonl", kept)
+
+
+def lbdt(*arguments: object) -> Any:
+    """`lbdt generate`, in this process."""
+    return CliRunner().invoke(cli.app, ["generate", *map(str, arguments)])
