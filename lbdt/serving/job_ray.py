@@ -107,7 +107,10 @@ def _run(
 
 
 class RayWorker:
-    """A `JobWorker` as `map_batches` calls it. What goes wrong is told in a row: Ray would wrap it in its own errors."""
+    """A `JobWorker` as `map_batches` calls it.
+
+    What goes wrong is told in a row: Ray would wrap it in its own errors.
+    """
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._worker: JobWorker | None = None

@@ -69,8 +69,8 @@ class JobWorker:
         self.engine, eraser = engine_of(settings)
         if (digest := eraser.digest()) != settings.digest:
             raise ValueError(
-                f"the eraser here is not the job's (digest {digest[:12]}... here, {settings.digest[:12]}... there); copy "
-                "the job's to each machine"
+                f"the eraser here is not the job's (digest {digest[:12]}... here, {settings.digest[:12]}... there); "
+                "copy the job's to each machine"
             )
         wording = "holds pictures of another model: {names} differ; give the same model to continue, or another folder"
         keep_settings(settings.folder, "model.json", fingerprint(self.engine.pipe), wording)
