@@ -61,6 +61,7 @@ ONE = "--processes 1 --device cpu --concept Cats --own 1 --others 1 --quick"
 CANVAS = f"{ONE} --kind sdxl --seed 500 --steps 2"
 ERASE = "'An image of Dogs and Cats in Sketch style.' --concept Cats --steps 2"
 ATTACK = "--quick --concept Cats --style Sketch --steps 2 --iterations 1 --timesteps 1 --device cpu"
+GENERATE = "--kind sdxl --steps 2 --batch 2 --device cpu"
 TRAIN = "--steps 2 --rows 32 --expansion 2 --k 4 --device cpu"
 BENCH = "--quick --rounds 2 --op patch_uniform"
 HELP = "--help"
@@ -93,6 +94,9 @@ SMALL = {
     "lbdt env": "",
     "lbdt concepts --eraser DIR": "",
     "lbdt policy check FILE": "",
+    "lbdt generate jobs.jsonl --concept Cats --out pictures": GENERATE,
+    "lbdt generate jobs.jsonl --concept Cats --out pictures --workers 4 --threads 8": "--workers 1 --threads 1 "
+    f"{GENERATE}",
     "lbdt attack": ATTACK,
     "lbdt attack --quick": ATTACK,
     "lbdt attack --world unlearncanvas --model style50 --eraser DIR --classifier style50_cls.pth": "--quick --concept "
@@ -105,7 +109,16 @@ SMALL = {
     "torchrun --nproc_per_node N -m lbdt evaluate ...": CANVAS,
     "torchrun --nproc_per_node N -m lbdt attack ...": ATTACK,
     **dict.fromkeys(
-        ("lbdt assemble", "lbdt bench", "lbdt collect", "lbdt convert", "lbdt erase", "lbdt score"), HELP
+        (
+            "lbdt assemble",
+            "lbdt bench",
+            "lbdt collect",
+            "lbdt convert",
+            "lbdt erase",
+            "lbdt generate",
+            "lbdt score",
+        ),
+        HELP,
     ),
 }
 
@@ -247,6 +260,7 @@ def models(tmp_path_factory) -> Path:
     ]
     for number, row in enumerate(rows):
         row["seed"] = number
+    (root / "jobs.jsonl").write_text('{"prompt": "An image of Cats."}\n{"prompt": "Trees", "concepts": []}\n')
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 

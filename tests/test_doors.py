@@ -169,6 +169,7 @@ WORK = {
     "convert": ["/nowhere", "--from", "saeuron"],
     "evaluate": ["--device", "cpu", "--processes", "1"],
     "attack": ["--device", "cpu"],
+    "generate": ["/nowhere", "--device", "cpu"],
 }
 FILES = ("erase", "bench")
 

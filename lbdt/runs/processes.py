@@ -144,7 +144,7 @@ def spawn(count: int, work: Callable[..., object], *arguments: Any) -> None:
 def _spawned(
     rank: int, parent: int, count: int, port: int, work: Callable[..., object], arguments: Sequence[Any]
 ) -> None:
-    _end_with(parent)
+    end_with(parent)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -162,7 +162,7 @@ def _spawned(
         raise
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Ends this process as soon as `parent`, the id of the one that started it, has ended in whatever way (Linux)."""
     # Not SIGINT, which what a shell runs in the background ignores, and with it what that starts.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lbdt.serving.engine import MOST_SEED
-from lbdt.serving.settings import ServeSettings, pixels_of
+from lbdt.serving.settings import ServeSettings
+from lbdt.serving.sizes import pixels_of
 
 
 class Refusal(Exception):

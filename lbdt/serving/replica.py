@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lbdt.serving.batcher import Batcher
 from lbdt.serving.engine import PictureEngine, Work
 from lbdt.serving.front import Served
+from lbdt.serving.loading import engine_of
 from lbdt.serving.outcome import Failure, Outcome, outcome_of
 from lbdt.serving.settings import ServeSettings
-
-_STEPS = 20
 
 
 class Replica:
@@ -64,22 +62,7 @@ class Replica:
 
 def load_engine(settings: ServeSettings) -> tuple[PictureEngine, Served]:
     """The engine of the settings, and what it serves with."""
-    import torch
+    from lbdt.canvas.defaults import NAME
 
-    from lbdt.canvas.defaults import NAME, eraser_of, pipeline_of
-    from lbdt.runs.processes import usable_device
-
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    eraser = eraser_of(settings.eraser, settings.kind)
-    pipe = pipeline_of(settings.model, usable_device(settings.device))
-    call: dict[str, Any] = {"steps": settings.steps or _STEPS, "guidance": settings.guidance}
-    if settings.model is None:
-        from lbdt.canvas import KINDS
-
-        kind = KINDS[settings.kind]
-        call = {"steps": settings.steps or kind.steps, "guidance": settings.guidance}
-        if settings.guidance is None:
-            call["guidance"] = kind.guidance
-    engine = PictureEngine(pipe, eraser, batch=settings.batch, fill=settings.fill, **call)
+    engine, eraser = engine_of(settings)
     return engine, Served(settings.model or NAME, eraser.digest(), tuple(eraser.concepts))

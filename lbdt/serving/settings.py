@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from lbdt.serving.sizes import pixels_of
+
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -106,20 +108,3 @@ def settings_of(**values: Any) -> ServeSettings:
             for fault in error.errors()
         ]
         raise ValueError("; ".join(f"{where}: {text}" if where else text for where, text in faults)) from None
-
-
-def pixels_of(size: str) -> tuple[int, int]:
-    """(width, height) of "512x512".
-
-    Raises:
-        ValueError: another form, or not multiples of 8 from 8 to 8192.
-    """
-    width, _, height = size.partition("x")
-    pixels = tuple(
-        int(side) if side.isascii() and side.isdigit() and len(side) < 5 else 0 for side in (width, height)
-    )
-    if not all(8 <= side <= 8192 and side % 8 == 0 for side in pixels):
-        raise ValueError(
-            f"size: expected WIDTHxHEIGHT in multiples of 8 up to 8192, such as 512x512, got {size[:40]!r}"
-        )
-    return pixels[0], pixels[1]
