@@ -144,7 +144,7 @@ def command(
         say("lbdt: finishing what was accepted; once more to end at once")
         server.stop()
     finally:
-        server.kill()
+        server.kill(at_once=True)
 
 
 def _check_audit(settings: ServeSettings) -> None:

@@ -58,7 +58,8 @@ class Picture:
     gated: bool = False
     """Whether patches were detected, and all of them left by the gate."""
     reason: str | None = None
-    """Why it is not protected."""
+    """Why it is not protected; or of one that is, what was not looked for at some timesteps, as the dictionary has no
+    latent for it there."""
 
 
 class PictureEngine:
@@ -98,6 +99,7 @@ class PictureEngine:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         pipe.set_progress_bar_config(disable=True)
         self._lock = threading.Lock()
+        self._blind: dict[str, tuple[int, int]] = {}
         self._rows = 0
         self._attachment: Any = None
         self._attach(batch if fill else 1)
@@ -105,8 +107,8 @@ class PictureEngine:
     def generate(self, works: Sequence[Work]) -> list[Picture | Exception]:
         """A picture or an error for each of the works, in their order; at most `batch`, all of one size.
 
-        Where erasing fails in a batch, each of its pictures is made once more alone, so that one picture's failure is
-        no other one's. Errors: `UnprotectedError`, `PromptTooLongError`, ValueError for unknown concepts, and what the
+        Where erasing fails in a batch, its halves are made anew, and theirs, so that one picture's failure is no other
+        one's. Errors: `UnprotectedError`, `PromptTooLongError`, ValueError for unknown concepts, and what the
         pipeline and its tokenizers raise.
 
         Raises:
@@ -177,7 +179,8 @@ class PictureEngine:
             return list(self._called(works))
         except Exception as error:
             if len(works) > 1:
-                return [made for work in works for made in self._made([work])]
+                half = len(works) // 2
+                return [*self._made(works[:half]), *self._made(works[half:])]
             return [self._failed(works[0], error)]
 
     def _failed(self, work: Work, error: Exception) -> Picture | Exception:
@@ -210,12 +213,23 @@ class PictureEngine:
         ).images
         reports = self._attachment.pictures()
         for work, picture, report in zip(works, pictures, reports, strict=False):
-            yield _picture(work, picture, report)
+            yield _picture(picture, report, self._unseen(work.concepts) if enabled else None)
+
+    def _unseen(self, concepts: Sequence[str]) -> str | None:
+        """Which of the concepts have timesteps at which no latent can be detected, so that they are not looked for."""
+        said = []
+        for name in concepts:
+            if name not in self._blind:
+                thresholds = self.eraser.select(name).thresholds
+                self._blind[name] = int(torch.isposinf(thresholds).all(1).sum()), len(thresholds)
+            blind, bins = self._blind[name]
+            said += [f"{name} at {blind} of {bins} timesteps"] if blind else []
+        return f"not looked for: {', '.join(said)}" if said else None
 
 
-def _picture(work: Work, picture: Image.Image, report: PictureReport) -> Picture:
+def _picture(picture: Image.Image, report: PictureReport, unseen: str | None) -> Picture:
     found = any(report.gated) and not any(report.replaced)
-    return Picture(png_of(picture), True, report.detected, report.replaced, found)
+    return Picture(png_of(picture), True, report.detected, report.replaced, found, unseen)
 
 
 def png_of(picture: Image.Image) -> bytes:

@@ -79,13 +79,17 @@ class LocalServer:
         self.handle.drain.remote().result()
         self.kill()
 
-    def kill(self) -> None:
-        """Ends at once; may be called again."""
+    def kill(self, at_once: bool = False) -> None:
+        """Ends without finishing what was accepted; may be called again. `at_once`: a Ray that was started here without
+        Serve's leave, which waits for requests that are on."""
         import ray
         from ray import serve
 
         if not ray.is_initialized():
             return  # Serve's shutdown would start another Ray to look for something to shut down
+        if at_once and not self._joined:
+            ray.shutdown()
+            return
         if self._joined:
             serve.delete(APP)
         if not self._joined or not serve.status().applications:

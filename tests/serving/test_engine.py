@@ -126,6 +126,41 @@ def test_a_failure_is_that_pictures_alone(engine, alone, broken, on_failure):
     assert repeats(engine.generate([WORKS[0]])[0].png, alone[0].png)
 
 
+def test_few_calls_tell_the_one_that_fails_from_the_others(engine, broken):
+    calls, call = [], engine.pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        made = engine.generate([Work(BROKEN, 3, ("Sea",)), *WORKS[:3]])
+    call.remove()
+    assert [isinstance(one, Picture) for one in made] == [False, True, True, True]
+    assert len(calls) <= 5 * STEPS  # the batch, its halves, and those of the half with the broken one
+
+
+def test_what_is_not_looked_for_at_some_timesteps_is_said(pipe, eraser):
+    from dataclasses import replace
+
+    class Blind(type(eraser)):
+        def select(self, concept):
+            selection = super().select(concept)
+            if concept != "Cats":
+                return selection
+            thresholds = selection.thresholds.clone()
+            thresholds[5:] = torch.inf
+            return replace(selection, thresholds=thresholds)
+
+    blind = Blind(eraser.sae, eraser.dictionary, **eraser.settings)
+    with (
+        warnings.catch_warnings(),
+        PictureEngine(canvas.load_pipeline(), blind, batch=2, steps=STEPS) as engine,
+    ):
+        warnings.simplefilter("ignore", RuntimeWarning)  # which says it, too
+        seen, unseen = engine.generate(
+            [Work(prompt("Dogs"), 1, ("Dogs",)), Work(prompt("Cats"), 1, ("Dogs", "Cats"))]
+        )
+    assert seen.reason is None
+    assert unseen.protected and unseen.reason == "not looked for: Cats at 15 of 20 timesteps"
+
+
 def test_a_prompt_that_would_be_cut_off_is_refused(engine, alone, caplog, capsys):
     secret = "unspeakable " * 40
     made = engine.generate([WORKS[0], Work(secret, 1)])

@@ -6,10 +6,12 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -34,6 +36,8 @@ class Served:
 
     def __init__(self, folder):
         self.policy, self.audit = folder / "policy.toml", folder / "audit"
+        # Its sockets lie below it, whose paths may not be long.
+        self.ray = Path(tempfile.mkdtemp(prefix="ray-"))
         self.write_policy("1")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -62,7 +66,7 @@ class Served:
             "0.1",
         ]
         self.errors = (folder / "stderr").open("w+")
-        environment = os.environ | {"RAY_TMPDIR": str(folder / "ray"), "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"RAY_TMPDIR": str(self.ray), "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(command, cwd=folder, stderr=self.errors, env=environment)
 
     def write_policy(self, version):
@@ -81,8 +85,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    # Sockets of Ray lie below it, whose paths may not be long.
-    folder = tmp_path_factory.mktemp("s")
+    folder = tmp_path_factory.mktemp("served")
     served = Served(folder)
     try:
         up = load.until(lambda: served.process.poll() is not None or load.ready(served.url, 0), 240)
@@ -98,6 +101,7 @@ def served(tmp_path_factory):
                 os.kill(pid, signal.SIGKILL)
         served.process.kill()
         served.errors.close()
+        shutil.rmtree(served.ray, ignore_errors=True)
 
 
 def test_pictures_of_many_tenants_together_are_those_of_each_alone(served):
@@ -221,7 +225,7 @@ def test_a_killed_engine_leaves_nobody_without_an_answer(served):
 
 
 def test_nothing_of_a_request_is_in_the_logs_but_its_id(served):
-    folder = Path(served.policy).parent / "ray"
+    folder = served.ray
     found = [
         path
         for path in folder.rglob("*")
