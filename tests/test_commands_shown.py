@@ -164,6 +164,13 @@ ELSEWHERE = {
     ".ci/test --misaligned": "tests/misaligned",
     ".ci/test --fuzz-cases 10000 -m fuzz": "tests/fuzz",
     "benchmarks/gpu.sh": "tests/test_benchmarks.py",  # its syntax: there is no GPU
+    "lbdt serve": "tests/serving/test_server.py",
+    "lbdt serve --policy FILE --audit audit": "tests/serving/test_server.py",
+    "lbdt audit verify": "tests/serving/test_audit_command.py",
+    "lbdt audit verify audit": "tests/serving/test_audit_command.py",
+    "pip install 'lbdt[serve]'": "tests/test_packaging.py",
+    "python -m benchmarks.serving": "tests/serving/test_server.py",  # in small
+    "python -m benchmarks.serving_table benchmarks/results/serving.json": "tests/test_readme.py",
 }
 
 INSTALLS = (".ci/demo", ".ci/test")

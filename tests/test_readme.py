@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import attack, early_stop, evaluation, pipelines, screen_bounds, train_vs_sparsify
+from benchmarks import attack, early_stop, evaluation, pipelines, screen_bounds, serving_table, train_vs_sparsify
 from lbdt import canvas
 from lbdt.attack import AttackOutcome, summarise
 from lbdt.bench import timing_table
@@ -230,6 +230,11 @@ def test_the_figures_of_the_gate_are_those_of_the_linked_result():
     assert len(columns) == 3
     for share, ((call, of_call), (run, over_run)) in columns.items():
         assert f"| {100 * share:.0f} % | {call} | {of_call} | {run} | {over_run} |" in text
+
+
+def test_the_table_of_the_server_is_that_of_its_result():
+    result = json.loads((MEASURED.parent / "results/serving.json").read_text())
+    assert serving_table.table(result) in (ROOT / "lbdt/serving/README.md").read_text()
 
 
 def test_the_table_of_candidates_is_that_of_the_linked_result():
