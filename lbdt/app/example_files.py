@@ -18,9 +18,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from lbdt.activations.pipelines import digest_of_module
 from lbdt.activations.prompts import Prompt
 from lbdt.app.examples import ExampleSet, Firings
+from lbdt.app.settings import digest_of_sae
 from lbdt.canvas import KINDS, WEIGHTS, Sampling
 from lbdt.runs.files import write_files
 
@@ -81,7 +81,7 @@ def write_firings(folder: Path, kind: str, editor: ConceptEraser, found: Example
     """Writes the firings of every latent of an embedded eraser, which are of the pictures of its sampling's sheet."""
     tensors = {name: getattr(found.firings, name).to(dtype) for name, dtype in _STORED.items()}
     about = {
-        "sae": digest_of_module(editor.sae),
+        "sae": digest_of_sae(editor.sae),
         "sheet": sheet_name(KINDS[kind]),
         "grid": json.dumps(found.grid),
     }
@@ -90,7 +90,7 @@ def write_firings(folder: Path, kind: str, editor: ConceptEraser, found: Example
 
 def stored_for(editor: ConceptEraser | Steering, folder: Path = FOLDER) -> ExampleSet | None:
     """The stored examples of the SAE that an editor looks with, whatever folder it came from; None: there are none."""
-    return _by_digest(folder).get(digest_of_module(editor.sae), lambda: None)()
+    return _by_digest(folder).get(digest_of_sae(editor.sae), lambda: None)()
 
 
 @functools.lru_cache(maxsize=4)

@@ -98,7 +98,7 @@ class ExampleSet:
     """The pictures that are needed, by the number of their prompt."""
 
     def of(self, latent: int, most: int = TOP) -> tuple[LatentExample, ...]:
-        """At most `most` examples of a latent, the strongest first; none where it fires nowhere.
+        """The strongest examples of a latent, at most `most`, in that order; none where it fires nowhere.
 
         Raises:
             LookupError: a latent that was not looked at.

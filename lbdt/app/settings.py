@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from lbdt import __version__
 from lbdt.canvas import KINDS
 from lbdt.donors import AVOIDED, SOURCES, AvoidedPatches
+from lbdt.runs.digests import sha256
 from lbdt.runs.limits import LARGEST, MOST_PADDING, MOST_PATCHES, MOST_SEED, MOST_STEPS
 from lbdt.runs.reading import brief, listed, parse_json, read_bytes
 from lbdt.runs.wording import nearest, require_unicode
 
 if TYPE_CHECKING:
     from lbdt.editors import ConceptEraser, Steering
+    from lbdt.sae import SparseAutoencoder
 
 SCHEMA = 1
 """The number of the file's format."""
@@ -242,7 +244,21 @@ def digest_of(editor: ConceptEraser | Steering) -> str:
     """SHA-256 of all of an editor that `PictureSettings` do not say: its SAE, dictionary, selection, bank, the gate's
     calibration, and where it stands."""
     said = {} if editor.KIND == "steering" else {"min_patches": None, "avoid": AvoidedPatches.erased.value}
-    return type(editor)(editor.sae, editor.dictionary, **(editor.settings | said)).digest()
+    plain = type(editor)(editor.sae, editor.dictionary, **(editor.settings | said))
+    return sha256(f"{plain.digest()}\n{_kind_of(editor.sae)}")
+
+
+def digest_of_sae(sae: SparseAutoencoder) -> str:
+    """SHA-256 of an SAE: its weights, and how it makes latents of them."""
+    from lbdt.activations.pipelines import digest_of_module
+
+    return sha256(f"{digest_of_module(sae)}\n{_kind_of(sae)}")
+
+
+def _kind_of(sae: SparseAutoencoder) -> str:
+    """What an SAE's weights do not say of it."""
+    config = sae.config
+    return f"{config.activation}, k {config.k}, threshold {config.threshold}, update {config.update}"
 
 
 def _own_guidance(pipe: Any) -> float | None:
