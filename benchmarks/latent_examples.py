@@ -1,11 +1,11 @@
-"""Makes the examples that ship with EmojiCanvas's erasers (`lbdt/app/example_files.py`), an eraser at a time.
+"""Makes the examples that ship with EmojiCanvas's erasers (`lbdt/app/example_files.py`), a sampling at a time.
 
     python -m benchmarks.latent_examples                     # into lbdt/canvas/weights/examples, what is not there yet
     python -m benchmarks.latent_examples --again --out DIR   # all of them anew
 
 Every object in every style from two seeds that nothing was trained, scored or evaluated on: 240 pictures for each
-sampling, unedited. Erasers of one sampling look at the same pictures: 3 to 5 minutes on two CPU cores for the four of
-20 steps, one for that of 4. What was killed goes on with the sampling that it was at.
+sampling, unedited. Erasers of one sampling look at the same pictures: 7 minutes on two busy CPU cores for the four
+of 20 steps, one for that of 4. What was killed goes on with the sampling that it was at.
 """
 
 from __future__ import annotations
