@@ -46,10 +46,14 @@ class Previews:
         pipe = self._pipe()
         if self._decodes:
             scale, shift = _scaling(pipe.vae)
-            pixels = pipe.vae.decode(latents[:1] / scale + shift, return_dict=False)[0]
+            parameter = next(pipe.vae.parameters())
+            given = (latents[:1] / scale + shift).to(parameter.device, parameter.dtype)
+            pixels = pipe.vae.decode(given, return_dict=False)[0]
         elif self._map is not None and len(self._map) == latents.shape[1] + 1:
             ones = torch.ones_like(latents[:1, :1])
-            pixels = torch.einsum("bchw,cr->brhw", torch.cat([latents[:1], ones], 1).float(), self._map)
+            pixels = torch.einsum(
+                "bchw,cr->brhw", torch.cat([latents[:1], ones], 1).float(), self._map.to(latents.device)
+            )
         else:
             return None
         values = (pixels[0].float() / 2 + 0.5).nan_to_num(0.5).clamp(0, 1).mul(255).round()

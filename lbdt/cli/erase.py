@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lbdt import __version__
 from lbdt.app.settings import RemovalMethod
 from lbdt.cli.options import (
     AsJson,
@@ -22,6 +23,7 @@ from lbdt.cli.options import (
     number,
     print_result,
     reported,
+    say,
 )
 from lbdt.donors import AvoidedPatches, DonorSource
 from lbdt.runs.limits import MOST_PADDING, MOST_PATCHES, MOST_STEPS
@@ -142,6 +144,8 @@ def command(
         if settings is None
         else read_settings(settings)
     )
+    if asked.version != __version__:
+        say(f"lbdt: {settings}: is of lbdt {asked.version}, and this is {__version__}: bits may differ")
     erase_picture.check_path(out)
     if save_settings is not None:
         check_out(save_settings, "settings", "--save-settings")

@@ -5,13 +5,19 @@ import math
 from dataclasses import fields, replace
 
 import pytest
+import torch
 from hypothesis import strategies as st
+from PIL import Image
 from typer.testing import CliRunner
 
 from lbdt import canvas, cli
-from lbdt.app.settings import MOST_PROMPT, PictureSettings, digest_of, read_settings
+from lbdt.app.erasing import emerge
+from lbdt.app.settings import MOST_PROMPT, PictureSettings, digest_of, load_editor, read_settings
+from lbdt.canvas.defaults import pipeline_of
+from lbdt.cli import erase_picture
 from lbdt.donors import AVOIDED, SOURCES
 from lbdt.editors import Steering
+from lbdt.editors.edit_report import StepMask
 from lbdt.runs.limits import LARGEST, MOST_PADDING, MOST_PATCHES, MOST_SEED, MOST_STEPS
 from tests import toy
 from tests.fuzzing import fuzz
@@ -235,7 +241,26 @@ def test_a_saved_picture_is_repeated(options, folders, tmp_path):
     assert repeats(second.read_bytes(), first.read_bytes())
     saved = read_settings(file)
     assert saved.digest and saved.seed == 5 and saved.steps == 3 and saved.guidance is not None
-    assert json.loads(again.stdout)["seed"] == 5
+    assert json.loads(again.stdout)["seed"] == 5 and "is of lbdt" not in again.stderr
+    made = replace(saved, version="0.0.0")
+    file.write_text(made.to_json())
+    other = lbdt("erase", "--settings", file, "--out", second, "--device", "cpu")
+    assert other.exit_code == 0 and "is of lbdt 0.0.0, and this is " in other.stderr
+
+
+def test_the_page_makes_the_pictures_of_the_command(folders, tmp_path):
+    file, out = tmp_path / "picture.json", tmp_path / "a.png"
+    place = ["--model", folders / "pipe", "--eraser", folders / "eraser", "--steps", 3, "--device", "cpu"]
+    done = lbdt("erase", "a cat", "--concept", "Cats", *place, "--save-settings", file, "--out", out)
+    assert done.exit_code == 0, done.output
+    settings = read_settings(file)
+    pipe = pipeline_of(settings.model, torch.device("cpu"))
+    *steps, last = emerge(pipe, load_editor(settings), settings, cancelled=lambda: False)
+    masks = [StepMask(e.timestep, e.mask.detected[None], e.mask.replaced[None]) for e in steps[3:]]
+    captions = ("without", "patches of Cats", "Cats erased")
+    with Image.open(out) as written:
+        assert repeats(erase_picture.compose(last.without, masks, last.erased, captions), written.copy())
+    assert last.settings == settings
 
 
 @pytest.mark.parametrize(
