@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHEAP = 5_000_000
-"""Parameters of a decoder that is run for every preview: EmojiCanvas's has a quarter of a million (6 ms on two CPU
-cores, beside 45 ms for a step), Stable Diffusion's 50 million."""
+"""Parameters of a decoder that is run for every preview: EmojiCanvas's has 131,459 (7 ms on two AMD
+cores, beside 34 ms for a step), Stable Diffusion's 50 million."""
 SIDE = 256
 """The longest side of a preview, pixels."""
 _CELLS, _CELL = 8, 4
