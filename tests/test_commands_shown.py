@@ -142,6 +142,7 @@ PARSED = (
     "python -m benchmarks.contact_sheet --kind saemnesia",
     "python -m benchmarks.contact_sheet --pairs",
     "python -m benchmarks.first_picture",
+    "python -m benchmarks.latent_examples",
 )
 """They take from minutes to hours, or another project's checkout: they are run until their arguments are read."""
 

@@ -18,7 +18,7 @@ LAYERS = (
     {"editors", "training"},
     {"bench", "canvas"},
     {"evaluation"},
-    {"attack", "serving"},
+    {"app", "attack", "serving"},
     {"cli"},
     {"__main__"},
 )

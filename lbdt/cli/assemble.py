@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lbdt.cli.options import (
-    MOST_PADDING,
-    MOST_PATCHES,
     AsJson,
     Dtype,
     UnusedDevice,
@@ -23,6 +21,7 @@ from lbdt.cli.options import (
     reported,
 )
 from lbdt.donors import AvoidedPatches, DonorSource
+from lbdt.runs.limits import MOST_PADDING, MOST_PATCHES
 
 if TYPE_CHECKING:
     from lbdt.editors import ConceptEraser

@@ -10,9 +10,7 @@ import typer
 
 from lbdt.cli.erase import RemovalMethod
 from lbdt.cli.options import (
-    MOST_STEPS,
     MOST_THREADS,
-    SEEDS,
     AsJson,
     CanvasKind,
     Device,
@@ -24,6 +22,7 @@ from lbdt.cli.options import (
     reported,
 )
 from lbdt.cli.sampling import Model
+from lbdt.runs.limits import MOST_STEPS, SEEDS
 from lbdt.runs.wording import printable
 
 _PANEL = "The search"

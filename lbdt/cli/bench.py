@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lbdt.cli.options import MOST_THREADS, SEEDS, AsJson, Device, counted, number, print_result, reported
+from lbdt.cli.options import MOST_THREADS, AsJson, Device, counted, number, print_result, reported
+from lbdt.runs.limits import SEEDS
 
 if TYPE_CHECKING:
     from lbdt.bench.cases import Spec

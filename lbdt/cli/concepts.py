@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
 from lbdt.cli.options import (
     AsJson,
@@ -15,9 +16,6 @@ from lbdt.cli.options import (
     reported,
 )
 
-if TYPE_CHECKING:
-    from lbdt.editors import ConceptEraser
-
 
 @reported
 def command(
@@ -28,10 +26,11 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """List the concepts an eraser knows, their latents, and how often these fire on and off the concept."""
+    from lbdt.app.inspecting import concept_table
     from lbdt.canvas.defaults import eraser_of
 
     loaded = eraser_of(eraser, kind.value)
-    rows = [_row(loaded, name) for name in loaded.concepts]
+    rows = [asdict(row) for row in concept_table(loaded)]
     values = {
         "hookpoint": loaded.hookpoint,
         "padding": loaded.padding,
@@ -58,21 +57,6 @@ def _table(values: dict[str, Any]) -> list[str]:
     else:
         lines.append("no rates: the dictionary is not calibrated")
     return lines
-
-
-def _row(eraser: ConceptEraser, name: str) -> dict[str, Any]:
-    selection = eraser.select(name)
-    row = {
-        "concept": name,
-        "latents": selection.latents.tolist(),
-        "thresholds": selection.kind,
-        "on": None,
-        "off": None,
-    }
-    if eraser.dictionary.histograms is not None:
-        rates = eraser.dictionary.detection_rates(selection).overall()
-        row |= dict(zip(("on", "off"), rates, strict=True))
-    return row
 
 
 def _percent(rate: float | None) -> str:

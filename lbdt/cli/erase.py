@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import enum
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lbdt import __version__
+from lbdt.app.settings import RemovalMethod
 from lbdt.cli.options import (
-    MOST_PADDING,
-    MOST_PATCHES,
-    MOST_STEPS,
     AsJson,
     CanvasKind,
     Device,
@@ -26,32 +23,30 @@ from lbdt.cli.options import (
     number,
     print_result,
     reported,
+    say,
 )
 from lbdt.donors import AvoidedPatches, DonorSource
+from lbdt.runs.limits import MOST_PADDING, MOST_PATCHES, MOST_STEPS
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from lbdt.editors import Report, UnetEditor
     from lbdt.editors.edit_report import StepReport
 
-_STEPS = 20
-
-
-class RemovalMethod(enum.StrEnum):
-    """What removes the concept."""
-
-    per = "per"
-    steering = "steering"
+_BESIDE = ("settings", "out", "device", "as_json")
+"""What may be given beside a file of settings."""
 
 
 @reported
 def command(
-    prompt: Annotated[str, typer.Argument(help='E.g. "An image of Dogs and Cats in Sketch style."')],
+    ctx: typer.Context,
+    prompt: Annotated[
+        str | None, typer.Argument(help='E.g. "An image of Dogs and Cats in Sketch style."')
+    ] = None,
     concept: Annotated[
-        list[str], typer.Option("--concept", metavar="NAME", help="What to erase; may be repeated.")
-    ],
+        list[str] | None, typer.Option("--concept", metavar="NAME", help="What to erase; may be repeated.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="DIR_OR_HUB", help="A diffusers pipeline. Default: EmojiCanvas."),
@@ -88,104 +83,136 @@ def command(
             help="Guidance scale. Default: on EmojiCanvas 3, for kind sdxl none; else the pipeline's own.",
         ),
     ] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Repeat a picture: take everything but --out, --device and --json from here.",
+        ),
+    ] = None,
+    save_settings: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write what --settings repeats the picture by.")
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="The picture to write.")] = Path("erased.png"),
     seed: Seed = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Generate PROMPT without and with the eraser, from the same seed, and write one picture of both."""
+    given = _given(ctx)
+    if settings is not None:
+        if beside := [flag for name, flag in given.items() if name not in _BESIDE]:
+            raise typer.BadParameter(
+                f"has everything in its file; leave out {', '.join(beside)}", param_hint="--settings"
+            )
+    else:
+        missing = {"PROMPT": prompt is None, "--concept": not concept}
+        if any(missing.values()):
+            names = " and ".join(name for name, lacks in missing.items() if lacks)
+            raise typer.BadParameter(f"missing; give {names}, or a picture's --settings", param_hint=names)
+        _check_method(given, method)
     if model is not None and eraser is None:
         raise typer.BadParameter(
             "an eraser belongs to a pipeline: give --eraser with --model", param_hint="--eraser"
         )
-    if method is RemovalMethod.steering and not (padding is source is min_patches is avoid is None):
-        raise typer.BadParameter(
-            "--padding, --source, --min-patches and --avoid are of --method per", param_hint="--method"
-        )
-    if method is RemovalMethod.per and strength is not None:
-        raise typer.BadParameter("is of --method steering: PER has no strength", param_hint="--strength")
-    from lbdt.canvas.defaults import NAME, eraser_of, pipeline_of, steering_of
+    from lbdt.app.drawing import draw
+    from lbdt.app.settings import PictureSettings, load_editor, read_settings
+    from lbdt.canvas.defaults import NAME, pipeline_of
     from lbdt.cli import erase_picture
+    from lbdt.runs.files import write_file
     from lbdt.runs.processes import usable_device
+    from lbdt.runs.writable import check_out
 
     # Everything that can be refused is refused before the first image is generated.
+    asked = (
+        PictureSettings(
+            prompt,
+            tuple(dict.fromkeys(concept)),
+            model=model,
+            eraser=eraser,
+            kind=kind.value,
+            method=method.value,
+            strength=strength,
+            padding=padding,
+            source=None if source is None else source.value,
+            avoid=None if avoid is None else avoid.value,
+            min_patches=min_patches,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+        )
+        if settings is None
+        else read_settings(settings)
+    )
+    if asked.version != __version__:
+        say(f"lbdt: {settings}: is of lbdt {asked.version}, and this is {__version__}: bits may differ")
     erase_picture.check_path(out)
+    if save_settings is not None:
+        check_out(save_settings, "settings", "--save-settings")
     where = usable_device(device)
-    steer = method is RemovalMethod.steering
-    loaded = steering_of(eraser, kind.value, strength) if steer else eraser_of(eraser, kind.value)
-    if padding is not None:
-        loaded.padding = padding
-    if source is not None:
-        loaded.source = source.value
-    if min_patches is not None:
-        loaded.min_patches = min_patches
-    if avoid is not None:
-        loaded.avoid = avoid.value
+    loaded = load_editor(asked)
     # An unknown concept is told from the dictionary alone, before gigabytes of pipeline are read.
-    chosen = {name: loaded.select(name) for name in concept}
-    pipe = pipeline_of(model, where)
-    if model is None:
-        from lbdt.canvas import KINDS
-
-        steps = KINDS[kind.value].steps if steps is None else steps
-        guidance = KINDS[kind.value].guidance if guidance is None else guidance
-    steps = _STEPS if steps is None else steps
-    attach = partial(loaded.attach, pipe, list(concept), seed=seed, selections=chosen)
+    chosen = {name: loaded.select(name) for name in asked.concepts}
+    asked.resolved(loaded)
+    pipe = pipeline_of(asked.model, where)
+    asked = asked.resolved(loaded, pipe)
+    editor = asked.applied(loaded)
+    attach = partial(editor.attach, pipe, list(asked.concepts), seed=asked.seed, selections=chosen)
     attach().remove()
 
-    call = {"num_inference_steps": steps} | ({} if guidance is None else {"guidance_scale": guidance})
     # The first call of a process pays for allocations and kernel choices that the second finds made.
-    _generate(pipe, prompt, seed, where, "warm-up", call | {"num_inference_steps": 1})
-    before, seconds_without = _generate(pipe, prompt, seed, where, "without", call)
+    for label, number_of_steps in (("warm-up", 1), ("without", None)):
+        pipe.set_progress_bar_config(desc=label, file=sys.stderr)
+        before, seconds_without = draw(pipe, asked, steps=number_of_steps)
+    pipe.set_progress_bar_config(desc="with", file=sys.stderr)
     with attach(keep_masks=True) as attached:
-        after, seconds_with = _generate(pipe, prompt, seed, where, "with", call)
+        after, seconds_with = draw(pipe, asked)
     report, masks = attached.report(), attached.masks()
 
-    erased = ", ".join(concept)
+    erased, steer = ", ".join(asked.concepts), asked.method == RemovalMethod.steering
     captions = ("without", f"patches of {erased}", f"{erased} {'steered' if steer else 'erased'}")
     erase_picture.save(erase_picture.compose(before, masks, after, captions), out)
+    if save_settings is not None:
+        write_file(save_settings, asked.to_json().encode())
     overhead = 100 * (seconds_with / seconds_without - 1)
     values = {
-        "prompt": prompt,
-        "concepts": list(concept),
-        "model": model or NAME,
-        "eraser": eraser or f"{NAME}, {kind.value}",
-        "method": method.value,
-        "hookpoint": loaded.hookpoint,
-        **{name: loaded.settings[name] for name in loaded.SHOWN},
-        "steps": steps,
-        "guidance": guidance,
-        "seed": seed,
+        "prompt": asked.prompt,
+        "concepts": list(asked.concepts),
+        "model": asked.model or NAME,
+        "eraser": asked.eraser or f"{NAME}, {asked.kind}",
+        "method": asked.method,
+        "hookpoint": editor.hookpoint,
+        **{name: editor.settings[name] for name in editor.SHOWN},
+        "steps": asked.steps,
+        "guidance": asked.guidance,
+        "seed": asked.seed,
         "device": str(where),
         "seconds": {"without": seconds_without, "with": seconds_with},
         "overhead_percent": overhead,
         "report": report.to_dict(),
-        "verdict": _verdict(before, after) if model is None else None,
+        "verdict": _verdict(before, after) if asked.model is None else None,
         "out": str(out),
     }
-    print_result(values, _table(values, loaded, report), as_json)
+    print_result(values, _table(values, editor, report), as_json)
 
 
-def _generate(
-    pipe: Any, prompt: str, seed: int, device: torch.device, label: str, call: dict[str, Any]
-) -> tuple[Image.Image, float]:
-    """The image, and the seconds that it took."""
-    import torch
-
-    pipe.set_progress_bar_config(desc=label, file=sys.stderr)
-    generator = torch.Generator().manual_seed(seed)
-    _synchronize(device)
-    start = time.perf_counter()
-    image = pipe(prompt, generator=generator, **call).images[0]
-    _synchronize(device)
-    return image, time.perf_counter() - start
+def _given(ctx: typer.Context) -> dict[str, str]:
+    """The arguments that the command line names, as they are written there, by name."""
+    return {
+        param.name: param.opts[0] if param.opts[0].startswith("-") else param.opts[0].upper()
+        for param in ctx.command.params
+        if getattr(ctx.get_parameter_source(param.name), "name", "") == "COMMANDLINE"
+    }
 
 
-def _synchronize(device: torch.device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _check_method(given: dict[str, str], method: RemovalMethod) -> None:
+    """Bad usage where an option of the other method was given."""
+    if method is RemovalMethod.steering and given.keys() & {"padding", "source", "min_patches", "avoid"}:
+        raise typer.BadParameter(
+            "--padding, --source, --min-patches and --avoid are of --method per", param_hint="--method"
+        )
+    if method is RemovalMethod.per and "strength" in given:
+        raise typer.BadParameter("is of --method steering: PER has no strength", param_hint="--strength")
 
 
 def _verdict(before: Image.Image, after: Image.Image) -> dict[str, dict[str, Any]]:
@@ -205,11 +232,11 @@ def _seen(verdict: dict[str, Any]) -> str:
     return f"{' and '.join(verdict['objects']) or 'nothing'} in {verdict['style']} style"
 
 
-def _table(values: dict[str, Any], loaded: UnetEditor, report: Report) -> list[str]:
+def _table(values: dict[str, Any], editor: UnetEditor, report: Report) -> list[str]:
     rows = max((step.rows for step in report.steps), default=0)
     seconds = values["seconds"]
     steps = report.steps
-    settings = (f"{name} {value}" for name, value in loaded.shown.items())
+    settings = (f"{name} {value}" for name, value in editor.shown.items())
     edited = "patches steered" if values["method"] == "steering" else "patches replaced"
     lines = [
         f"{'erased':22}{', '.join([*values['concepts'], *settings])}",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lbdt.evaluation.pictures import HOT, darkened, tinted
+from lbdt.evaluation.pictures import HOT, darkened, found, tinted
 from lbdt.runs.files import write_file
 from lbdt.runs.writable import check_out
 
@@ -20,7 +20,6 @@ GAP = 12
 CAPTION = 26
 _SMALLEST, _LARGEST = 256, 768
 _GROUND, _INK = (250, 250, 248), (32, 33, 36)
-_WARM = (242, 172, 66)
 _TILES = 2
 
 
@@ -111,8 +110,7 @@ def _mean_tile(ground: Image.Image, masks: Sequence[StepMask]) -> Image.Image:
 
 
 def _step_tile(ground: Image.Image, mask: StepMask, label: str) -> Image.Image:
-    padded = tinted(ground, (mask.replaced[0] & ~mask.detected[0]).float(), _WARM)
-    return _labelled(tinted(padded, mask.detected[0].float(), HOT), label)
+    return _labelled(found(ground, mask.detected[0], mask.replaced[0]), label)
 
 
 def _labelled(tile: Image.Image, text: str) -> Image.Image:

@@ -12,18 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lbdt.cli.options import (
-    MOST_STEPS,
-    MOST_THREADS,
-    SEEDS,
-    AsJson,
-    CanvasKind,
-    Device,
-    counted,
-    number,
-    print_result,
-    reported,
-)
+from lbdt.cli.options import MOST_THREADS, AsJson, CanvasKind, Device, counted, number, print_result, reported
+from lbdt.runs.limits import MOST_STEPS, SEEDS
 from lbdt.runs.wording import printable
 
 

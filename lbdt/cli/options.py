@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lbdt.runs.limits import LARGEST, SEEDS
 from lbdt.runs.wording import printable
 from lbdt.runs.writable import unwritable, worded
 
@@ -39,13 +40,7 @@ class Dtype(enum.StrEnum):
 
 MOST = 2**31 - 1
 """The largest count."""
-MOST_STEPS = 10_000
 MOST_THREADS = 1024
-MOST_PADDING = 65_535
-MOST_PATCHES = 2**30
-LARGEST = 1e6
-"""The largest strength, scale or weight."""
-SEEDS = {"min": 0, "max": 2**63 - 1}
 
 
 def finite(value: float | None) -> float | None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lbdt.cli.options import MOST_STEPS, MOST_THREADS, Dtype, counted, number
+from lbdt.cli.options import MOST_THREADS, Dtype, counted, number
+from lbdt.runs.limits import MOST_STEPS
 
 if TYPE_CHECKING:
     import torch

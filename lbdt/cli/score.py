@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lbdt.cli.options import SEEDS, AsJson, Device, Dtype, counted, inside, print_result, reported
+from lbdt.cli.options import AsJson, Device, Dtype, counted, inside, print_result, reported
 from lbdt.cli.sampling import (
     CanvasSeeds,
     Guidance,
@@ -23,6 +23,7 @@ from lbdt.cli.sampling import (
     Timesteps,
     sampling_of,
 )
+from lbdt.runs.limits import SEEDS
 
 if TYPE_CHECKING:
     from lbdt.activations import Site

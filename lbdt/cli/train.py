@@ -8,18 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lbdt.cli.options import (
-    LARGEST,
-    MOST_STEPS,
-    SEEDS,
-    AsJson,
-    Device,
-    counted,
-    inside,
-    number,
-    print_result,
-    reported,
-)
+from lbdt.cli.options import AsJson, Device, counted, inside, number, print_result, reported
 from lbdt.cli.sampling import (
     CanvasSeeds,
     Guidance,
@@ -32,6 +21,7 @@ from lbdt.cli.sampling import (
     Timesteps,
     sampling_of,
 )
+from lbdt.runs.limits import LARGEST, MOST_STEPS, SEEDS
 
 if TYPE_CHECKING:
     import torch

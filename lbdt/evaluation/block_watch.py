@@ -90,6 +90,11 @@ class BlockWatch:
         x = torch.stack([self._kept[timestep] for timestep in self._wanted], dim=1)
         return x.flatten(0, 2).cpu()
 
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """Those of `rows`, descending; none before a pipeline call."""
+        return self._wanted
+
     def begin(self, timestep: float) -> bool:
         """A step of `lbdt.activations.capture.Receiver`; of calls at one timestep the first one counts."""
         if self._schedule is None:

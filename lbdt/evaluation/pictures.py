@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HOT = (214, 51, 32)
+"""Patches in which a concept was detected."""
+WARM = (242, 172, 66)
+"""Patches that were replaced as the padding of others."""
 _MOST_PIXELS = 1 << 26
 
 
@@ -49,3 +52,9 @@ def tinted(ground: Image.Image, rate: Tensor, colour: tuple[int, int, int]) -> I
     alpha.putdata([int(200 * value) for value in rate.flatten().tolist()])
     alpha = alpha.resize(ground.size, Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", ground.size, colour), ground, alpha)
+
+
+def found(ground: Image.Image, detected: Tensor, replaced: Tensor, opacity: float = 1.0) -> Image.Image:
+    """`ground` under the masks bool [H, W] of a step: `HOT` where detected, `WARM` where replaced besides."""
+    padded = tinted(ground, (replaced & ~detected).float() * opacity, WARM)
+    return tinted(padded, detected.float() * opacity, HOT)

@@ -33,14 +33,14 @@ _WORDS = {
 }
 
 
-def check_out(path: Path, what: str) -> None:
+def check_out(path: Path, what: str, option: str = "--out") -> None:
     """ValueError unless a file of this name can be written there, its folder made if needed; leaves nothing behind.
 
-    `what` names the file in the message, e.g. "picture".
+    `what` names the file in the message, e.g. "picture", and `option` is where the path was given.
     """
     try:
         if path.is_dir():
-            raise ValueError(f"--out {path}: is a folder; give the {what}'s file name")
+            raise ValueError(f"{option} {path}: is a folder; give the {what}'s file name")
         if path.exists():
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -48,9 +48,9 @@ def check_out(path: Path, what: str) -> None:
                 return  # a device or a pipe, which is written to as it is
         _name_fits(path)
     except OSError as error:
-        raise ValueError(f"--out {path}: cannot be written: {unwritable(error)}") from error
+        raise ValueError(f"{option} {path}: cannot be written: {unwritable(error)}") from error
     # A link is followed: its file is beside its target.
-    _probe(path, Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent)
+    _probe(path, Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent, option)
 
 
 def check_out_folder(path: Path) -> None:
@@ -89,17 +89,17 @@ def _name_fits(path: Path) -> None:
         pass
 
 
-def _probe(path: Path, folder: Path) -> None:
+def _probe(path: Path, folder: Path, option: str = "--out") -> None:
     """ValueError unless a file of some size can be written in `folder`, or in the nearest one above that there is."""
     try:
         folder = folder.absolute()
         there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     except OSError as error:
-        raise ValueError(f"--out {path}: cannot be written: {unwritable(error)}") from error
+        raise ValueError(f"{option} {path}: cannot be written: {unwritable(error)}") from error
     try:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(bytes(_PROBE))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise ValueError(f"--out {path}: cannot write in {there}: {unwritable(error)}") from error
+        raise ValueError(f"{option} {path}: cannot write in {there}: {unwritable(error)}") from error

@@ -104,9 +104,7 @@ class BaseActivations:
         outside, distances = [], []
         for start in range(0, x.shape[1], _BLOCK):
             part = slice(start, start + _BLOCK)
-            values = x[:, part].double()
-            inside = (values >= self.low[part]) & (values <= self.high[part])
-            outside.append(100 * (len(x) - inside.sum(dim=0)).double() / len(x))
+            outside.append(self._outside(x, part))
             if len(kept):
                 distances.append(wasserstein(self.sorted[:, part], kept[:, part].sort(dim=0).values))
             else:
@@ -122,6 +120,19 @@ class BaseActivations:
             wasserstein_by_dimension=torch.cat(distances) / self.deviation,
             norm_wasserstein=norms,
         )
+
+    def outside(self, x: Tensor) -> float:
+        """`ActivationShift.outside` of the rows `x` [m, d], m >= 1, alone, which costs no distances. Raises as
+        `compare`."""
+        x = _checked("x", x, self.sorted.shape[1])
+        parts = [self._outside(x, slice(at, at + _BLOCK)) for at in range(0, x.shape[1], _BLOCK)]
+        return float(torch.cat(parts).mean())
+
+    def _outside(self, x: Tensor, part: slice) -> Tensor:
+        """The percentage of the values of some dimensions beyond the percentiles, float64 [k]. NaN is beyond."""
+        values = x[:, part].double()
+        inside = (values >= self.low[part]) & (values <= self.high[part])
+        return 100 * (len(x) - inside.sum(dim=0)).double() / len(x)
 
     def _blocks(self) -> tuple[Tensor, ...]:
         return self.sorted.split(_BLOCK, dim=1)
