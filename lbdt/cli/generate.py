@@ -10,9 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lbdt.cli.options import (
-    MOST_STEPS,
     MOST_THREADS,
-    SEEDS,
     AsJson,
     CanvasKind,
     Device,
@@ -24,6 +22,7 @@ from lbdt.cli.options import (
     reported,
     say,
 )
+from lbdt.runs.limits import MOST_STEPS, SEEDS
 
 _NAMED = 20
 

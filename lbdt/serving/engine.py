@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lbdt.editors import UnprotectedError
+from lbdt.runs.limits import MOST_SEED as MOST_SEED
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from lbdt.editors.edit_report import PictureReport
 
 OnFailure = Literal["refuse", "unprotected"]
-MOST_SEED = 2**63 - 1
 
 
 class PromptTooLongError(ValueError):
