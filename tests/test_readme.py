@@ -8,7 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import attack, early_stop, evaluation, pipelines, screen_bounds, serving_table, train_vs_sparsify
+from benchmarks import (
+    attack,
+    early_stop,
+    evaluation,
+    pipelines,
+    screen_bounds,
+    serving_table,
+    train_vs_sparsify,
+)
 from lbdt import canvas
 from lbdt.attack import AttackOutcome, summarise
 from lbdt.bench import timing_table

@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 from lbdt.cli import (
+    app as page,
+)
+from lbdt.cli import (
     assemble,
     attack,
     audit,
@@ -62,6 +65,7 @@ for module in (
     attack,
     generate,
     convert,
+    page,
     serve,
     bench,
     env,

@@ -216,7 +216,7 @@ class PictureEngine:
             yield _picture(picture, report, self._unseen(work.concepts) if enabled else None)
 
     def _unseen(self, concepts: Sequence[str]) -> str | None:
-        """Which of the concepts have timesteps at which no latent can be detected, so that they are not looked for."""
+        """The concepts with timesteps at which no latent can be detected, so that they are not looked for."""
         said = []
         for name in concepts:
             if name not in self._blind:

@@ -1,0 +1,198 @@
+"""The page's third tab: which latents stand for a concept, from which activation on, and what fires them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from lbdt.app import charts
+from lbdt.app.examples import ExampleSet, LatentExample, Progress, compute_examples
+from lbdt.app.inspecting import LatentCurve, concept_table, curves, examples
+from lbdt.app.parts import ended, said, table
+from lbdt.app.streaming import Waiting
+from lbdt.app.world import World
+
+_HEAD = ["concept", "latents", "fires on it, %", "on others, %"]
+
+
+class InspectTab:
+    """The controls, and what they do. Made within `gr.Blocks`."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        kind = world.kinds[0]
+        editor = world.editor(kind)
+        concept = "Cats" if "Cats" in editor.concepts else editor.concepts[0]
+        drawn = curves(editor, concept)
+        latents = [str(curve.latent) for curve in drawn]
+        with gr.Row():
+            self.kind = gr.Dropdown(
+                list(world.kinds),
+                value=kind,
+                label="Dictionary of eraser",
+                visible=len(world.kinds) > 1,
+                elem_id="dictionary",
+            )
+            self.concept = gr.Dropdown(
+                list(editor.concepts), value=concept, filterable=True, label="Concept", elem_id="concept"
+            )
+            self.latent = gr.Dropdown(
+                latents,
+                value=latents[0],
+                allow_custom_value=True,
+                label="Latent",
+                info="Or any number",
+                elem_id="latent",
+            )
+        with gr.Row():
+            self.scores = gr.HTML(_scores(concept, drawn), elem_id="scores")
+            self.thresholds = gr.HTML(_thresholds(concept, drawn), elem_id="thresholds")
+        found, text = self._examples(kind, latents[0])
+        with gr.Row():
+            self.make = gr.Button("Compute its examples", visible=found is None, elem_id="compute")
+            self.stop = gr.Button(
+                "Cancel computing", interactive=False, visible=found is None, elem_id="cancel-compute"
+            )
+        self.status = gr.HTML(said(text), elem_id="inspect-status")
+        self.gallery = gr.Gallery(
+            found,
+            label="Patches that fire it most",
+            columns=6,
+            height=380,
+            object_fit="contain",
+            format="png",
+            interactive=False,
+            buttons=[],
+            elem_id="examples",
+        )
+        self.table = gr.HTML(_rows(editor), elem_id="concept-table")
+        private = {"api_visibility": "private", "show_progress": "hidden"}
+        shown = [self.latent, self.scores, self.thresholds, self.status, self.gallery, self.make, self.stop]
+        self.kind.input(
+            self._of_kind, [self.kind], [self.concept, self.table, *shown], queue=False, **private
+        )
+        self.concept.input(self._of_concept, [self.kind, self.concept], shown, queue=False, **private)
+        self.latent.input(self._of_latent, [self.kind, self.latent], shown[3:], queue=False, **private)
+        self.make.click(self._compute, [self.kind, self.latent], shown[3:], **private)
+        self.stop.click(self._cancel, None, None, queue=False, **private)
+
+    def _of_kind(self, kind: Any) -> dict[Any, Any]:
+        if kind not in self._world.kinds:
+            return {self.status: said(f"Eraser: expected one of {', '.join(self._world.kinds)}.", alert=True)}
+        editor = self._world.editor(kind)
+        concept = "Cats" if "Cats" in editor.concepts else editor.concepts[0]
+        named = gr.Dropdown(list(editor.concepts), value=concept)
+        return {self.concept: named, self.table: _rows(editor), **self._of_concept(kind, concept)}
+
+    def _of_concept(self, kind: Any, concept: Any) -> dict[Any, Any]:
+        if kind not in self._world.kinds or concept not in self._world.editor(kind).concepts:
+            return {self.status: said("Concept: choose one of the list.", alert=True)}
+        drawn = curves(self._world.editor(kind), concept)
+        latents = [str(curve.latent) for curve in drawn]
+        return {
+            self.latent: gr.Dropdown(latents, value=latents[0]),
+            self.scores: _scores(concept, drawn),
+            self.thresholds: _thresholds(concept, drawn),
+            **self._of_latent(kind, latents[0]),
+        }
+
+    def _of_latent(self, kind: Any, latent: Any) -> dict[Any, Any]:
+        found, text = self._examples(kind, latent)
+        absent = found is None
+        return {
+            self.status: said(text, alert=absent and not text.startswith("No examples")),
+            self.gallery: found or None,
+            self.make: gr.Button(visible=absent and text.startswith("No examples")),
+            self.stop: gr.Button(visible=absent and text.startswith("No examples"), interactive=False),
+        }
+
+    def _examples(self, kind: Any, latent: Any) -> tuple[list[Any] | None, str]:
+        """Pictures with captions, None where there are none to show; and what is said of them."""
+        if kind not in self._world.kinds:
+            return None, f"Eraser: expected one of {', '.join(self._world.kinds)}."
+        editor = self._world.editor(kind)
+        number = _number(latent)
+        if number is None or not 0 <= number < editor.sae.config.num_latents:
+            return None, f"Latent: expected a number from 0 to {editor.sae.config.num_latents - 1}."
+        stored = examples(editor, number)
+        if stored is None:
+            return None, f"No examples of latent {number} are stored."
+        return _pictures(stored), _told(number, stored)
+
+    def _compute(self, request: gr.Request, kind: Any, latent: Any) -> Iterator[dict[Any, Any]]:
+        found, text = self._examples(kind, latent)
+        if found is not None or not text.startswith("No examples"):
+            yield {self.status: said(text, alert=True)}
+            return
+        number, editor = int(latent), self._world.editor(kind)
+        cancel, made = self._world.visit(request.session_hash).begin_comparison(), None
+        yield {self.make: gr.Button(interactive=False), self.stop: gr.Button(interactive=True)}
+        try:
+            prompts = self._world.example_prompts(editor)
+            for event in compute_examples(
+                self._world.pipe, editor, [number], prompts, cancelled=cancel.is_set
+            ):
+                if isinstance(event, Waiting):
+                    yield {self.status: said(f"{event.ahead} before you ...")}
+                elif isinstance(event, Progress):
+                    yield {self.status: said(f"{event.done} of {event.of} pictures ...")}
+                elif isinstance(event, ExampleSet):
+                    made = event.of(number)
+        except Exception as error:
+            yield {
+                self.status: said(f"It could not be made: {error}", alert=True),
+                **ended(self.make, self.stop),
+            }
+            return
+        if made is None:
+            yield {self.status: said("Cancelled."), **ended(self.make, self.stop)}
+            return
+        yield {
+            self.status: said(_told(number, made)),
+            self.gallery: _pictures(made),
+            **ended(self.make, self.stop),
+        }
+
+    def _cancel(self, request: gr.Request) -> None:
+        self._world.visit(request.session_hash).cancel_comparison.set()
+
+
+def _number(latent: Any) -> int | None:
+    text = str(latent).strip() if isinstance(latent, str | int) and not isinstance(latent, bool) else ""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
+def _pictures(found: tuple[LatentExample, ...]) -> list[Any]:
+    return [(one.framed(), f"{one.value:.2f} at timestep {one.timestep:g}") for one in found]
+
+
+def _told(latent: int, found: tuple[LatentExample, ...]) -> str:
+    if not found:
+        return f"Latent {latent} fires in none of the pictures that were looked at."
+    return f"Latent {latent}: the {len(found)} pictures with the patches that fire it most, framed."
+
+
+def _rows(editor: Any) -> str:
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    rows = [
+        [row.concept, ", ".join(map(str, row.latents)), percent(row.on), percent(row.off)]
+        for row in concept_table(editor)
+    ]
+    return table("Concepts and their latents", _HEAD, rows)
+
+
+def _scores(concept: str, drawn: tuple[LatentCurve, ...]) -> str:
+    series = {str(c.latent): list(zip(c.timesteps, c.scores, strict=True)) for c in drawn}
+    return charts.lines(f"Scores of {concept}'s latents", "timestep", "score", series)
+
+
+def _thresholds(concept: str, drawn: tuple[LatentCurve, ...]) -> str:
+    series = {
+        str(c.latent): [(t, v) for t, v in zip(c.timesteps, c.thresholds, strict=True) if v is not None]
+        for c in drawn
+    }
+    return charts.lines(f"Thresholds of {concept}'s latents", "timestep", "activation", series)
