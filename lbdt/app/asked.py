@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lbdt.app.settings import PictureSettings
+from lbdt.runs.wording import require_unicode
 
 if TYPE_CHECKING:
     from lbdt.app.world import World
@@ -46,7 +48,6 @@ def asked_of(asked: Asked, world: World) -> tuple[PictureSettings, ConceptEraser
         raise AskedError("Prompt: say what the picture is to show.")
     if len(asked.prompt) > limits.prompt:
         raise AskedError(f"Prompt: at most {limits.prompt} characters, got {len(asked.prompt)}.")
-    _check_tokens(asked.prompt, world.pipe)
     if not isinstance(asked.concepts, list) or not 1 <= len(asked.concepts) <= limits.concepts:
         raise AskedError(f"Concepts: choose from 1 to {limits.concepts}.")
     unknown = [name for name in asked.concepts if name not in editor.concepts]
@@ -54,18 +55,20 @@ def asked_of(asked: Asked, world: World) -> tuple[PictureSettings, ConceptEraser
         raise AskedError(f"Concepts: this eraser does not know {str(unknown[0])[:40]!r}.")
     steps = _whole("Denoising steps", asked.steps, 1, limits.steps)
     try:
+        require_unicode("Prompt", asked.prompt)
+        _check_tokens(asked.prompt, world.pipe)
         settings = PictureSettings(
             prompt=asked.prompt,
             concepts=tuple(asked.concepts),
             model=world.model,
             eraser=world.eraser,
             kind=asked.kind,
-            padding=_whole("Padding", asked.padding, 0, 65_535),
+            padding=_whole("Padding", asked.padding, 0, limits.padding),
             source=asked.source,
             avoid=asked.avoid,
             min_patches=_whole("Gate", asked.min_patches or 0, 0, 2**30) or None,
             steps=steps,
-            guidance=_number("Guidance scale", asked.guidance or 0),
+            guidance=_guidance(asked.guidance or 0, world.pipe),
             seed=_whole("Seed", asked.seed, 0, 2**53),
         )
         return settings.resolved(editor, world.pipe), editor
@@ -77,11 +80,11 @@ def fields_of(settings: PictureSettings, world: World) -> Asked:
     """The controls' values for settings.
 
     Raises:
-        AskedError: of another model, eraser or method than the page's, or beyond its limits. ValueError: as
-            `PictureSettings.resolved`.
+        AskedError: of another model, eraser or method than the page's, or of more steps than it makes; `asked_of` says
+            what else is beyond its limits. ValueError: as `PictureSettings.resolved`.
     """
     if (settings.model, settings.eraser) != (world.model, world.eraser) or settings.kind not in world.kinds:
-        raise AskedError(f"they are of another model or eraser than this page's, {world.name}")
+        raise AskedError("they are of another model or eraser than this page's")
     if settings.method != "per":
         raise AskedError("they are of a steering, which is on the tab Compare")
     found = settings.resolved(world.editor(settings.kind), world.pipe if settings.guidance is None else None)
@@ -138,7 +141,11 @@ def _whole(name: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
-def _number(name: str, value: Any) -> float:
+def _guidance(value: Any, pipe: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 50:
-        raise AskedError(f"{name}: expected a number from 0 to 50.")
-    return float(value)
+        raise AskedError("Guidance scale: expected a number from 0 to 50.")
+    if "guidance_scale" in inspect.signature(type(pipe).__call__).parameters:
+        return float(value)
+    if value:
+        raise AskedError("Guidance scale: the model takes none; leave it at 0.")
+    return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
@@ -11,11 +12,16 @@ from lbdt.app import charts
 from lbdt.app.asked import Asked, AskedError, asked_of, strengths_of
 from lbdt.app.comparing import ComparedPicture, base_prompts, compare
 from lbdt.app.examples import Progress
-from lbdt.app.parts import ended, said, table
+from lbdt.app.parts import BUSY, ended, failed, followed, said, table
 from lbdt.app.streaming import Waiting
 from lbdt.app.world import World
 
+if TYPE_CHECKING:
+    from lbdt.app.settings import PictureSettings
+    from lbdt.editors import ConceptEraser, Steering
+
 _HEAD = ["method", "seconds", "activations outside, %"]
+_NO_STEERING = "Strengths: this page's eraser cannot steer, and its log says why; leave them empty."
 _NAMES = {"without": "without", "per": "PER", "steering": "steering", "negative": "negative prompt"}
 
 
@@ -55,21 +61,39 @@ class CompareTab:
             self._compare,
             [self.strengths, *inputs],
             outputs,
-            concurrency_limit=world.limits.waiting,
+            concurrency_limit=None,
             **private,
         )
         self.stop.click(self._cancel, None, None, queue=False, **private)
 
     def _compare(self, request: gr.Request, strengths: Any, *fields: Any) -> Iterator[dict[Any, Any]]:
-        visit = self._world.visit(request.session_hash)
         try:
             settings, eraser = asked_of(Asked(*fields), self._world)
             chosen = strengths_of(strengths, self._world.limits.strengths)
-            steering = self._world.editor(settings.kind, "steering") if chosen else None
-        except (AskedError, ValueError, OSError) as error:
+        except AskedError as error:
             yield {self.status: said(str(error), alert=True)}
             return
-        cancel, cells, full = visit.begin_comparison(), [], 3 + len(chosen)
+        try:
+            steering = self._world.editor(settings.kind, "steering") if chosen else None
+        except (ValueError, OSError) as error:
+            failed(error)
+            yield {self.status: said(_NO_STEERING, alert=True)}
+            return
+        with self._world.place(request.session_hash) as visit:
+            if visit is None:
+                yield {self.status: said(BUSY, alert=True)}
+                return
+            yield from self._made(visit.begin_comparison(), settings, eraser, steering, chosen)
+
+    def _made(
+        self,
+        cancel: threading.Event,
+        settings: PictureSettings,
+        eraser: ConceptEraser,
+        steering: Steering | None,
+        chosen: list[float],
+    ) -> Iterator[dict[Any, Any]]:
+        cells, full = [], 3 + len(chosen)
         yield {
             self.status: said("Waiting for the model ..."),
             self.grid: None,
@@ -80,15 +104,17 @@ class CompareTab:
         }
         base = base_prompts() if self._world.is_canvas else ()
         try:
-            for event in compare(
-                self._world.pipe, eraser, steering, settings, chosen, cancelled=cancel.is_set, base=base
+            for event in followed(
+                compare(
+                    self._world.pipe, eraser, steering, settings, chosen, cancelled=cancel.is_set, base=base
+                )
             ):
                 if isinstance(event, ComparedPicture):
                     cells.append(event)
                 yield self._seen(event, cells)
         except Exception as error:
             yield {
-                self.status: said(f"It could not be made: {error}", alert=True),
+                self.status: said(failed(error), alert=True),
                 **ended(self.go, self.stop),
             }
             return
@@ -110,7 +136,8 @@ class CompareTab:
         }
 
     def _cancel(self, request: gr.Request) -> None:
-        self._world.visit(request.session_hash).cancel_comparison.set()
+        if (visit := self._world.visit(request.session_hash)) is not None:
+            visit.cancel_comparison.set()
 
 
 def _table(cells: list[ComparedPicture]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -11,10 +12,10 @@ import gradio as gr
 from lbdt.app import charts
 from lbdt.app.asked import Asked, AskedError, asked_of, fields_of
 from lbdt.app.erasing import WITH, WITHOUT, EmergingStep, ErasedPicture, emerge, overlay
-from lbdt.app.parts import ended, said
+from lbdt.app.parts import BUSY, ended, failed, followed, said
 from lbdt.app.settings import PictureSettings
 from lbdt.app.streaming import Waiting
-from lbdt.app.world import Visit, World
+from lbdt.app.world import Making, World
 from lbdt.canvas import prompt as canvas_prompt
 from lbdt.canvas.scenes import OBJECTS, STYLES
 from lbdt.donors import AVOIDED, SOURCES
@@ -37,9 +38,7 @@ class EraseTab:
 
     def _ask(self) -> None:
         world, first = self._world, self._world.editor(self._world.kinds[0])
-        start = fields_of(
-            PictureSettings(_first_prompt(world), (_first_concept(first),), kind=world.kinds[0]), world
-        )
+        start = fields_of(world.defaults(world.kinds[0], _first_prompt(world)), world)
         self.prompt = gr.Textbox(
             start.prompt, label="Prompt", lines=2, max_length=world.limits.prompt, elem_id="prompt"
         )
@@ -90,7 +89,12 @@ class EraseTab:
                 elem_id="guidance",
             )
             self.padding = gr.Slider(
-                0, 8, value=start.padding, step=1, label="Padding, patches", elem_id="padding"
+                0,
+                world.limits.padding,
+                value=start.padding,
+                step=1,
+                label="Padding, patches",
+                elem_id="padding",
             )
             self.source = gr.Dropdown(list(SOURCES), value=start.source, label="Donors", elem_id="source")
             self.avoid = gr.Dropdown(
@@ -159,7 +163,7 @@ class EraseTab:
             self._generate,
             self.inputs(),
             self._outputs(),
-            concurrency_limit=self._world.limits.waiting,
+            concurrency_limit=None,
             **private,
         )
         self.stop.click(self._cancel, None, None, queue=False, **private)
@@ -171,22 +175,26 @@ class EraseTab:
                 picker.input(_prompt_of, [self.objects, self.style], [self.prompt], queue=False, **private)
 
     def _generate(self, request: gr.Request, *fields: Any) -> Iterator[dict[Any, Any]]:
-        visit = self._world.visit(request.session_hash)
         try:
             settings, editor = asked_of(Asked(*fields), self._world)
         except AskedError as error:
             yield {self.status: said(str(error), alert=True)}
             return
-        cancel = visit.begin()
-        yield self._begun()
-        try:
-            for event in emerge(self._world.pipe, editor, settings, cancelled=cancel.is_set):
-                yield self._seen(event, visit)
-        except Exception as error:
-            yield self._ended(f"It could not be made: {error}", alert=True)
-            return
-        if visit.done is None:
-            yield self._ended("Cancelled.")
+        with self._world.place(request.session_hash) as visit:
+            if visit is None:
+                yield {self.status: said(BUSY, alert=True)}
+                return
+            making = visit.begin()
+            yield self._begun()
+            try:
+                wanted = making.cancel.is_set
+                for event in followed(emerge(self._world.pipe, editor, settings, cancelled=wanted)):
+                    yield self._seen(event, making, visit.folder)
+            except Exception as error:
+                yield self._ended(failed(error), alert=True)
+                return
+            if making.done is None:
+                yield self._ended("Cancelled.")
 
     def _begun(self) -> dict[Any, Any]:
         return {
@@ -203,12 +211,14 @@ class EraseTab:
             self.stop: gr.Button(interactive=True),
         }
 
-    def _seen(self, event: Waiting | EmergingStep | ErasedPicture, visit: Visit) -> dict[Any, Any]:
+    def _seen(
+        self, event: Waiting | EmergingStep | ErasedPicture, making: Making, folder: Path
+    ) -> dict[Any, Any]:
         if isinstance(event, Waiting):
             return {self.status: said(f"{event.ahead} before you ...")}
         if isinstance(event, ErasedPicture):
-            visit.done = event
-            return self._done(event, visit)
+            making.done = event
+            return self._done(event, making, folder)
         place = {WITHOUT: self.without, WITH: self.erased}[event.half]
         which = {WITHOUT: "Without", WITH: "With"}[event.half]
         seen: dict[Any, Any] = {
@@ -217,15 +227,15 @@ class EraseTab:
         if event.preview is not None:
             seen[place] = event.preview
         if event.half == WITH:
-            visit.steps.append(event)
-            seen[self.curve] = _curve(visit.steps)
+            making.steps.append(event)
+            seen[self.curve] = _curve(making.steps)
             if event.preview is not None:
                 seen[self.masked] = overlay(event.preview, event.mask)
         return seen
 
-    def _done(self, event: ErasedPicture, visit: Visit) -> dict[Any, Any]:
-        picture, settings = _files(event, visit)
-        report = event.report
+    def _done(self, event: ErasedPicture, making: Making, folder: Path) -> dict[Any, Any]:
+        picture, settings = _files(event, folder)
+        report, last = event.report, len(making.steps)
         slower = 100 * (event.seconds_with / event.seconds_without - 1)
         told = f"Done: {report.detected:.1%} of the patches detected, {report.replaced:.1%} replaced, over all steps."
         if report.gated:
@@ -233,14 +243,9 @@ class EraseTab:
         return self._ended(told) | {
             self.without: event.without,
             self.erased: event.erased,
-            self.masked: self._at(visit, len(visit.steps)),
-            self.slider: gr.Slider(
-                minimum=1,
-                maximum=max(2, len(visit.steps)),
-                value=len(visit.steps),
-                interactive=len(visit.steps) > 1,
-            ),
-            self.curve: _curve(visit.steps),
+            self.masked: self._at(making, last),
+            self.slider: gr.Slider(minimum=1, maximum=max(2, last), value=last, interactive=last > 1),
+            self.curve: _curve(making.steps),
             self.times: said(
                 f"{event.seconds_without:.2f} s without, {event.seconds_with:.2f} s with the eraser ({slower:+.1f} %)."
             ),
@@ -252,17 +257,19 @@ class EraseTab:
         return {self.status: said(text, alert), **ended(self.go, self.stop)}
 
     def _cancel(self, request: gr.Request) -> None:
-        self._world.visit(request.session_hash).cancel.set()
+        if (visit := self._world.visit(request.session_hash)) is not None:
+            visit.making.cancel.set()
 
     def _slide(self, step: int, request: gr.Request) -> Any:
-        return self._at(self._world.visit(request.session_hash), step)
+        visit = self._world.visit(request.session_hash)
+        return None if visit is None else self._at(visit.making, step)
 
     @staticmethod
-    def _at(visit: Visit, step: Any) -> Any:
+    def _at(making: Making, step: Any) -> Any:
         """The emerging picture after a step, from 1, with its mask."""
-        if not isinstance(step, int | float) or not 1 <= step <= len(visit.steps):
+        if not isinstance(step, int | float) or not 1 <= step <= len(making.steps):
             return None
-        event = visit.steps[int(step) - 1]
+        event = making.steps[int(step) - 1]
         return None if event.preview is None else overlay(event.preview, event.mask)
 
     def _load(self, data: bytes | None) -> dict[Any, Any]:
@@ -270,6 +277,7 @@ class EraseTab:
             if not data or len(data) > self._world.limits.upload:
                 raise AskedError(f"expected a file of settings of at most {self._world.limits.upload} bytes")
             fields = fields_of(PictureSettings.from_json(data, "this file"), self._world)
+            asked_of(fields, self._world)
         except (AskedError, ValueError, TypeError) as error:
             return {self.status: said(f"Settings not loaded: {error}", alert=True)}
         shown = dict(zip(self.inputs(), fields, strict=True))
@@ -279,8 +287,7 @@ class EraseTab:
         """The settings of another eraser."""
         if kind not in self._world.kinds:
             return [gr.skip()] * (len(self.inputs()) - 1)
-        first = _first_concept(self._world.editor(kind))
-        fields = fields_of(PictureSettings("-", (first,), kind=kind), self._world)
+        fields = fields_of(self._world.defaults(kind), self._world)
         kept = {1: gr.skip(), 2: gr.skip(), 3: gr.skip()}
         return [kept.get(place, value) for place, value in enumerate(fields)][1:]
 
@@ -308,10 +315,12 @@ def _curve(steps: Sequence[EmergingStep]) -> str:
     return charts.lines("Patches by timestep", "timestep", "patches", series)
 
 
-def _files(event: ErasedPicture, visit: Visit) -> tuple[str, str]:
-    """The picture and its settings, as files of this visitor."""
+def _files(event: ErasedPicture, folder: Path) -> tuple[str, str]:
+    """The picture and its settings, as the only files of this visitor: Gradio has copies of those before."""
+    for path in folder.iterdir():
+        path.unlink(missing_ok=True)
     stem = f"lbdt-{event.settings.seed}-{time.time_ns():x}"
-    picture, settings = visit.folder / f"{stem}.png", visit.folder / f"{stem}.json"
+    picture, settings = folder / f"{stem}.png", folder / f"{stem}.json"
     event.erased.save(picture)
     settings.write_text(event.settings.to_json())
     return str(picture), str(settings)
@@ -324,7 +333,3 @@ def _prompt_of(objects: list[str], style: str) -> str:
 
 def _first_prompt(world: World) -> str:
     return _prompt_of(["Dogs", "Cats"], "Sketch") if world.is_canvas else ""
-
-
-def _first_concept(editor: Any) -> str:
-    return "Cats" if "Cats" in editor.concepts else editor.concepts[0]

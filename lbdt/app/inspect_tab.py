@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import gradio as gr
 from lbdt.app import charts
 from lbdt.app.examples import ExampleSet, LatentExample, Progress, compute_examples
 from lbdt.app.inspecting import LatentCurve, concept_table, curves, examples
-from lbdt.app.parts import ended, said, table
+from lbdt.app.parts import BUSY, ended, failed, followed, said, table
 from lbdt.app.streaming import Waiting
 from lbdt.app.world import World
 
@@ -75,7 +76,13 @@ class InspectTab:
         )
         self.concept.input(self._of_concept, [self.kind, self.concept], shown, queue=False, **private)
         self.latent.input(self._of_latent, [self.kind, self.latent], shown[3:], queue=False, **private)
-        self.make.click(self._compute, [self.kind, self.latent], shown[3:], **private)
+        self.make.click(
+            self._compute,
+            [self.kind, self.latent],
+            shown[3:],
+            concurrency_limit=None,
+            **private,
+        )
         self.stop.click(self._cancel, None, None, queue=False, **private)
 
     def _of_kind(self, kind: Any) -> dict[Any, Any]:
@@ -126,13 +133,28 @@ class InspectTab:
         if found is not None or not text.startswith("No examples"):
             yield {self.status: said(text, alert=True)}
             return
-        number, editor = int(latent), self._world.editor(kind)
-        cancel, made = self._world.visit(request.session_hash).begin_comparison(), None
+        with self._world.place(request.session_hash) as visit:
+            if visit is None:
+                yield {self.status: said(BUSY, alert=True)}
+                return
+            yield from self._made(visit.begin_comparison(), kind, int(latent))
+
+    def _made(self, cancel: threading.Event, kind: str, number: int) -> Iterator[dict[Any, Any]]:
+        editor, made = self._world.editor(kind), None
         yield {self.make: gr.Button(interactive=False), self.stop: gr.Button(interactive=True)}
         try:
             prompts = self._world.example_prompts(editor)
-            for event in compute_examples(
-                self._world.pipe, editor, [number], prompts, cancelled=cancel.is_set
+            sampling = self._world.defaults(kind)
+            for event in followed(
+                compute_examples(
+                    self._world.pipe,
+                    editor,
+                    [number],
+                    prompts,
+                    steps=sampling.steps,
+                    guidance=sampling.guidance,
+                    cancelled=cancel.is_set,
+                )
             ):
                 if isinstance(event, Waiting):
                     yield {self.status: said(f"{event.ahead} before you ...")}
@@ -142,7 +164,7 @@ class InspectTab:
                     made = event.of(number)
         except Exception as error:
             yield {
-                self.status: said(f"It could not be made: {error}", alert=True),
+                self.status: said(failed(error), alert=True),
                 **ended(self.make, self.stop),
             }
             return
@@ -156,7 +178,8 @@ class InspectTab:
         }
 
     def _cancel(self, request: gr.Request) -> None:
-        self._world.visit(request.session_hash).cancel_comparison.set()
+        if (visit := self._world.visit(request.session_hash)) is not None:
+            visit.cancel_comparison.set()
 
 
 def _number(latent: Any) -> int | None:

@@ -31,6 +31,8 @@ button[role=tab].selected { color: var(--primary-700); }
 .dark button[role=tab].selected { color: var(--primary-300); }
 footer { display: none !important; }
 """
+_THREADS = 24
+"""Those that answer at once, while each that waits for the pipeline has one."""
 # Gradio gives what stands for an empty picture a label and no role that may have one.
 _ROLES = """() => {
   const set = (which, name, value) => document.querySelectorAll(which).forEach(one => one.setAttribute(name, value));
@@ -92,6 +94,8 @@ def launch(
         footer_links=[],
         ssr_mode=False,
         enable_monitoring=False,
+        run_history=False,
+        max_threads=world.limits.waiting + _THREADS,
         css=_CSS,
         theme=_theme(),
         js=_ROLES,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from lbdt.editors import ConceptEraser
 
 MOST_VISITS = 64
-"""Visitors whose last pictures are kept; of more the one who has been quiet for longest is forgotten."""
+"""Visitors whose last pictures are kept; of more the one for whom nothing is made for longest is forgotten."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,22 @@ class Limits:
     """Characters."""
     concepts: int = 10
     strengths: int = 6
+    padding: int = 8
+    """Patches."""
     waiting: int = 16
-    """Visitors whose pictures wait for the pipeline; more are told to come again."""
+    """Pictures, comparisons and examples that are made or wait for the pipeline; for more one has to come again."""
     upload: int = 1 << 16
     """Bytes of a settings file."""
+
+
+@dataclass
+class Making:
+    """A picture that is made, or was."""
+
+    cancel: threading.Event = field(default_factory=threading.Event)
+    steps: list[EmergingStep] = field(default_factory=list)
+    """Those with the eraser."""
+    done: ErasedPicture | None = None
 
 
 @dataclass
@@ -44,17 +58,16 @@ class Visit:
 
     folder: Path
     """Files to download, of this visitor only."""
-    cancel: threading.Event = field(default_factory=threading.Event)
+    making: Making = field(default_factory=Making)
     cancel_comparison: threading.Event = field(default_factory=threading.Event)
-    steps: list[EmergingStep] = field(default_factory=list)
-    """The steps of the picture with the eraser."""
-    done: ErasedPicture | None = None
+    asking: int = 0
+    """What is made for this visitor, or waits."""
 
-    def begin(self) -> threading.Event:
-        """Ends what this visitor had asked for before; the event that ends what begins."""
-        self.cancel.set()
-        self.cancel, self.steps, self.done = threading.Event(), [], None
-        return self.cancel
+    def begin(self) -> Making:
+        """Ends what this visitor had asked for before; what begins."""
+        self.making.cancel.set()
+        self.making = Making()
+        return self.making
 
     def begin_comparison(self) -> threading.Event:
         """The same of a comparison or of computed examples."""
@@ -79,17 +92,17 @@ class World:
         Raises:
             ValueError, OSError: none there.
         """
-        from lbdt.canvas.defaults import NAME, pipeline_of
+        from lbdt.canvas.defaults import pipeline_of
 
         self.model, self.eraser, self.limits = model, eraser, limits or Limits()
-        self.name, self.device = model or NAME, device
         self.kinds = _kinds(kind) if eraser is None else (kind,)
         self._editors: dict[tuple[str, str], Any] = {}
         self._visits: OrderedDict[str, Visit] = OrderedDict()
-        self._lock = threading.Lock()
-        self._root = Path(tempfile.mkdtemp(prefix="lbdt-app-"))
+        self._lock, self._loading = threading.Lock(), threading.Lock()
+        self._asking = threading.BoundedSemaphore(self.limits.waiting)
         self.editor(self.kinds[0])
         self.pipe = pipeline_of(model, device)
+        self._root = Path(tempfile.mkdtemp(prefix="lbdt-app-"))
 
     @property
     def is_canvas(self) -> bool:
@@ -99,11 +112,21 @@ class World:
     def editor(self, kind: str, method: str = "per") -> ConceptEraser:
         """The eraser, or the steering baseline, of a kind; loaded once."""
         key = kind, method
-        with self._lock:
+        if key in self._editors:
+            return self._editors[key]
+        with self._loading:
             if key not in self._editors:
-                shown = PictureSettings("-", ("-",), self.model, self.eraser, kind, method)
+                # The folder of an eraser has no strength, and Compare sets its own.
+                strength = -1.0 if method == "steering" else None
+                shown = PictureSettings("-", ("-",), self.model, self.eraser, kind, method, strength)
                 self._editors[key] = load_editor(shown)
             return self._editors[key]
+
+    def defaults(self, kind: str, prompt: str = "-") -> PictureSettings:
+        """Resolved settings that say nothing but a prompt and a concept."""
+        editor = self.editor(kind)
+        concept = "Cats" if "Cats" in editor.concepts else editor.concepts[0]
+        return PictureSettings(prompt, (concept,), self.model, self.eraser, kind).resolved(editor, self.pipe)
 
     def example_prompts(self, editor: ConceptEraser) -> list[Prompt]:
         """Prompts in whose pictures the strongest patches of a latent are looked for."""
@@ -116,16 +139,38 @@ class World:
             Prompt(f"An image of {name}.", name, None, place) for place, name in enumerate(editor.concepts)
         ]
 
-    def visit(self, name: str | None) -> Visit:
-        """The visitor of a session."""
+    @contextlib.contextmanager
+    def place(self, name: str | None) -> Iterator[Visit | None]:
+        """A block in which a session's visitor may ask the pipeline for something, and is not forgotten; None: as many
+        as `Limits.waiting` do."""
+        if not self._asking.acquire(blocking=False):
+            yield None
+            return
+        try:
+            with self._lock:
+                visit = self._visit(name or "")
+                visit.asking += 1
+            try:
+                yield visit
+            finally:
+                with self._lock:
+                    visit.asking -= 1
+        finally:
+            self._asking.release()
+
+    def visit(self, name: str | None) -> Visit | None:
+        """The visitor of a session; None: one who has asked for nothing yet, or who is forgotten."""
         with self._lock:
-            key = name or ""
-            if key not in self._visits:
-                self._visits[key] = Visit(Path(tempfile.mkdtemp(dir=self._root)))
-            self._visits.move_to_end(key)
-            while len(self._visits) > MOST_VISITS:
-                self._forget(next(iter(self._visits)))
-            return self._visits[key]
+            return self._visits.get(name or "")
+
+    def _visit(self, key: str) -> Visit:
+        if key not in self._visits:
+            quiet = (other for other, visit in self._visits.items() if not visit.asking)
+            if len(self._visits) >= MOST_VISITS and (longest := next(quiet, None)) is not None:
+                self._forget(longest)
+            self._visits[key] = Visit(Path(tempfile.mkdtemp(dir=self._root)))
+        self._visits.move_to_end(key)
+        return self._visits[key]
 
     def leave(self, name: str | None) -> None:
         """Ends what a visitor had asked for, and forgets the rest."""
@@ -142,7 +187,7 @@ class World:
 
     def _forget(self, name: str) -> None:
         visit = self._visits.pop(name)
-        visit.cancel.set()
+        visit.making.cancel.set()
         visit.cancel_comparison.set()
         shutil.rmtree(visit.folder, ignore_errors=True)
 

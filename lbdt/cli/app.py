@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
@@ -53,6 +54,8 @@ def command(
     from lbdt.runs.processes import usable_device
 
     where = usable_device(device)
+    # As Ctrl-C does, so that what visitors made is deleted.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     say("lbdt: loading the model ...")
     world = World(where, model, eraser, kind.value, Limits(steps=max_steps, waiting=max_queue))
     try:

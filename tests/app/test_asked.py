@@ -54,6 +54,8 @@ def test_numbers_of_json_may_be_floats(world):
         ({"guidance": float("nan")}, "Guidance scale: expected"),
         ({"guidance": "3"}, "Guidance scale: expected"),
         ({"padding": -1}, "Padding: expected"),
+        ({"padding": 9}, "Padding: expected a whole number from 0 to 8"),
+        ({"prompt": "a \ud800 cat"}, "Prompt: "),
         ({"source": "all"}, "source: expected one of"),
         ({"avoid": 3}, "avoid: expected"),
         ({"min_patches": 0.5}, "Gate: expected a whole number"),
@@ -93,16 +95,22 @@ def test_settings_of_another_page_are_refused(world):
             fields_of(settings, world)
 
 
-def test_visitors_are_forgotten_with_their_files(world):
-    first = world.visit("first")
+def test_visitors_are_forgotten_with_their_files_but_not_while_something_is_made(world):
+    def came(name):
+        with world.place(name) as visit:
+            return visit
+
+    first = came("first")
     (first.folder / "picture.png").write_bytes(b"x")
-    assert world.visit("first") is first
-    cancel = first.begin()
-    assert not cancel.is_set() and first.begin() is not cancel and cancel.is_set()
-    for number in range(MOST_VISITS):
-        world.visit(f"visitor {number}")
-    assert not first.folder.exists() and first.cancel.is_set()
-    again = world.visit("first")
+    assert world.visit("first") is first and world.visit("nobody") is None
+    making = first.begin()
+    assert not making.cancel.is_set() and first.begin() is not making and making.cancel.is_set()
+    with world.place("busy") as busy:
+        for number in range(MOST_VISITS):
+            came(f"visitor {number}")
+        assert world.visit("busy") is busy and not busy.making.cancel.is_set() and busy.folder.exists()
+    assert world.visit("first") is None and not first.folder.exists() and first.making.cancel.is_set()
+    again = came("first")
     assert again is not first and again.folder.exists()
     world.leave("first")
     world.leave("nobody")

@@ -121,6 +121,40 @@ def test_cancelling_ends_the_picture_and_the_next_one_is_made(page):
     assert b.generate(page).startswith("Done:")
 
 
+def test_who_closes_the_browser_in_the_middle_holds_nobody_up(chromium, url, page):
+    for _ in range(3):
+        leaving = b.visit(chromium, url)
+        b.settle(leaving, steps=100)
+        b.button(leaving, "Generate").click()
+        b.wait_for(leaving, "Without the eraser: step")
+        leaving.context.close()
+    b.settle(page, steps=2)
+    started = time.monotonic()
+    assert b.generate(page).startswith("Done:")
+    assert time.monotonic() - started < 10
+
+
+def test_a_session_made_up_by_a_caller_shows_nothing_of_another_visitor(page, url):
+    b.settle(page, steps=2)
+    with page.expect_request("**/gradio_api/queue/join*") as joined:
+        b.generate(page)
+    own = joined.value.post_data_json["session_hash"]
+    config = json.loads(b.fetched(url + "config")[1])
+    (slider,) = (one["id"] for one in config["components"] if one["props"].get("elem_id") == "step")
+    (slide,) = (one["id"] for one in config["dependencies"] if [slider, "input"] in one["targets"])
+
+    def slid(session):
+        body = json.dumps({"fn_index": slide, "data": [1], "session_hash": session}).encode()
+        head = {"content-type": "application/json"}
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{url}gradio_api/run/predict", body, head), timeout=20
+        ) as answer:
+            return json.loads(answer.read())["data"][0]
+
+    assert slid(own)["path"]
+    assert [slid(name) for name in ("made-up", "", None)] == [None] * 3
+
+
 def test_settings_load_back_and_bad_ones_are_refused_in_words(page, tmp_path):
     b.settle(page, steps=3, seed=12345, padding=2, gate=1)
     b.choose(page, "concepts", ["Dogs"])
@@ -288,7 +322,8 @@ def routes() -> list[str]:
     return [head + target for head in heads for target in spelled]
 
 
-def test_no_route_serves_a_file_of_the_machine(url):
+def test_no_route_serves_a_file_of_the_machine_or_other_visitors_runs(url):
+    assert b.fetched(url + "gradio_api/runs")[0] == 404
     for route in routes():
         request = urllib.request.Request(url + route, headers={"accept": "*/*"})
         try:
@@ -313,10 +348,12 @@ def test_nothing_is_written_but_small_uploads_into_a_folder_of_the_page(url, fol
         except urllib.error.HTTPError as error:
             return error.code, []
 
-    for name in (b"../../escaped.txt", b"/tmp/escaped.txt", b"..\\escaped.txt", b"escaped.txt"):
+    outside = Path(tempfile.gettempdir()) / f"escaped-{time.time_ns()}.txt"
+    for name in (b"../../escaped.txt", str(outside).encode(), b"..\\escaped.txt"):
         status, paths = upload(name, 10)
         own = Path(tempfile.gettempdir()).resolve() / "gradio"
         assert status != 200 or all(Path(path).resolve().is_relative_to(own) for path in paths), name
+    assert upload(b"fine.json", 10)[0] == 200 and not outside.exists()
     assert upload(b"large.json", 1 << 17)[0] == 413
     assert {path.name for path in folder.iterdir()} == before
 
