@@ -14,6 +14,11 @@ from lbdt.cli import app
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks/results/faults.json"
 READING = {"concepts", "env"}
+TRIED_ELSEWHERE = {
+    "serve": "tests/serving/test_server.py",
+    "app": "tests/app/test_page.py",
+    "generate": "tests/serving/test_generate.py",
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,9 @@ def rows(tmp_path_factory):
 
 
 def test_every_command_that_writes_is_tried():
-    assert {command.name for command in app.registered_commands} - READING == set(faults.COMMANDS)
+    commands = {command.name for command in app.registered_commands} - READING
+    assert commands == {*faults.COMMANDS, *TRIED_ELSEWHERE}
+    assert all((ROOT / place).is_file() for place in TRIED_ELSEWHERE.values())
 
 
 @pytest.mark.parametrize("fault", faults.FAULTS)

@@ -102,8 +102,9 @@ def test_a_concept_is_erased_seen_step_by_step_and_repeated(page, tmp_path):
 def test_pickers_write_the_prompt_and_other_concepts_erase_another_object(page):
     b.settle(page, steps=3)
     b.choose(page, "objects", ["Towers", "Bears"])
-    page.wait_for_function("() => document.querySelector('#prompt textarea').value.includes('Towers')")
-    assert page.locator("#prompt textarea").input_value() == "An image of Towers and Bears in Sketch style."
+    # The prompt is written anew after each choice.
+    written = "An image of Towers and Bears in Sketch style."
+    page.wait_for_function("text => document.querySelector('#prompt textarea').value === text", arg=written)
     b.choose(page, "concepts", ["Bears", "Towers"])
     assert b.generate(page).startswith("Done:")
 
