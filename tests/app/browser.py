@@ -108,6 +108,12 @@ def settle(page: Page, **values: Any) -> None:
         field = page.locator(f"#{name} input[type=number]").first
         field.fill(str(value))
         field.press("Tab")
+        # A slider follows its number in its own time.
+        page.wait_for_function(
+            "([name, value]) => [...document.querySelectorAll(`#${name} input`)].every(one => one.value === value)",
+            arg=[name, str(value)],
+        )
+        page.wait_for_timeout(200)
 
 
 def choose(page: Page, place: str, names: list[str]) -> None:
