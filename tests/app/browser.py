@@ -106,14 +106,15 @@ def settle(page: Page, **values: Any) -> None:
         page.get_by_role("button", name="Settings", exact=False).first.click()
     for name, value in values.items():
         field = page.locator(f"#{name} input[type=number]").first
-        field.fill(str(value))
-        field.press("Tab")
-        # A slider follows its number in its own time.
-        page.wait_for_function(
-            "([name, value]) => [...document.querySelectorAll(`#${name} input`)].every(one => one.value === value)",
-            arg=[name, str(value)],
-        )
-        page.wait_for_timeout(200)
+        # Typed again where the page was not yet listening: then the slider beside it, or a redrawing, says so.
+        for _ in range(40):
+            field.fill(str(value))
+            field.press("Tab")
+            page.wait_for_timeout(250)
+            shown = page.locator(f"#{name} input").evaluate_all("all => all.map(one => one.value)")
+            if set(shown) == {str(value)}:
+                break
+        assert set(shown) == {str(value)}, (name, shown)
 
 
 def choose(page: Page, place: str, names: list[str]) -> None:
