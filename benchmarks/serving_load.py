@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import json
@@ -10,6 +11,7 @@ import os
 import queue
 import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -130,8 +132,15 @@ class Client:
         body = json.dumps({"prompt": ask.prompt, "seed": ask.seed}).encode()
         return self.post(body, headers_of(ask.tenant))
 
+    def leave(self) -> None:
+        """Breaks the connection off, from another thread than that which waits for a reply."""
+        sock = None if self._connection is None else self._connection.sock
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
-        """Leaves, also in the middle of a request."""
+        """Closes the connection; the next request makes another."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None

@@ -167,12 +167,14 @@ class EraseTab:
             **private,
         )
         self.stop.click(self._cancel, None, None, queue=False, **private)
-        self.slider.input(self._slide, [self.slider], [self.masked], queue=False, **private)
+        # Of quick changes the last one counts, whichever answer comes first.
+        last = {"trigger_mode": "always_last", "queue": False, **private}
+        self.slider.input(self._slide, [self.slider], [self.masked], **last)
         self.load.upload(self._load, [self.load], [self.status, *self.inputs()], queue=False, **private)
         self.kind.input(self._defaults, [self.kind], self.inputs()[1:], queue=False, **private)
         if self._world.is_canvas:
             for picker in (self.objects, self.style):
-                picker.input(_prompt_of, [self.objects, self.style], [self.prompt], queue=False, **private)
+                picker.input(_prompt_of, [self.objects, self.style], [self.prompt], **last)
 
     def _generate(self, request: gr.Request, *fields: Any) -> Iterator[dict[Any, Any]]:
         try:

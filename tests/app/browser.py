@@ -123,9 +123,16 @@ def choose(page: Page, place: str, names: list[str]) -> None:
     field.click()
     while page.locator(f"#{place} .token").count():
         field.press("Backspace")
-    for name in names:
-        field.fill(name)
-        field.press("Enter")
+    chosen = page.locator(f"#{place} .token")
+    for number, name in enumerate(names, 1):
+        for _ in range(20):
+            field.fill(name)
+            page.wait_for_timeout(150)
+            field.press("Enter")
+            page.wait_for_timeout(150)
+            if chosen.count() == number:
+                break
+        assert name in chosen.nth(number - 1).inner_text()
     field.press("Escape")
 
 

@@ -169,12 +169,15 @@ def test_metrics_count_what_was_done(served):
 
 
 def test_a_client_who_leaves_has_its_work_dropped(served):
-    asked = load.asks(TENANTS, 40, seed=2)
-    # Many come and leave at once; their pictures would take many batches.
-    clients = [load.Client(served.url, timeout=0.2) for _ in asked]
+    # Many come, and leave when half of them are accepted; their pictures would take many batches.
+    asked = load.asks(TENANTS, 80, seed=2)
+    clients = [load.Client(served.url) for _ in asked]
     threads = [threading.Thread(target=c.picture, args=(ask,)) for c, ask in zip(clients, asked, strict=True)]
     for thread in threads:
         thread.start()
+    assert load.until(lambda: served.state().get("queue", 0) >= 40, 20)
+    for client in clients:
+        client.leave()
     for thread in threads:
         thread.join()
 
