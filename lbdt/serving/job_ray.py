@@ -1,10 +1,9 @@
-"""A job on Ray Data: an actor pool whose workers share the job's folder."""
+"""A job on Ray Data: actors that share the job's folder. `ray_start.prepare` has to come before it is imported."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple
 from typing import Any
@@ -15,6 +14,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import SystemException
 from ray.exceptions import RayError
 
+from lbdt.serving import ray_start
 from lbdt.serving.job_lines import JobLine
 from lbdt.serving.job_workers import BatchDone, JobWorker, Stop, WorkerSettings, told
 
@@ -41,7 +41,7 @@ def run_on_ray(
     """
     own = not ray.is_initialized()
     if own:
-        ray.init(**ray_options(address, count * settings.threads))
+        ray.init(logging_level=logging.WARNING, **ray_start.options(address, count * settings.threads))
     try:
         yield from _run(settings, batches, stop, count)
     except (RayError, SystemException) as error:
@@ -59,27 +59,12 @@ def has_gpus(address: str | None) -> bool:
         return torch.cuda.is_available()
     own = not ray.is_initialized()
     if own:
-        ray.init(**ray_options(address, 1))
+        ray.init(logging_level=logging.WARNING, **ray_start.options(address, 1))
     try:
         return ray.cluster_resources().get("GPU", 0) >= 1
     finally:
         if own:
             ray.shutdown()
-
-
-def ray_options(address: str | None, cpus: int) -> dict[str, Any]:
-    """What `ray.init` is called with."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is not None:
-        return {"address": address, "log_to_driver": False, "logging_level": logging.WARNING}
-    # By its name for other systems only, but it is what makes Ray's own ports listen on loopback.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    return {
-        "num_cpus": max(os.cpu_count() or 1, cpus),
-        "include_dashboard": False,
-        "log_to_driver": False,
-        "logging_level": logging.WARNING,
-    }
 
 
 def _run(

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from lbdt.runs.folder import held
 from lbdt.runs.wording import printable
 from lbdt.runs.writable import check_out_folder
+from lbdt.serving import ray_start
 from lbdt.serving.engine import OnFailure
 from lbdt.serving.job_files import JobFolder, begun_with
 from lbdt.serving.job_lines import JobLine, read_job, unknown_concept
@@ -158,6 +159,7 @@ def _check(job: PictureJob) -> None:
         from lbdt.serving.extra import needed
 
         needed("ray", "pandas", "pyarrow")
+        ray_start.prepare(job.ray_address)
     else:
         from lbdt.runs.processes import usable_device
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable
 from typing import Any
 
+from lbdt.serving import ray_start
 from lbdt.serving.settings import ServeSettings
 
 APP = "lbdt"
@@ -35,10 +35,7 @@ class LocalServer:
         """
         if port:
             _check_free(host, port)
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if ray_address is None:
-            # By this variable's name for other systems only, but it is what makes Ray's own ports listen on loopback.
-            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        ray_start.prepare(ray_address)
         import ray
         from ray import serve
 
@@ -48,7 +45,7 @@ class LocalServer:
         self._joined = ray_address is not None or not self._own
         self._app = (application or build)(settings)
         if self._own:
-            ray.init(**_ray_options(settings, ray_address))
+            ray.init(**ray_start.options(ray_address, settings.replicas + 1))
         try:
             serve.start(
                 proxy_location="HeadOnly",
@@ -115,14 +112,3 @@ def _check_free(host: str, port: int) -> None:
             raise OSError(
                 error.errno, f"port {port} of {host}: {error.strerror}; give another --port"
             ) from error
-
-
-def _ray_options(settings: ServeSettings, address: str | None) -> dict[str, Any]:
-    if address is not None:
-        return {"address": address, "log_to_driver": False}
-    return {
-        "address": "local",  # or Ray would join what runs on this machine, or what RAY_ADDRESS names
-        "num_cpus": max(os.cpu_count() or 1, settings.replicas + 1),
-        "include_dashboard": False,
-        "log_to_driver": False,
-    }
