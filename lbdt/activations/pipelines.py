@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from typing import Any
@@ -22,6 +23,22 @@ def load_pipeline(path_or_repo: str | os.PathLike[str], device: torch.device) ->
     # On a CPU half precision is slow or absent.
     half = {"torch_dtype": torch.float16} if device.type == "cuda" else {}
     return DiffusionPipeline.from_pretrained(os.fspath(path_or_repo), **half).to(device)
+
+
+def cut_off(pipe: Any, prompt: str) -> tuple[int, int] | None:
+    """(tokens of the prompt, tokens that are read) where the pipeline would leave the rest out, by the first tokenizer
+    of it that reads fewer; None: it reads all."""
+    given = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
+    least = given.default if given is not None and isinstance(given.default, int) else None
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        tokenizer = getattr(pipe, name, None)
+        if tokenizer is None:
+            continue
+        most = tokenizer.model_max_length if least is None else min(tokenizer.model_max_length, least)
+        tokens = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        if tokens > most:
+            return tokens, most
+    return None
 
 
 def package_versions() -> dict[str, str]:

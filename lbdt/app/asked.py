@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lbdt.activations.pipelines import cut_off
 from lbdt.app.settings import PictureSettings
 from lbdt.runs.wording import require_unicode
 
@@ -56,7 +57,10 @@ def asked_of(asked: Asked, world: World) -> tuple[PictureSettings, ConceptEraser
     steps = _whole("Denoising steps", asked.steps, 1, limits.steps)
     try:
         require_unicode("Prompt", asked.prompt)
-        _check_tokens(asked.prompt, world.pipe)
+        if cut := cut_off(world.pipe, asked.prompt):
+            raise AskedError(
+                f"Prompt: {cut[0]} tokens, and the model reads {cut[1]}; the rest would be left out."
+            )
         settings = PictureSettings(
             prompt=asked.prompt,
             concepts=tuple(asked.concepts),
@@ -110,27 +114,14 @@ def strengths_of(text: Any, most: int) -> list[float]:
     Raises:
         AskedError: no numbers, or more than `most`.
     """
-    parts = [part.strip() for part in text.split(",")] if isinstance(text, str) else [""]
-    parts = [] if parts == [""] and isinstance(text, str) else parts
+    given = text.strip() if isinstance(text, str) else "no text"
     try:
-        found = [float(part) for part in parts]
+        found = [float(part) for part in given.split(",")] if given else []
     except ValueError:
         found = [float("nan")]
     if len(found) > most or not all(abs(value) <= 1000 for value in found):
         raise AskedError(f"Strengths: expected at most {most} numbers from -1000 to 1000, such as -1, -5.")
     return found
-
-
-def _check_tokens(prompt: str, pipe: Any) -> None:
-    tokenizer = getattr(pipe, "tokenizer", None)
-    if tokenizer is None:
-        return
-    tokens, most = (
-        len(tokenizer(prompt, truncation=False, verbose=False).input_ids),
-        tokenizer.model_max_length,
-    )
-    if tokens > most:
-        raise AskedError(f"Prompt: {tokens} tokens, and the model reads {most}; the rest would be left out.")
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import logging
 import threading
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lbdt.activations.pipelines import cut_off
 from lbdt.editors import UnprotectedError
-from lbdt.runs.limits import MOST_SEED as MOST_SEED
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -154,23 +153,13 @@ class PictureEngine:
         try:
             for name in work.concepts:
                 self.eraser.select(name)
-            return self._too_long(work.prompt)
+            if cut := cut_off(self.pipe, work.prompt):
+                return PromptTooLongError(
+                    f"prompt: {cut[0]} tokens, and the model reads {cut[1]}; shorten it"
+                )
+            return None
         except Exception as error:
             return error
-
-    def _too_long(self, prompt: str) -> PromptTooLongError | None:
-        """What is wrong where the pipeline would cut the prompt off."""
-        given = inspect.signature(self.pipe.__call__).parameters.get("max_sequence_length")
-        least = given.default if given is not None and isinstance(given.default, int) else None
-        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-            tokenizer = getattr(self.pipe, name, None)
-            if tokenizer is None:
-                continue
-            most = tokenizer.model_max_length if least is None else min(tokenizer.model_max_length, least)
-            tokens = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-            if tokens > most:
-                return PromptTooLongError(f"prompt: {tokens} tokens, and the model reads {most}; shorten it")
-        return None
 
     def _made(self, works: Sequence[Work]) -> list[Picture | Exception]:
         if not works:

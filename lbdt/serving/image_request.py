@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lbdt.serving.engine import MOST_SEED
+from lbdt.runs.limits import MOST_SEED
 from lbdt.serving.settings import ServeSettings
 from lbdt.serving.sizes import pixels_of
 

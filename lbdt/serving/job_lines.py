@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lbdt.runs.limits import MOST_SEED
 from lbdt.runs.reading import brief, listed, parse_json, read_bytes, read_lines
 from lbdt.runs.wording import nearest, printable
 from lbdt.serving.sizes import pixels_of
@@ -16,7 +17,6 @@ MOST_BYTES = 1 << 28
 """The largest file that is read."""
 MOST_LINES = 1_000_000
 """The most pictures of a job."""
-_MOST_SEED = 2**63 - 1
 _MOST_FAULTS = 20
 _LEAST_DIGITS = 6
 _FIELDS = ("prompt", "seed", "concepts", "id", "size")
@@ -162,7 +162,7 @@ class _Reader:
     def _seed(self, number: int, row: dict[str, Any]) -> int:
         seed = row.get("seed")
         seed = self.seed + number if seed is None else seed
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _MOST_SEED:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MOST_SEED:
             raise ValueError(f"seed: expected a whole number from 0 to 2^63 - 1, got {_given(seed)}")
         return seed
 

@@ -115,3 +115,17 @@ def test_visitors_are_forgotten_with_their_files_but_not_while_something_is_made
     world.leave("first")
     world.leave("nobody")
     assert not again.folder.exists() and again.cancel_comparison.is_set()
+
+
+def test_the_second_tokenizer_and_the_pipelines_own_limit_count_too(world, monkeypatch):
+    class Two(type(world.pipe)):
+        def __call__(self, prompt, max_sequence_length=10, **settings):
+            raise NotImplementedError
+
+    two = Two(**world.pipe.components)
+    monkeypatch.setattr(world, "pipe", two)
+    with pytest.raises(AskedError, match="Prompt: 12 tokens, and the model reads 10"):
+        asked_of(GOOD._replace(prompt="cat " * 5), world)
+    two.tokenizer_2, two.tokenizer = two.tokenizer, None
+    with pytest.raises(AskedError, match="Prompt: 12 tokens, and the model reads 10"):
+        asked_of(GOOD._replace(prompt="cat " * 5), world)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbdt.serving.engine import MOST_SEED
+from lbdt.runs.limits import MOST_SEED
 from lbdt.serving.image_request import ImageRequest, Refusal, read_request
 from lbdt.serving.settings import ServeSettings, settings_of
 from tests.serving import malformed
