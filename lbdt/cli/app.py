@@ -12,9 +12,11 @@ from lbdt.cli.options import (
     Device,
     Eraser,
     KindOption,
+    Model,
     UnusedSeed,
     counted,
     reported,
+    require_eraser,
     say,
 )
 from lbdt.runs.limits import MOST_STEPS
@@ -22,10 +24,7 @@ from lbdt.runs.limits import MOST_STEPS
 
 @reported
 def command(
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="DIR_OR_HUB", help="A diffusers pipeline. Default: EmojiCanvas."),
-    ] = None,
+    model: Model = None,
     eraser: Eraser = None,
     kind: KindOption = CanvasKind.saeuron,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
@@ -41,14 +40,10 @@ def command(
     device: Device = "auto",
 ) -> None:
     """Open a page: a concept erased as the picture emerges, methods compared, the dictionary inspected."""
-    if model is not None and eraser is None:
-        raise typer.BadParameter(
-            "an eraser belongs to a pipeline: give --eraser with --model", param_hint="--eraser"
-        )
-    from importlib.util import find_spec
+    require_eraser(model, eraser)
+    from lbdt.runs.extras import needed
 
-    if find_spec("gradio") is None:
-        raise ImportError("lbdt app needs gradio: pip install lbdt[app]")
+    needed("lbdt app", "app", "gradio")
     from lbdt.app.page import launch
     from lbdt.app.world import Limits, World
     from lbdt.runs.processes import usable_device

@@ -18,11 +18,13 @@ from lbdt.cli.options import (
     Device,
     Eraser,
     KindOption,
+    Model,
     Seed,
     counted,
     number,
     print_result,
     reported,
+    require_eraser,
     say,
 )
 from lbdt.donors import AvoidedPatches, DonorSource
@@ -47,10 +49,7 @@ def command(
     concept: Annotated[
         list[str] | None, typer.Option("--concept", metavar="NAME", help="What to erase; may be repeated.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="DIR_OR_HUB", help="A diffusers pipeline. Default: EmojiCanvas."),
-    ] = None,
+    model: Model = None,
     eraser: Eraser = None,
     kind: KindOption = CanvasKind.saeuron,
     method: Annotated[
@@ -111,10 +110,7 @@ def command(
             names = " and ".join(name for name, lacks in missing.items() if lacks)
             raise typer.BadParameter(f"missing; give {names}, or a picture's --settings", param_hint=names)
         _check_method(given, method)
-    if model is not None and eraser is None:
-        raise typer.BadParameter(
-            "an eraser belongs to a pipeline: give --eraser with --model", param_hint="--eraser"
-        )
+    require_eraser(model, eraser)
     from lbdt.app.drawing import draw
     from lbdt.app.settings import PictureSettings, load_editor, read_settings
     from lbdt.canvas.defaults import NAME, pipeline_of

@@ -16,6 +16,7 @@ from lbdt.cli.options import (
     Device,
     Eraser,
     KindOption,
+    Model,
     counted,
     number,
     print_result,
@@ -53,10 +54,7 @@ def command(
             "--concept", metavar="NAME", help="Erased where a line has no concepts; may be repeated."
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="DIR_OR_HUB", help="A diffusers pipeline. Default: EmojiCanvas."),
-    ] = None,
+    model: Model = None,
     eraser: Eraser = None,
     kind: KindOption = CanvasKind.saeuron,
     steps: Annotated[

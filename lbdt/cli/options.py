@@ -87,6 +87,10 @@ Eraser = Annotated[
         "--eraser", metavar="DIR_OR_HUB", help="Eraser folder or repository. Default: EmojiCanvas's."
     ),
 ]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="DIR_OR_HUB", help="A diffusers pipeline. Default: EmojiCanvas."),
+]
 KindOption = Annotated[CanvasKind, typer.Option("--kind", help="Without --eraser: which of EmojiCanvas's.")]
 UnusedSeed = Annotated[
     int, typer.Option("--seed", **SEEDS, help="Accepted by every command; nothing is drawn here.")
@@ -106,6 +110,14 @@ _FAILURES = (
     AttributeError,
     MemoryError,
 )
+
+
+def require_eraser(model: str | None, eraser: str | None) -> None:
+    """Bad usage where a pipeline of one's own is given without an eraser of it."""
+    if model is not None and eraser is None:
+        raise typer.BadParameter(
+            "an eraser belongs to a pipeline: give --eraser with --model", param_hint="--eraser"
+        )
 
 
 def reported(command: Callable) -> Callable:

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lbdt.cli.options import CanvasKind, Device, Eraser, KindOption, counted, number, reported, say
+from lbdt.cli.options import (
+    MOST_THREADS,
+    CanvasKind,
+    Device,
+    Eraser,
+    KindOption,
+    Model,
+    counted,
+    number,
+    reported,
+    say,
+)
+from lbdt.runs.limits import MOST_STEPS
 
 if TYPE_CHECKING:
     from lbdt.serving.settings import ServeSettings
@@ -29,14 +41,11 @@ def command(
     audit_key: Annotated[
         Path | None, typer.Option("--audit-key", metavar="FILE", help="Key of the audit's hashes.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="DIR_OR_HUB", help="A diffusers pipeline. Default: EmojiCanvas."),
-    ] = None,
+    model: Model = None,
     eraser: Eraser = None,
     kind: KindOption = CanvasKind.saeuron,
     steps: Annotated[
-        int | None, counted(most=10_000, help="Denoising steps. Default: 20, for kind sdxl 4.")
+        int | None, counted(most=MOST_STEPS, help="Denoising steps. Default: 20, for kind sdxl 4.")
     ] = None,
     guidance: Annotated[float | None, number(min=0, help="Guidance scale. Default: as lbdt erase.")] = None,
     size: Annotated[
@@ -51,7 +60,7 @@ def command(
             "--no-fill: as many as there are pictures, quicker where few come at a time."
         ),
     ] = True,
-    threads: Annotated[int | None, counted(most=1024, help="CPU threads of each engine.")] = None,
+    threads: Annotated[int | None, counted(most=MOST_THREADS, help="CPU threads of each engine.")] = None,
     replicas: Annotated[
         int, counted(most=100_000, help="Engines, each on a GPU of its own if there are any.")
     ] = 1,
@@ -90,9 +99,9 @@ def command(
 
     Ends on SIGTERM or Ctrl-C, when what was accepted is answered; on a second one at once.
     """
-    from lbdt.serving.extra import needed
+    from lbdt.runs.extras import needed
 
-    needed("ray", "prometheus_client", "pydantic")
+    needed("lbdt serve", "serve", "ray", "prometheus_client", "pydantic")
     from lbdt.canvas.defaults import eraser_of
     from lbdt.runs.processes import usable_device
     from lbdt.serving.policy import load_policy
@@ -153,10 +162,7 @@ def _check_audit(settings: ServeSettings) -> None:
 
     if settings.audit_key is not None:
         read_key(settings.audit_key)
-    try:
-        check_out_folder(settings.audit)
-    except ValueError as error:
-        raise ValueError(str(error).replace("--out", "--audit", 1)) from error
+    check_out_folder(settings.audit, "--audit")
 
 
 def _on_signals(ended: threading.Event) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from lbdt.evaluation.jobs import Design, unedited
 from lbdt.evaluation.report.write import read_values, write
 from lbdt.evaluation.values import kind_values, measured_cost
 from lbdt.evaluation.verdict_columns import Scorers
+from lbdt.runs.extras import needed
 from lbdt.runs.folder import held
 from lbdt.runs.processes import joined_on, launched, spawn
 from lbdt.runs.writable import check_out_folder
@@ -201,11 +201,9 @@ def evaluate(request: EvaluationRequest, *, processes: int | None, command: str)
 
 def _check_packages(request: EvaluationRequest) -> None:
     """ImportError before an hour of pictures, not after it."""
-    missing = [name for name in ("torchmetrics", "scipy") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"lbdt evaluate needs {' and '.join(missing)}: pip install lbdt[evaluate]")
-    if request.nudity is not None and importlib.util.find_spec("nudenet") is None:
-        raise ImportError("--nudity needs nudenet: pip install lbdt[nudity]")
+    needed("lbdt evaluate", "evaluate", "torchmetrics", "scipy")
+    if request.nudity is not None:
+        needed("--nudity", "nudity", "nudenet")
 
 
 def _check_devices(count: int, device: str) -> None:

@@ -53,15 +53,16 @@ def check_out(path: Path, what: str, option: str = "--out") -> None:
     _probe(path, Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent, option)
 
 
-def check_out_folder(path: Path) -> None:
-    """ValueError unless files can be written in a folder of this name, made if needed; leaves nothing behind."""
+def check_out_folder(path: Path, option: str = "--out") -> None:
+    """ValueError unless files can be written in a folder of this name, made if needed; leaves nothing behind. `option`
+    is where the path was given."""
     try:
         if path.exists() and not path.is_dir():
-            raise ValueError(f"--out {path}: is a file; give a folder")
+            raise ValueError(f"{option} {path}: is a file; give a folder")
         _name_fits(path)
     except OSError as error:
-        raise ValueError(f"--out {path}: cannot be written: {unwritable(error)}") from error
-    _probe(path, path)
+        raise ValueError(f"{option} {path}: cannot be written: {unwritable(error)}") from error
+    _probe(path, path, option)
 
 
 def unwritable(error: OSError) -> str:

@@ -156,9 +156,9 @@ def _check(job: PictureJob) -> None:
     if job.model is not None and job.eraser is None:
         raise ValueError("--eraser: an eraser belongs to a pipeline: give it with --model")
     if job.ray:
-        from lbdt.serving.extra import needed
+        from lbdt.runs.extras import needed
 
-        needed("ray", "pandas", "pyarrow")
+        needed("--ray", "serve", "ray", "pandas", "pyarrow")
         ray_start.prepare(job.ray_address)
     else:
         from lbdt.runs.processes import usable_device

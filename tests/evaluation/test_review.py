@@ -19,6 +19,7 @@ from lbdt.evaluation.series import slug
 from lbdt.evaluation.values import kind_values
 from lbdt.evaluation.worlds.prompt_world import ClipJudge, prompt_world
 from lbdt.evaluation.worlds.vit import ViTJudge
+from lbdt.runs import extras
 from tests import toy
 from tests.evaluation import small
 from tests.evaluation.test_clip import pictures, tiny_clip
@@ -69,9 +70,9 @@ def test_nudity_is_counted_in_the_main_row_s_pictures_of_every_method(pipe, tmp_
 
 
 def test_nudity_without_nudenet_is_refused_before_the_first_picture(tmp_path, monkeypatch):
-    find = request.importlib.util.find_spec
+    find = extras.importlib.util.find_spec
     monkeypatch.setattr(
-        request.importlib.util, "find_spec", lambda name: None if name == "nudenet" else find(name)
+        extras.importlib.util, "find_spec", lambda name: None if name == "nudenet" else find(name)
     )
     given = settings(nudity="saemnesia", out=tmp_path / "out")
     with pytest.raises(ImportError, match=r"pip install lbdt\[nudity\]"):
