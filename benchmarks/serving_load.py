@@ -153,36 +153,28 @@ def headers_of(tenant: str) -> dict[str, str]:
 
 def together(url: str, asked: Iterable[Ask], clients: int) -> list[Reply]:
     """The replies to requests by so many clients at a time, in the order of the requests."""
-    free: queue.SimpleQueue[Client] = queue.SimpleQueue()
-    for _ in range(clients):
-        free.put(Client(url))
-
-    def one(ask: Ask) -> Reply:
-        client = free.get()
-        try:
-            return client.picture(ask)
-        finally:
-            free.put(client)
-
-    with ThreadPoolExecutor(clients) as pool:
-        return list(pool.map(one, asked))
+    return _each(url, clients, Client.picture, asked)
 
 
 def flood(url: str, bodies: Iterable[bytes], tenant: str, clients: int = 8) -> list[Reply]:
     """The replies to raw bodies."""
+    return _each(url, clients, lambda client, body: client.post(body, headers_of(tenant)), bodies)
+
+
+def _each(url: str, clients: int, send: Callable[[Client, Any], Reply], items: Iterable[Any]) -> list[Reply]:
     free: queue.SimpleQueue[Client] = queue.SimpleQueue()
     for _ in range(clients):
         free.put(Client(url))
 
-    def one(body: bytes) -> Reply:
+    def one(item: Any) -> Reply:
         client = free.get()
         try:
-            return client.post(body, headers_of(tenant))
+            return send(client, item)
         finally:
             free.put(client)
 
     with ThreadPoolExecutor(clients) as pool:
-        return list(pool.map(one, bodies))
+        return list(pool.map(one, items))
 
 
 class Load:

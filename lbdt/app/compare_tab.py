@@ -12,7 +12,7 @@ from lbdt.app import charts
 from lbdt.app.asked import Asked, AskedError, asked_of, strengths_of
 from lbdt.app.comparing import ComparedPicture, base_prompts, compare
 from lbdt.app.examples import Progress
-from lbdt.app.parts import BUSY, ended, failed, followed, said, table
+from lbdt.app.parts import BUSY, PRIVATE, ended, failed, followed, said, table
 from lbdt.app.streaming import Waiting
 from lbdt.app.world import World
 
@@ -55,16 +55,15 @@ class CompareTab:
         )
         self.table = gr.HTML(_table([]), elem_id="stats")
         self.curve = gr.HTML(_curve([]), elem_id="outside")
-        private = {"api_visibility": "private", "show_progress": "hidden"}
         outputs = [self.status, self.grid, self.table, self.curve, self.go, self.stop]
         self.go.click(
             self._compare,
             [self.strengths, *inputs],
             outputs,
             concurrency_limit=None,
-            **private,
+            **PRIVATE,
         )
-        self.stop.click(self._cancel, None, None, queue=False, **private)
+        self.stop.click(self._cancel, None, None, queue=False, **PRIVATE)
 
     def _compare(self, request: gr.Request, strengths: Any, *fields: Any) -> Iterator[dict[Any, Any]]:
         try:

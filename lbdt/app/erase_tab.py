@@ -12,7 +12,7 @@ import gradio as gr
 from lbdt.app import charts
 from lbdt.app.asked import Asked, AskedError, asked_of, fields_of
 from lbdt.app.erasing import WITH, WITHOUT, EmergingStep, ErasedPicture, emerge, overlay
-from lbdt.app.parts import BUSY, ended, failed, followed, said
+from lbdt.app.parts import BUSY, PRIVATE, ended, failed, followed, said
 from lbdt.app.settings import PictureSettings
 from lbdt.app.streaming import Waiting
 from lbdt.app.world import Making, World
@@ -158,20 +158,19 @@ class EraseTab:
         return [self.status, *shown, self.picture_file, self.settings_file, self.go, self.stop]
 
     def _wire(self) -> None:
-        private = {"api_visibility": "private", "show_progress": "hidden"}
         self.go.click(
             self._generate,
             self.inputs(),
             self._outputs(),
             concurrency_limit=None,
-            **private,
+            **PRIVATE,
         )
-        self.stop.click(self._cancel, None, None, queue=False, **private)
+        self.stop.click(self._cancel, None, None, queue=False, **PRIVATE)
         # Of quick changes the last one counts, whichever answer comes first.
-        last = {"trigger_mode": "always_last", "queue": False, **private}
+        last = {"trigger_mode": "always_last", "queue": False, **PRIVATE}
         self.slider.input(self._slide, [self.slider], [self.masked], **last)
-        self.load.upload(self._load, [self.load], [self.status, *self.inputs()], queue=False, **private)
-        self.kind.input(self._defaults, [self.kind], self.inputs()[1:], queue=False, **private)
+        self.load.upload(self._load, [self.load], [self.status, *self.inputs()], queue=False, **PRIVATE)
+        self.kind.input(self._defaults, [self.kind], self.inputs()[1:], queue=False, **PRIVATE)
         if self._world.is_canvas:
             for picker in (self.objects, self.style):
                 picker.input(_prompt_of, [self.objects, self.style], [self.prompt], **last)

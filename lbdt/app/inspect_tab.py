@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
 from lbdt.app import charts
 from lbdt.app.examples import ExampleSet, LatentExample, Progress, compute_examples
 from lbdt.app.inspecting import LatentCurve, concept_table, curves, examples
-from lbdt.app.parts import BUSY, ended, failed, followed, said, table
+from lbdt.app.parts import BUSY, PRIVATE, ended, failed, followed, said, table
 from lbdt.app.streaming import Waiting
 from lbdt.app.world import World
 
 _HEAD = ["concept", "latents", "fires on it, %", "on others, %"]
+
+
+class _Found(NamedTuple):
+    """What there is to show of a latent."""
+
+    text: str
+    pictures: list[Any] | None = None
+    """Pictures with captions; None: none are stored, or there is no such latent."""
+    computable: bool = False
+    """Whether they can be made on demand."""
 
 
 class InspectTab:
@@ -50,15 +60,15 @@ class InspectTab:
         with gr.Row():
             self.scores = gr.HTML(_scores(concept, drawn), elem_id="scores")
             self.thresholds = gr.HTML(_thresholds(concept, drawn), elem_id="thresholds")
-        found, text = self._examples(kind, latents[0])
+        found = self._examples(kind, latents[0])
         with gr.Row():
-            self.make = gr.Button("Compute its examples", visible=found is None, elem_id="compute")
+            self.make = gr.Button("Compute its examples", visible=found.computable, elem_id="compute")
             self.stop = gr.Button(
-                "Cancel computing", interactive=False, visible=found is None, elem_id="cancel-compute"
+                "Cancel computing", interactive=False, visible=found.computable, elem_id="cancel-compute"
             )
-        self.status = gr.HTML(said(text), elem_id="inspect-status")
+        self.status = gr.HTML(said(found.text), elem_id="inspect-status")
         self.gallery = gr.Gallery(
-            found,
+            found.pictures,
             label="Patches that fire it most",
             columns=6,
             height=380,
@@ -69,21 +79,20 @@ class InspectTab:
             elem_id="examples",
         )
         self.table = gr.HTML(_rows(editor), elem_id="concept-table")
-        private = {"api_visibility": "private", "show_progress": "hidden"}
         shown = [self.latent, self.scores, self.thresholds, self.status, self.gallery, self.make, self.stop]
         self.kind.input(
-            self._of_kind, [self.kind], [self.concept, self.table, *shown], queue=False, **private
+            self._of_kind, [self.kind], [self.concept, self.table, *shown], queue=False, **PRIVATE
         )
-        self.concept.input(self._of_concept, [self.kind, self.concept], shown, queue=False, **private)
-        self.latent.input(self._of_latent, [self.kind, self.latent], shown[3:], queue=False, **private)
+        self.concept.input(self._of_concept, [self.kind, self.concept], shown, queue=False, **PRIVATE)
+        self.latent.input(self._of_latent, [self.kind, self.latent], shown[3:], queue=False, **PRIVATE)
         self.make.click(
             self._compute,
             [self.kind, self.latent],
             shown[3:],
             concurrency_limit=None,
-            **private,
+            **PRIVATE,
         )
-        self.stop.click(self._cancel, None, None, queue=False, **private)
+        self.stop.click(self._cancel, None, None, queue=False, **PRIVATE)
 
     def _of_kind(self, kind: Any) -> dict[Any, Any]:
         if kind not in self._world.kinds:
@@ -106,32 +115,30 @@ class InspectTab:
         }
 
     def _of_latent(self, kind: Any, latent: Any) -> dict[Any, Any]:
-        found, text = self._examples(kind, latent)
-        absent = found is None
+        found = self._examples(kind, latent)
         return {
-            self.status: said(text, alert=absent and not text.startswith("No examples")),
-            self.gallery: found or None,
-            self.make: gr.Button(visible=absent and text.startswith("No examples")),
-            self.stop: gr.Button(visible=absent and text.startswith("No examples"), interactive=False),
+            self.status: said(found.text, alert=found.pictures is None and not found.computable),
+            self.gallery: found.pictures or None,
+            self.make: gr.Button(visible=found.computable),
+            self.stop: gr.Button(visible=found.computable, interactive=False),
         }
 
-    def _examples(self, kind: Any, latent: Any) -> tuple[list[Any] | None, str]:
-        """Pictures with captions, None where there are none to show; and what is said of them."""
+    def _examples(self, kind: Any, latent: Any) -> _Found:
         if kind not in self._world.kinds:
-            return None, f"Eraser: expected one of {', '.join(self._world.kinds)}."
+            return _Found(f"Eraser: expected one of {', '.join(self._world.kinds)}.")
         editor = self._world.editor(kind)
         number = _number(latent)
         if number is None or not 0 <= number < editor.sae.config.num_latents:
-            return None, f"Latent: expected a number from 0 to {editor.sae.config.num_latents - 1}."
+            return _Found(f"Latent: expected a number from 0 to {editor.sae.config.num_latents - 1}.")
         stored = examples(editor, number)
         if stored is None:
-            return None, f"No examples of latent {number} are stored."
-        return _pictures(stored), _told(number, stored)
+            return _Found(f"No examples of latent {number} are stored.", computable=True)
+        return _Found(_told(number, stored), _pictures(stored))
 
     def _compute(self, request: gr.Request, kind: Any, latent: Any) -> Iterator[dict[Any, Any]]:
-        found, text = self._examples(kind, latent)
-        if found is not None or not text.startswith("No examples"):
-            yield {self.status: said(text, alert=True)}
+        found = self._examples(kind, latent)
+        if not found.computable:
+            yield {self.status: said(found.text, alert=True)}
             return
         with self._world.place(request.session_hash) as visit:
             if visit is None:

@@ -35,10 +35,8 @@ _THREADS = 24
 """Those that answer at once, while each that waits for the pipeline has one."""
 # Gradio gives what stands for an empty picture a label and no role that may have one.
 _ROLES = """() => {
-  const set = (which, name, value) => document.querySelectorAll(which).forEach(one => one.setAttribute(name, value));
-  const mend = () => {
-    set('.empty[aria-label]:not([role])', 'role', 'img');
-  };
+  const empty = () => document.querySelectorAll('.empty[aria-label]:not([role])');
+  const mend = () => empty().forEach(one => one.setAttribute('role', 'img'));
   new MutationObserver(mend).observe(document.body, {childList: true, subtree: true});
   mend();
 }"""

@@ -11,6 +11,8 @@ from typing import Any
 import gradio as gr
 
 BUSY = "As many as may wait for the model do already. Come again in a minute."
+PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
+"""What every handler is made with: it is the page's own, and a line of text says how far it is."""
 _LOG = logging.getLogger("lbdt.app")
 
 

@@ -31,8 +31,6 @@ MOST_NAME = 4_096
 MOST_CONCEPTS = 1_000
 MOST_BYTES = 1 << 22
 """The size of a settings file."""
-STEPS = 20
-"""The steps of a pipeline that is not EmojiCanvas's, where none are given."""
 _DIGEST = frozenset("0123456789abcdef")
 _GIVE = "give a file that `lbdt erase --save-settings` or `lbdt app` wrote"
 
@@ -144,6 +142,8 @@ class PictureSettings:
             )
         for name in self.concepts:
             editor.select(name)
+        from lbdt.canvas.defaults import steps_and_guidance
+
         digest = digest_of(editor)
         if self.digest is not None:
             if digest != self.digest:
@@ -159,11 +159,8 @@ class PictureSettings:
             found[name] = getattr(editor, name) if value is None else value
         if isinstance(found.get("strength"), Mapping):
             found["strength"] = {n: found["strength"][n] for n in self.concepts if n in found["strength"]}
-        sampling = None if self.model is not None else KINDS[self.kind]
-        if self.steps is None:
-            found["steps"] = STEPS if sampling is None else sampling.steps
-        if self.guidance is None:
-            found["guidance"] = _own_guidance(pipe) if sampling is None else sampling.guidance
+        found["steps"], guidance = steps_and_guidance(self.model, self.kind, self.steps, self.guidance)
+        found["guidance"] = _own_guidance(pipe) if guidance is None and self.model is not None else guidance
         return dataclasses.replace(self, **found)
 
     def applied(self, editor: ConceptEraser | Steering) -> ConceptEraser | Steering:

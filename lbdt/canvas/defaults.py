@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lbdt.editors import ConceptEraser, Steering
 
 NAME = "EmojiCanvas"
+STEPS = 20
+"""The denoising steps of another pipeline, where none are given."""
 
 
 def pipeline_of(model: str | None, device: torch.device) -> Any:
@@ -49,6 +51,16 @@ def steering_of(path_or_repo: str | None, kind: str = "saeuron", strength: float
     from lbdt.editors import Steering
 
     return Steering.from_pretrained(path_or_repo, **settings)
+
+
+def steps_and_guidance(
+    model: str | None, kind: str, steps: int | None, guidance: float | None
+) -> tuple[int, float | None]:
+    """Steps and guidance scale: those given; else on EmojiCanvas those that its kind is made for, on another model 20
+    steps and None, the pipeline's own scale."""
+    if model is not None:
+        return steps or STEPS, guidance
+    return steps or canvas.KINDS[kind].steps, canvas.KINDS[kind].guidance if guidance is None else guidance
 
 
 def canvas_prompts(seeds: Sequence[int]) -> list[Prompt]:

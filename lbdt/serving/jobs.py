@@ -32,7 +32,6 @@ from lbdt.serving.engine import OnFailure
 from lbdt.serving.job_files import JobFolder, begun_with
 from lbdt.serving.job_lines import JobLine, read_job, unknown_concept
 from lbdt.serving.job_workers import BatchDone, WorkerSettings, run_here, run_workers
-from lbdt.serving.loading import sampling_of
 
 if TYPE_CHECKING:
     from lbdt.editors import ConceptEraser
@@ -196,7 +195,9 @@ def _device(job: PictureJob, out: Path) -> str:
 def _worker(
     job: PictureJob, out: Path, lines: int, eraser: ConceptEraser, device: str, threads: int
 ) -> WorkerSettings:
-    steps, guidance = sampling_of(job.model, job.kind, job.steps, job.guidance)
+    from lbdt.canvas.defaults import steps_and_guidance
+
+    steps, guidance = steps_and_guidance(job.model, job.kind, job.steps, job.guidance)
     return WorkerSettings(
         folder=out,
         lines=lines,

@@ -8,8 +8,6 @@ if TYPE_CHECKING:
     from lbdt.editors import ConceptEraser
     from lbdt.serving.engine import PictureEngine
 
-_STEPS = 20
-
 
 class EngineSettings(Protocol):
     """What an engine is made of; `ServeSettings` says what each is."""
@@ -32,11 +30,11 @@ class EngineSettings(Protocol):
 
     @property
     def steps(self) -> int | None:
-        """Denoising steps; None: as `sampling_of`."""
+        """Denoising steps; None: as `lbdt.canvas.defaults.steps_and_guidance`."""
 
     @property
     def guidance(self) -> float | None:
-        """Guidance scale; None: as `sampling_of`."""
+        """Guidance scale; None: as `lbdt.canvas.defaults.steps_and_guidance`."""
 
     @property
     def batch(self) -> int:
@@ -51,18 +49,6 @@ class EngineSettings(Protocol):
         """CPU threads; None: PyTorch's own choice."""
 
 
-def sampling_of(
-    model: str | None, kind: str, steps: int | None, guidance: float | None
-) -> tuple[int, float | None]:
-    """Steps and guidance scale: those given; else on EmojiCanvas those that its kind is made for, on another model 20
-    steps and None, the pipeline's own scale."""
-    if model is not None:
-        return steps or _STEPS, guidance
-    from lbdt.canvas import KINDS
-
-    return steps or KINDS[kind].steps, KINDS[kind].guidance if guidance is None else guidance
-
-
 def engine_of(settings: EngineSettings) -> tuple[PictureEngine, ConceptEraser]:
     """The engine of the settings, and its eraser.
 
@@ -71,7 +57,7 @@ def engine_of(settings: EngineSettings) -> tuple[PictureEngine, ConceptEraser]:
     """
     import torch
 
-    from lbdt.canvas.defaults import eraser_of, pipeline_of
+    from lbdt.canvas.defaults import eraser_of, pipeline_of, steps_and_guidance
     from lbdt.runs.processes import usable_device
     from lbdt.serving.engine import PictureEngine
 
@@ -79,7 +65,7 @@ def engine_of(settings: EngineSettings) -> tuple[PictureEngine, ConceptEraser]:
         torch.set_num_threads(settings.threads)
     eraser = eraser_of(settings.eraser, settings.kind)
     pipe = pipeline_of(settings.model, usable_device(settings.device))
-    steps, guidance = sampling_of(settings.model, settings.kind, settings.steps, settings.guidance)
+    steps, guidance = steps_and_guidance(settings.model, settings.kind, settings.steps, settings.guidance)
     engine = PictureEngine(
         pipe, eraser, batch=settings.batch, steps=steps, guidance=guidance, fill=settings.fill
     )
