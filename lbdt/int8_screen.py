@@ -41,6 +41,7 @@ class Screen(NamedTuple):
         weight: Tensor,  # [L, d]
         bias: Tensor,  # [L]
         centre: Tensor,  # [d]
+        order: Tensor | None = None,  # [L]
     ) -> Screen:
         """The screen of a dictionary, for patches near `centre`, as the pre-bias `b_dec` of its SAE is.
 
@@ -50,6 +51,7 @@ class Screen(NamedTuple):
             weight: float32 | float16 | bfloat16, any strides; as the ops get it.
             bias: float32, as the ops get it.
             centre: float32.
+            order: int64, the row of `weight` that each latent is, as the ops get it.
 
         Raises:
             ValueError, TypeError: the argument, what was expected, what was given. ValueError for d above 65,536.
@@ -73,7 +75,8 @@ class Screen(NamedTuple):
         middle, step = centre.double(), max(1, _CHUNK // width)
         for first in range(0, latents, step):
             part = slice(first, first + step)
-            codes[part, :width], bounds[:, part] = _coded(weight[part].double(), bias[part].double(), middle)
+            rows = weight[part] if order is None else weight[order[part]]
+            codes[part, :width], bounds[:, part] = _coded(rows.double(), bias[part].double(), middle)
         return cls(codes, bounds, centre.contiguous())
 
     @classmethod
@@ -82,12 +85,16 @@ class Screen(NamedTuple):
         weight: Tensor,  # [L, d]
         bias: Tensor,  # [L]
         centre: Tensor,  # [d]
+        order: Tensor | None = None,  # [L]
     ) -> Screen | None:
-        """The same where it spares time: on a CPU with the instructions, not of a small dictionary; else None."""
-        fits = weight.dtype in _DTYPES and weight.shape[1] <= MOST_CHANNELS
-        if weight.device.type != "cpu" or not fits or weight.numel() < _LEAST or not instructions():
-            return None
-        return cls.of(weight, bias, centre)
+        """The same where it spares time (`useful`); else None."""
+        return cls.of(weight, bias, centre, order) if useful(weight) else None
+
+
+def useful(weight: Tensor) -> bool:
+    """Whether a screen of a dictionary [L, d] spares time: on a CPU with the instructions, not of a small one."""
+    fits = weight.dtype in _DTYPES and weight.shape[1] <= MOST_CHANNELS
+    return weight.device.type == "cpu" and fits and weight.numel() >= _LEAST and bool(instructions())
 
 
 @functools.cache

@@ -242,7 +242,7 @@ def test_a_slug_is_a_file_name():
     assert hardware.cpu()["name"]
 
 
-def row(op, share, variant="", mb=0.0, floor=1.0, graph=None, **ratio):
+def row(op, share, variant="", mb=0.0, floor=1.0, graph=None, attach=None, **ratio):
     ours = {"allocated_bytes": mb * 1e6} | ({} if graph is None else {"graph": graph})
     return {
         "op": op,
@@ -251,24 +251,28 @@ def row(op, share, variant="", mb=0.0, floor=1.0, graph=None, **ratio):
         "variant": variant,
         "ratio": ratio,
         "times_the_floor": floor,
+        "attach_bytes": attach,
         "versions": {"ours": ours},
     }
 
 
 @pytest.mark.parametrize("vnni", [True, False])
 def test_targets_are_missed_where_they_are_missed(monkeypatch, vnni):
-    def met(absent, tenth, full, c, detect, mb):
+    def met(absent, tenth, full, c, detect, mb, attach):
         rows = [
             row("detect_patches", 0.0, literal=detect, mb=mb),
             row("replace_patches_", 0.1, cases.PLAIN, reference=c),
-            *(row("hook", share, published=x) for share, x in ((0.0, absent), (0.1, tenth), (1.0, full))),
+            *(
+                row("hook", share, attach=attach, published=x)
+                for share, x in ((0.0, absent), (0.1, tenth), (1.0, full))
+            ),
         ]
         return [t["met"] for t in runner.targets(rows, None, "cpu")]
 
     monkeypatch.setattr(hardware, "has_vnni", lambda: vnni)
     full = 4 if vnni else 1.4
-    assert met(150, 15, full, 3, 100, 2.9) == [True] * 6
-    assert met(149, 14.9, full - 0.1, 2.9, 99, 3) == [False] * 6
+    assert met(150, 15, full, 3, 100, 2.9, 32e6) == [True] * 7
+    assert met(149, 14.9, full - 0.1, 2.9, 99, 3, 32e6 + 1) == [False] * 7
     assert runner.targets([row("hook", 0.5, published=9)], None, "cpu") == []
 
 

@@ -317,6 +317,9 @@ def test_a_screen_of_another_shape_is_refused(wrong, kind, said, backend):
         ops.detect_patches(**given, **screen | wrong, backend=backend)
     if backend == "cpp":
         names = ("owners", "least", "least_of", "deciding", "gated", "so_far")
-        gate = dict.fromkeys(names) | {"least_of": 0, "mask": torch.zeros(2, 35, dtype=torch.bool)}
+        gate = dict.fromkeys((*names, "order")) | {
+            "least_of": 0,
+            "mask": torch.zeros(2, 35, dtype=torch.bool),
+        }
         with pytest.raises(RuntimeError, match="codes|bounds|centre"):
             torch.ops.lbdt.detect_patches_cpp(**given, minus=None, **gate, **screen | wrong)

@@ -1,4 +1,4 @@
-// The loops of detect_patches over a block of pre-activations [latents, patches].
+// The loops of detect_patches over a block of pre-activations [latents, patches], or over their bits.
 
 #pragma once
 
@@ -34,6 +34,18 @@ LBDT_CLONES static void count_larger(
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < patches; ++i)
       count[i] += (h[r * patches + i] > value[i]) & (owner[i] != first + static_cast<int32_t>(r));
+}
+
+// The first place from `from` on at which one of these bits is set; `size` where there is none. They are rare.
+LBDT_CLONES static int64_t next_with(const uint32_t* words, int64_t from, int64_t size, uint32_t bits) {
+  constexpr int64_t kTogether = 64;
+  for (; from + kTogether <= size; from += kTogether) {
+    uint32_t found = 0;
+    for (int64_t i = 0; i < kTogether; ++i) found |= words[from + i];
+    if (found & bits) break;
+  }
+  while (from < size && !(words[from] & bits)) ++from;
+  return from;
 }
 
 }  // namespace lbdt

@@ -59,6 +59,7 @@ class Detection {
       if (call_.mask[p]) alive.push_back(p);
     }
     if (call_.k > 0 && !alive.empty()) {
+      if (call_.order) lbdt::check_order(call_.order, call_.weight.size(0), call_.weight.size(0));
       if (call_.screened()) {
         lbdt::ScreenedRank<T>::run(call_, x_, largest_, alive);
       } else {
@@ -122,6 +123,7 @@ void detect_patches_cpp(
     std::optional<Tensor> codes,   // [L, d] int8, contiguous as what follows, d a multiple of 4 by zeros
     std::optional<Tensor> bounds,  // [6, L] float32
     std::optional<Tensor> centre,  // [d] float32
+    std::optional<Tensor> order,   // [L] int64, in [0, L)
     Tensor mask) {                   // [B, N] bool, contiguous
   const auto [map, rows, start] = lbdt::check_encoder(x, weight, bias, k, 0);
   const int64_t batch = x.size(0), some = latents.dim() == 1 ? latents.size(0) : 0;
@@ -141,6 +143,7 @@ void detect_patches_cpp(
     less = lbdt::check_memory("minus", *minus, x);
   }
   const std::optional<lbdt::Screen> screen = lbdt::read_screen(codes, bounds, centre, x, weight.size(0));
+  const lbdt::Span ordered = order ? lbdt::check_order(*order, x, weight.size(0)) : lbdt::Span{};
   std::optional<Gate> gate;
   lbdt::Span owned, needed, decided, taken, sums;
   if (least) {
@@ -156,6 +159,8 @@ void detect_patches_cpp(
   if (screen)
     for (const auto& [name, written] : {std::pair{"mask", own}, std::pair{"gated", taken}, std::pair{"so_far", sums}})
       lbdt::check_apart(name, written, {screen->spans[0], screen->spans[1], screen->spans[2]});
+  for (const auto& [name, written] : {std::pair{"mask", own}, std::pair{"gated", taken}, std::pair{"so_far", sums}})
+    lbdt::check_apart(name, written, {ordered});
   if (mask.numel() == 0) {
     const auto* bin = static_cast<const int64_t*>(timestep_bin.const_data_ptr());
     if (gate) gate->close(static_cast<bool*>(mask.mutable_data_ptr()), nullptr, bin, batch, lbdt::patches(x));
@@ -163,6 +168,7 @@ void detect_patches_cpp(
   }
   const DetectCall call{
       weight,
+      order ? static_cast<const int64_t*>(order->const_data_ptr()) : nullptr,
       static_cast<const float*>(bias.const_data_ptr()),
       static_cast<const int64_t*>(latents.const_data_ptr()),
       static_cast<const float*>(thresholds.const_data_ptr()),

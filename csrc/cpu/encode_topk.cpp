@@ -200,7 +200,7 @@ void offer_all(
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
       const int64_t first = task / groups * kBlock, some = std::min(kBlock, latents - first);
       const int64_t begin = task % groups * size, length = std::min(size, count - begin);
-      const Rows w = lbdt::dictionary_rows<T>(weight, first, some, room.get());
+      const Rows w = lbdt::dictionary_rows<T>(weight, nullptr, first, some, room.get());
       for (int64_t i = 0; i < length; ++i) {
         const int64_t at = begin + (i + task) % length;  // not where the other threads are
         const Panel& p = panels[at];

@@ -113,7 +113,8 @@ Tensor erase_step_cpp(
     bool whole_calls,
     std::optional<Tensor> codes,   // [L, d] int8, contiguous as what follows, d a multiple of 4 by zeros
     std::optional<Tensor> bounds,  // [6, L] float32
-    std::optional<Tensor> centre) {  // [d] float32
+    std::optional<Tensor> centre,  // [d] float32
+    std::optional<Tensor> order) {  // [L] int64, in [0, L)
   const auto encoder = lbdt::check_encoder(x, weight, bias, k, 0);
   const int64_t batch = x.size(0), count = lbdt::patches(x), watched = latents.dim() == 1 ? latents.size(0) : 0;
   const int64_t bins = thresholds.dim() == 2 ? thresholds.size(0) : 0, sets = enabled.dim() == 2 ? enabled.size(0) : 0;
@@ -184,6 +185,8 @@ Tensor erase_step_cpp(
 
   const std::optional<lbdt::Screen> screen = lbdt::read_screen(codes, bounds, centre, x, weight.size(0));
   if (screen) read.insert(read.end(), screen->spans.begin(), screen->spans.end());
+  if (order) read.push_back(lbdt::check_order(*order, x, weight.size(0)));
+  const int64_t* ordered = order ? data<int64_t>(*order) : nullptr;
 
   std::vector<Span> writes;
   const auto apart = [&](const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape) {
@@ -231,7 +234,7 @@ Tensor erase_step_cpp(
   if (batch * count > 0) {
     lbdt::detect(
         x, minus,
-        {weight, data<float>(bias), data<int64_t>(latents), data<float>(thresholds), call.bins.data(),
+        {weight, ordered, data<float>(bias), data<int64_t>(latents), data<float>(thresholds), call.bins.data(),
          call.enabled.data(), watched, k, mask, gate, screen, not_finite.data()});
     const bool any = std::any_of(mask, replaced, [](bool set) { return set; });
     if (any && known_latents) {
@@ -242,8 +245,8 @@ Tensor erase_step_cpp(
       }
       lbdt::detect(
           x, minus,
-          {weight, data<float>(bias), data<int64_t>(*known_latents), data<float>(*known_thresholds), call.bins.data(),
-           on.data(), known, k, avoid, std::nullopt, screen});
+          {weight, ordered, data<float>(bias), data<int64_t>(*known_latents), data<float>(*known_thresholds),
+           call.bins.data(), on.data(), known, k, avoid, std::nullopt, screen});
     }
     const auto output = [&](int64_t patches) {
       if (patches > 0) out = torch::stable::empty_like(x);

@@ -77,7 +77,7 @@ class ExactProducts {
     if constexpr (std::is_same_v<T, float>) {
       if (call_.weight.stride(1) != 1) return;
       const char* row = reinterpret_cast<const char*>(
-          static_cast<const float*>(call_.weight.const_data_ptr()) + latent * call_.weight.stride(0));
+          dictionary_rows<T>(call_.weight, call_.order, latent, 1, nullptr).data);
       for (int64_t at = 0; at < map_.width * 4; at += 64) __builtin_prefetch(row + at);
     }
   }
@@ -91,7 +91,8 @@ class ExactProducts {
     int64_t found = 0, left = 0;
     for (int64_t j = 0; j < count; ++j) {
       if (j + 1 < count) fetch(latents[j + 1]);
-      const float* w = dictionary_rows<T>(call_.weight, latents[j], 1, room_.get() + left * map_.width).data;
+      float* room = room_.get() + left * map_.width;
+      const float* w = dictionary_rows<T>(call_.weight, call_.order, latents[j], 1, room).data;
       const float bias = call_.bias[latents[j]], h = bias + quick_product(w, x, map_.width);
       const ScreenLatents bounds = call_.screen->from(latents[j]);
       const float length = (*bounds[kInner] + *bounds[kOuter]) * length_[i];  // at least that of w, times that of x

@@ -77,14 +77,17 @@ void widen(const T* from, int64_t step, int64_t count, float* to) {
   }
 }
 
-// Rows [first, first + count) of a dictionary [L, d]: in place, or in `room` [count, d].
+// Latents [first, first + count) of a dictionary [L, d], each the row `order` [L] of `weight` where there is one: in
+// place, or in `room` [count, d].
 template <typename T>
-Rows dictionary_rows(const torch::stable::Tensor& weight, int64_t first, int64_t count, float* room) {
+Rows dictionary_rows(
+    const torch::stable::Tensor& weight, const int64_t* order, int64_t first, int64_t count, float* room) {
   const int64_t step = weight.stride(0), inner = weight.stride(1), width = weight.size(1);
-  const T* from = static_cast<const T*>(weight.const_data_ptr()) + first * step;
+  const T* from = static_cast<const T*>(weight.const_data_ptr());
+  const auto row = [&](int64_t latent) { return from + (order ? order[latent] : latent) * step; };
   if constexpr (std::is_same_v<T, float>)
-    if (inner == 1) return {from, step};
-  for (int64_t r = 0; r < count; ++r) widen(from + r * step, inner, width, room + r * width);
+    if (inner == 1 && (!order || count == 1)) return {row(first), step};
+  for (int64_t r = 0; r < count; ++r) widen(row(first + r), inner, width, room + r * width);
   return {room, width};
 }
 

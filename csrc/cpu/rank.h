@@ -82,7 +82,7 @@ class Rank {
       const Floats room = floats(kBlock * x_.width), h = floats(kBlock * kMostLanes);
       for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
         const int64_t first = start + task * kBlock, some = std::min(kBlock, stop - first);
-        const Rows w = dictionary_rows<T>(call_.weight, first, some, room.get());
+        const Rows w = dictionary_rows<T>(call_.weight, call_.order, first, some, room.get());
         for (const Candidates& p : panels) {
           if (std::none_of(p.patch, p.patch + p.filled, open)) continue;
           int32_t larger[kMostLanes] = {};

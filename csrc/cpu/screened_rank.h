@@ -27,7 +27,6 @@ constexpr int64_t kShared = 64;      // patches a thread from which on they are 
 constexpr int64_t kTogether = 1024;  // patches at most that are decided together
 constexpr int64_t kDear = 8;         // times as long as one of many products a single one takes
 constexpr int64_t kFew = 2048;       // products of many, in whose time single ones are worth while in any case
-constexpr int64_t kSeen = 16;        // latents whose bits are looked at together
 
 template <typename T>
 class ScreenedRank {
@@ -298,16 +297,11 @@ class ScreenedRank {
       one.may -= static_cast<int32_t>(found);
       found = 0;
     };
-    for (int64_t l = 0; l < size && one.certain < call_.k; l += kSeen) {
-      const int64_t stop = std::min(l + kSeen, size);
-      uint32_t any = 0;
-      for (int64_t i = l; i < stop; ++i) any |= bits[i];
-      for (int64_t i = l; (any & own) && i < stop && one.certain < call_.k; ++i) {
-        if (!(bits[i] & own)) continue;
-        some[found++] = part.start + i;
-        if (found == 1) exact.fetch(part.start + i);
-        if (found == kChains) count_found();
-      }
+    for (int64_t l = next_with(bits, 0, size, own); l < size && one.certain < call_.k;
+         l = next_with(bits, l + 1, size, own)) {
+      some[found++] = part.start + l;
+      if (found == 1) exact.fetch(part.start + l);
+      if (found == kChains) count_found();
     }
     if (found > 0 && one.certain < call_.k) count_found();
   }

@@ -32,6 +32,7 @@ def detect_patches(
     codes: Tensor | None = None,  # [L, d or a few more]
     bounds: Tensor | None = None,  # [6, L]
     centre: Tensor | None = None,  # [d]
+    order: Tensor | None = None,  # [L]
 ) -> Tensor:  # [B, N]
     """`lbdt.reference.detect_patches` in two launches, three with the gate.
 

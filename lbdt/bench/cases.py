@@ -78,14 +78,15 @@ class TimedCase:
     versions: dict[str, Callable[[], Any]]
     """"ours", then baselines."""
     check: Callable[[dict[str, Callable[[], Any]]], int | None]
-    """Runs the given ones of them once; returns how many patches were detected or replaced. Raises
-    Mismatch."""
+    """Runs the given ones once; returns how many patches were detected or replaced. Raises Mismatch."""
     bytes: int
     """The least that has to be read and written."""
     flops: int
     backend: str
     bare: str | None = None
     """The version whose time is no part of the others' own."""
+    attach_bytes: int | None = None
+    """What torch allocates at most while an eraser is attached."""
 
 
 def specs(
@@ -325,7 +326,8 @@ def _hook(spec: Spec, shape: Shape, place: Place) -> TimedCase:
         "replace_patches": ops.explain("replace_patches", **stand.replacement),
     }
     backend = ", ".join(sorted({choice.backend for choice in used.values()}))
-    return TimedCase(spec, stand.versions(), check, read + written, flops + more, backend, bare="bare")
+    size = read + written, flops + more
+    return TimedCase(spec, stand.versions(), check, *size, backend, "bare", stand.attach_bytes)
 
 
 _BUILD = {

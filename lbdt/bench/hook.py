@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lbdt import reference
 from lbdt.bench import shapes
 from lbdt.bench.baselines import PublishedHook, compiled, literal
+from lbdt.bench.hardware import peaks
 from lbdt.bench.measured_shares import MeasuredShares
 from lbdt.bench.shapes import Place, Shape
 from lbdt.dictionary import ConceptDictionary
@@ -85,7 +86,7 @@ def eraser(shape: Shape, arguments: dict[str, Any], seed: int, **settings: Any) 
     rest = next(i for i in range(shape.latents) if i not in own.tolist())
     mean[1, :, rest] = 2 * shapes.THRESHOLD
     counts = torch.ones(2, len(TIMESTEPS), dtype=torch.int64)
-    bank = shapes.bank(shape, seed).expand(len(TIMESTEPS), -1, -1)
+    bank = shapes.bank(shape, seed).repeat(len(TIMESTEPS), 1, 1)
     dictionary = ConceptDictionary((CONCEPT, "Rest"), TIMESTEPS, mean, counts, bank=bank)
     settings = {"padding": shapes.PADDING, "target": shape.target} | settings
     return ConceptEraser(
@@ -112,14 +113,16 @@ class Stand:
         self.eraser = eraser(shape, self.arguments, place.seed)
         names = ("ours", "published", "compiled", "bare")
         self.pipes = {name: Pipe(shape, place) for name in names}
-        self.attachment: Attachment = self.eraser.attach(
-            self.pipes["ours"], [CONCEPT], seed=place.seed, layout=self.pipes["ours"].layout
-        )
+        self.attach_bytes = peaks(partial(self._attach, place.seed), place.device)["allocated_bytes"]
         encoder = {name: self.arguments[name] for name in ("weight", "bias", "latents", "thresholds", "k")}
         self.published = PublishedHook(**encoder, padding=shapes.PADDING, on_update=shape.update)
         self.pipes["published"].unet.block.register_forward_hook(self.published)
         self.pipes["compiled"].unet.block.register_forward_hook(self._compiled)
         self.replacement = shapes.replacement(shape, 0.0, place=place)
+
+    def _attach(self, seed: int) -> None:
+        pipe = self.pipes["ours"]
+        self.attachment: Attachment = self.eraser.attach(pipe, [CONCEPT], seed=seed, layout=pipe.layout)
 
     def versions(self) -> dict[str, Any]:
         """A call of the block with its hook, by name."""

@@ -18,6 +18,7 @@ _SHAPE = "sd15-b1"
 """What the targets are for: only times at sizes of a real hookpoint count."""
 _MB = 1e6
 _MOST_EXTRA = 3 * _MB
+_MOST_ATTACHED = 32 * _MB
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ def row(
         "equal": True,
         "versions": measured,
         "ratio": {name: measured[name]["own_ms"] / ours["own_ms"] for name in others},
+        "attach_bytes": case.attach_bytes,
         "floor": floor,
         "times_the_floor": best / floor["ms"],
     }
@@ -270,6 +272,10 @@ def targets(rows: list[dict[str, Any]], unet: dict[str, Any] | None, device: str
         least(f"hook, {share:.0%}", hook(share), "published", wanted)
     for case, wanted in (("saeuron, absent", 25), ("saeuron, present", 8)):
         least(f"hook, {case}, as measured", _pick(rows, "hook", case)(None), "published", wanted)
+    attached = [row["attach_bytes"] for row in hook(None) if row["attach_bytes"] is not None]
+    if attached:
+        most = max(attached)
+        add("hook: at most 32 MB extra to attach", most / _MB, most <= _MOST_ATTACHED)
     for row in _pick(rows, "hook", "U 137")(0.0):
         add(
             "hook, U 137, 0%: under 0.4 ms",

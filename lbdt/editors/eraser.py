@@ -155,6 +155,7 @@ class ConceptEraser(UnetEditor):
             known=known,
             pre=self._pre_encoder(like),
             centre=self._centre() if like is None else None,
+            order=self._order() if like is None else None,
         )
 
     def _centre(self) -> Tensor:

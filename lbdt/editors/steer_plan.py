@@ -29,8 +29,9 @@ class SteerPlan(EditPlan):
         factors: Tensor,  # [T, U] float32, 0 where a latent is not selected in a bin
         directions: Tensor,  # [U, d] float32
         pre: PreEncoder | None = None,
+        order: Tensor | None = None,  # [L] int64
     ) -> None:
-        super().__init__(options, *tensors, pre=pre)
+        super().__init__(options, *tensors, pre=pre, order=order)
         self.factors, self.directions = factors, directions
         self.rivals = _rivals(self.latents, factors)
 

@@ -272,7 +272,7 @@ class Steering(Strengthened, UnetEditor):
         sae = self.sae
         device = sae.W_dec.device
         directions = sae.W_dec.detach().float()[columns.latents.to(device)]
-        factors = self._factors(columns)
+        factors, order = self._factors(columns), self._order() if like is None else None
         if self.rule == "saeuron":
             return LatentPlan(
                 options,
@@ -282,6 +282,7 @@ class Steering(Strengthened, UnetEditor):
                 sigmoid=sae.config.activation == "topk_sigmoid",
                 decoder=self._decoder() if self.error == "released" else None,
                 pre=self._pre_encoder(like),
+                order=order,
             )
         by_norm = self.rule == "gsae"
         return VectorPlan(
@@ -292,6 +293,7 @@ class Steering(Strengthened, UnetEditor):
             by_norm=by_norm,
             only_detected=self.where == "detected",
             pre=self._pre_encoder(like),
+            order=order,
         )
 
     def _factors(self, columns: LatentColumns) -> Tensor:

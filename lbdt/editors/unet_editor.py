@@ -310,17 +310,21 @@ class UnetEditor(EditorFiles, Editor):
         return block
 
     def _tensors(self, columns: LatentColumns, seeds: list[int]) -> tuple[Tensor, ...]:
-        """The tensors of a `DetectionPlan`, in its order; the encoder's rows in the dictionary's `firing_order`."""
-        # Frequent latents first, so that a count of those above a value ends early. Ids elsewhere stay the SAE's own.
-        order = self.dictionary.firing_order().to(self.sae.encoder.weight.device)
+        """The tensors of a `DetectionPlan`; all but the encoder's rows in the dictionary's `firing_order`."""
+        order = self._order()
         return (
-            self.sae.encoder.weight.detach().index_select(0, order),
+            self.sae.encoder.weight.detach(),
             self.sae.folded_bias()[order],
             *self._detected(columns, order),
             self.dictionary.timesteps.float(),
             columns.enabled,
             torch.tensor(seeds, dtype=torch.int64),
         )
+
+    def _order(self) -> Tensor:
+        """The latents in a plan's order: frequent ones first, so that a count of those above a value ends early. Ids
+        elsewhere stay the SAE's own."""
+        return self.dictionary.firing_order().to(self.sae.encoder.weight.device)
 
     def _pre_encoder(self, like: DetectionPlan | None) -> PreEncoder | None:
         """What the SAE has before its encoder, shared with the plan `like`; None: nothing."""

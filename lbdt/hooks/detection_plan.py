@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from lbdt import call_rows, ops
 from lbdt.hooks.call_state import Branches, Now
 from lbdt.hooks.pre_encoder import PreEncoder
-from lbdt.int8_screen import Screen
+from lbdt.int8_screen import Screen, useful
 
 MOST_PADDING = 65_535
 """The largest padding in patches: no map that a recorder takes has a longer side."""
+_CHUNK = 2048  # rows of a dictionary that are brought into its order at a time
 ROWS = ("all", "cond")
 TARGETS = ("output", "update")
 
@@ -97,8 +98,8 @@ class DetectionPlan:
     def __init__(
         self,
         options: DetectionOptions,
-        weight: Tensor,  # [L, d]
-        bias: Tensor,  # [L] float32, pre-bias folded in
+        weight: Tensor,  # [L, d], the SAE's own
+        bias: Tensor,  # [L] float32, pre-bias folded in; by latent, as all that follows
         latents: Tensor,  # [U] int64; a latent may come twice, with the thresholds of two concepts
         thresholds: Tensor,  # [T, U] float32, on pre-activations
         timesteps: Tensor,  # [T] float32, the bins
@@ -107,13 +108,16 @@ class DetectionPlan:
         gate: Gate | None = None,
         pre: PreEncoder | None = None,
         centre: Tensor | None = None,  # [d] float32
+        order: Tensor | None = None,  # [L] int64
     ) -> None:
         """`centre`: what activations lie around, by which products are screened where that spares time; None: they are
-        not."""
+        not. `order`: the row of `weight` that each latent is; None: its own."""
         self.options, self.gate, self.pre = options, gate, pre
-        self._centre: Tensor | None = centre
+        self._centre, self._order = centre, order
         self.screen: dict[str, Tensor] = {}
-        """The arguments of the ops by which products are screened; empty: they are not."""
+        """The arguments of the ops by which products are screened; empty: they are not. With `order`, where `weight` is
+        the SAE's own rows."""
+        self._version: int | None = None
         self.captured = False
         """Whether a CUDA graph reads these tensors."""
         # As given, since a cast to the dtype of one call's activations would be rounded for the next one's.
@@ -131,10 +135,17 @@ class DetectionPlan:
         """Moves the tensors; `dtype` is that of the activations, which the encoder rows take."""
         for name in ("bias", "latents", "thresholds", "timesteps", "enabled", "seeds"):
             setattr(self, name, getattr(self, name).to(device))
-        self.weight = self._exact_weight.to(device, dtype)
+        exact, order = self._exact_weight, self._order
+        as_they_are = exact.device == device and exact.dtype == dtype
+        if order is not None and not (as_they_are and self._centre is not None and useful(exact)):
+            exact, order = _in_order(exact, order.to(exact.device), device, dtype), None
+        self.weight = exact.to(device, dtype)
+        self._version = None if order is None or exact.is_inference() else exact._version
         if self._centre is not None:
-            screen = Screen.where_useful(self.weight, self.bias, self._centre.to(device))
+            screen = Screen.where_useful(self.weight, self.bias, self._centre.to(device), order)
             self.screen = {} if screen is None else screen._asdict()
+        if order is not None:
+            self.screen["order"] = order
         if self.pre is not None:
             self.pre.to(device, dtype)
         if self.gate is not None:
@@ -158,10 +169,19 @@ class DetectionPlan:
         gates = [None if plan.gate is None else plan.gate.least.shape for plan in (self, other)]
         return self.latents.shape == other.latents.shape and gates[0] == gates[1]
 
+    def check_encoder(self) -> None:
+        """RuntimeError where the SAE's rows, which are used where they lie, were written to since then."""
+        if self._version is not None and self._exact_weight._version != self._version:
+            raise RuntimeError(
+                "the SAE's encoder was written to while its eraser is attached; remove the handle, and attach again"
+            )
+
     def check_call(self, now: Now, ran: tuple[int, int] | None) -> None:
         """ValueError where the lists of sets and seeds, `rows` or the steps do not fit this call or cannot be told in
         it; reads sizes only. `ran`: the steps of the schedule that the pipeline's call goes through, where known."""
         branches = now.branches
+        if not torch.compiler.is_compiling():
+            self.check_encoder()
         if branches.names is None:
             self._refuse_unknown(branches)
         check_lengths(self, branches.images, branches.prompts)
@@ -301,6 +321,15 @@ class EditPlan(DetectionPlan):
         `given` like x: the block's input, for an SAE of its update.
         """
         raise NotImplementedError
+
+
+def _in_order(rows: Tensor, order: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`rows[order]` there; without a second copy of all on the way."""
+    out = torch.empty(rows.shape, dtype=dtype, device=device)
+    for first in range(0, len(order), _CHUNK):
+        part = slice(first, first + _CHUNK)
+        out[part] = rows[order[part]].to(device, dtype)
+    return out
 
 
 def _sums(x: Tensor) -> Tensor:

@@ -49,8 +49,9 @@ class ErasePlan(DetectionPlan):
         known: KnownLatents | None = None,
         pre: PreEncoder | None = None,
         centre: Tensor | None = None,  # [d] float32
+        order: Tensor | None = None,  # [L] int64
     ) -> None:
-        super().__init__(options, *tensors, gate=gate, pre=pre, centre=centre)
+        super().__init__(options, *tensors, gate=gate, pre=pre, centre=centre, order=order)
         self.known = known
         # Contiguous, as `step` takes it.
         self._exact_bank = None if bank is None else bank.contiguous()

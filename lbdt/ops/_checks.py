@@ -13,7 +13,7 @@ _STRIDED = torch.strided
 _OPTIONAL = (
     *("minus", "bank", "avoid", "sums", "owners", "least", "deciding", "gated", "so_far"),
     *("known_latents", "known_thresholds", "schedule", "run_sums", "run_last", "run_count"),
-    *("codes", "bounds", "centre"),
+    *("codes", "bounds", "centre", "order"),
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -238,11 +238,18 @@ def screen(
     codes: Tensor | None,
     bounds: Tensor | None,
     centre: Tensor | None,
+    order: Tensor | None,
     weight: Tensor,
     sizes: tuple[int, int],
 ) -> None:
     """ValueError or TypeError unless these are None, or have the sizes of a screen of `weight` [L, d]: so many bounds,
-    and codes padded to a multiple of the second of `sizes`."""
+    and codes padded to a multiple of the second of `sizes`; and `order` is None, or a place for each latent. Places are
+    looked at where they are used."""
+    if order is not None:
+        shape("order", order, (weight.shape[0],), "[L]")
+        dtype("order", order, torch.int64)
+        device("order", order, weight)
+        contiguous("order", order)
     given = {"codes": codes, "bounds": bounds, "centre": centre}
     if all(tensor is None for tensor in given.values()):
         return

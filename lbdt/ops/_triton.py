@@ -42,6 +42,11 @@ def supports_product(*factors: Tensor | None) -> str | None:
     return None
 
 
+def supports_order(order: Tensor | None) -> str | None:
+    """Why Triton cannot take a dictionary in this order; None if it can."""
+    return None if order is None else "needs the rows of weight in the order of the latents, got order"
+
+
 def register(
     op: str, supports: Callable[..., str | None], around: Callable[[Callable], Callable] = lambda run: run
 ) -> None:

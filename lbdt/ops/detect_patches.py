@@ -8,6 +8,7 @@ from torch import Tensor
 from lbdt import reference
 from lbdt.ops import _checks, _cpu, _dispatch, _triton
 
+_ORDER = 9  # its place behind `minus`
 _WRITTEN = 13  # the place of `gated` and, behind it, `so_far`
 MOST_PATCHES = 1 << 30
 """The largest number of patches in a map; csrc/checks.h: kMostPatches."""
@@ -21,22 +22,22 @@ _dispatch.define(
     "detect_patches(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
     "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus=None, Tensor? owners=None, Tensor? least=None, "
     "int least_of=0, Tensor? deciding=None, Tensor(a!)? gated=None, Tensor(b!)? so_far=None, Tensor? codes=None, "
-    "Tensor? bounds=None, Tensor? centre=None, *, str backend='') "
+    "Tensor? bounds=None, Tensor? centre=None, Tensor? order=None, *, str backend='') "
     "-> Tensor"
 )
 # The same without what is written: Inductor does not take an op that might write, but has nothing to write to.
 _dispatch.define(
     "detect_patches.functional(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
     "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus=None, Tensor? owners=None, Tensor? least=None, "
-    "int least_of=0, Tensor? deciding=None, Tensor? codes=None, Tensor? bounds=None, Tensor? centre=None, *, "
-    "str backend='') -> Tensor"
+    "int least_of=0, Tensor? deciding=None, Tensor? codes=None, Tensor? bounds=None, Tensor? centre=None, "
+    "Tensor? order=None, *, str backend='') -> Tensor"
 )
 # Contiguous but for x, weight and minus; bias and thresholds in float32.
 _dispatch.define_internal(
     "detect_patches_cpp(Tensor x, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
     "Tensor timestep_bin, Tensor enabled, int k, Tensor? minus, Tensor? owners, Tensor? least, int least_of, "
     "Tensor? deciding, Tensor(a!)? gated, Tensor(b!)? so_far, Tensor? codes, Tensor? bounds, "
-    "Tensor? centre, Tensor(c!) mask) -> ()"
+    "Tensor? centre, Tensor? order, Tensor(c!) mask) -> ()"
 )
 
 
@@ -59,6 +60,7 @@ def detect_patches(
     codes: Tensor | None = None,  # [L, d or a few more]
     bounds: Tensor | None = None,  # [6, L]
     centre: Tensor | None = None,  # [d]
+    order: Tensor | None = None,  # [L]
     *,
     backend: str | None = None,
 ) -> Tensor:  # [B, N]
@@ -93,6 +95,8 @@ def detect_patches(
         codes, bounds, centre: int8, float32 and float32, contiguous: the `lbdt.int8_screen.Screen` of weight and bias,
             or none of them. They change no result: C++ on CPUs with VNNI counts in int8 what that decides. That they
             are of another dictionary is not noticed.
+        order: int64, contiguous, each in [0, L): the row of weight that each latent is, so that a dictionary is used in
+            an order without a copy of it; None: its own. All other arguments are by latent. On a CPU only.
         backend: "auto", or one to force (`lbdt.ops.use_backend`).
 
     Returns:
@@ -116,7 +120,7 @@ def detect_patches(
         least_of,
         deciding,
     )
-    screen = codes, bounds, centre
+    screen = codes, bounds, centre, order
     if gated is None and so_far is None:
         return torch.ops.lbdt.detect_patches.functional(*given, *screen, backend=backend or "")
     return torch.ops.lbdt.detect_patches.default(*given, gated, so_far, *screen, backend=backend or "")
@@ -142,6 +146,7 @@ def _check(
     codes=None,
     bounds=None,
     centre=None,
+    order=None,
 ) -> tuple[int, int]:
     batch, width, patches = _checks.feature_map(x)
     _checks.encoder(x, width, weight, bias, k, least=0)
@@ -170,7 +175,7 @@ def _check(
     if any(tensor is not None for tensor in (least, owners, deciding, gated, so_far)):
         written = gated, so_far
         _checks.gate(x, union, thresholds.shape[0], owners, least, least_of, deciding, *written, MOST_PATCHES)
-    _checks.screen(codes, bounds, centre, weight, (BOUNDS, CODE_LANES))
+    _checks.screen(codes, bounds, centre, order, weight, (BOUNDS, CODE_LANES))
     return batch, patches
 
 
@@ -205,11 +210,12 @@ def _run(
     codes=None,
     bounds=None,
     centre=None,
+    order=None,
     *,
     backend="",
 ):
     given = x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus
-    gate, screen = (owners, least, least_of, deciding, gated, so_far), (codes, bounds, centre)
+    gate, screen = (owners, least, least_of, deciding, gated, so_far), (codes, bounds, centre, order)
     _check(*given, *gate, *screen)
     _checks.within("latents", latents, weight.shape[0], "L, the latents of weight")
     _checks.within("timestep_bin", timestep_bin, thresholds.shape[0], "T, the bins of thresholds")
@@ -217,6 +223,8 @@ def _run(
         _checks.within("owners", owners, least.shape[1], "C, the concepts of least")
     if deciding is not None:
         _checks.within("deciding", deciding, x.shape[0], "B, the rows of x")
+    if order is not None:
+        _checks.within("order", order, weight.shape[0], "L, the latents of weight")
     return _dispatch.call("detect_patches", backend, *given, *gate, *screen)
 
 
@@ -243,6 +251,7 @@ def _cpp(
     codes=None,
     bounds=None,
     centre=None,
+    order=None,
 ) -> Tensor:
     mask = torch.empty(x.shape[0], x.shape[2:].numel(), dtype=torch.bool)
     torch.ops.lbdt.detect_patches_cpp(
@@ -264,23 +273,29 @@ def _cpp(
         codes,
         bounds,
         centre,
+        order,
         mask,
     )
     return mask
 
 
 def _triton_supports(
-    x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None, *gate, **kwargs
+    x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None, *others, order=None
 ) -> str | None:
-    return _triton.supports_product(x, weight, minus) or _triton.supports(x)
+    order = others[_ORDER] if len(others) > _ORDER else order
+    return _triton.supports_product(x, weight, minus) or _triton.supports(x) or _triton.supports_order(order)
 
 
 def _alone(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`run` with a `gated` and `so_far` that share no memory; the C++ op looks itself, in less time than Python."""
 
     def checked(*arguments) -> Tensor:
-        *others, gated, so_far, codes, bounds, centre = arguments
-        read = [other for other in (*others, codes, bounds, centre) if isinstance(other, Tensor)]
+        others, (gated, so_far), screen = (
+            arguments[:_WRITTEN],
+            arguments[_WRITTEN : _WRITTEN + 2],
+            arguments[_WRITTEN + 2 :],
+        )
+        read = [other for other in (*others, *screen) if isinstance(other, Tensor)]
         if gated is not None:
             _checks.own_memory({"gated": gated}, *read)
         if so_far is not None:

@@ -27,18 +27,17 @@ _dispatch.define(
     "Tensor? owners=None, Tensor? least=None, int least_of=0, int cond=-1, int counted=-1, Tensor? schedule=None, "
     "int first=0, int last=0, Tensor(d!)? run_sums=None, Tensor(e!)? run_last=None, Tensor(f!)? run_count=None, "
     "bool whole_calls=False, Tensor? codes=None, Tensor? bounds=None, "
-    "Tensor? centre=None, *, str backend='') -> Tensor"
+    "Tensor? centre=None, Tensor? order=None, *, str backend='') -> Tensor"
 )
 # Contiguous but for x, weight, minus, timesteps and schedule; bias and thresholds in float32; source is an index into
 # SOURCES. The result is like x, or where nothing was replaced has no image.
 _dispatch.define_internal(
     "erase_step_cpp(Tensor x, Tensor timesteps, Tensor weight, Tensor bias, Tensor latents, Tensor thresholds, "
     "Tensor times, Tensor enabled, Tensor seeds, int k, int images, int height, int width, int sizes, "
-    "Tensor(a!) rows, Tensor(b!) cells, Tensor(c!) written, Tensor? minus=None, Tensor? bank=None, "
-    "Tensor? known_latents=None, Tensor? known_thresholds=None, int padding=0, int source=0, "
-    "Tensor? owners=None, Tensor? least=None, int least_of=0, int cond=-1, int counted=-1, Tensor? schedule=None, "
-    "int first=0, int last=0, Tensor(d!)? run_sums=None, Tensor(e!)? run_last=None, Tensor(f!)? run_count=None, "
-    "bool whole_calls=False, Tensor? codes=None, Tensor? bounds=None, Tensor? centre=None) -> Tensor",
+    "Tensor(a!) rows, Tensor(b!) cells, Tensor(c!) written, Tensor? minus, Tensor? bank, Tensor? known_latents, "
+    "Tensor? known_thresholds, int padding, int source, Tensor? owners, Tensor? least, int least_of, int cond, "
+    "int counted, Tensor? schedule, int first, int last, Tensor(d!)? run_sums, Tensor(e!)? run_last, "
+    "Tensor(f!)? run_count, bool whole_calls, Tensor? codes, Tensor? bounds, Tensor? centre, Tensor? order) -> Tensor",
     lambda x, *args: x.new_empty((torch.library.get_ctx().new_dynamic_size(), *x.shape[1:])),
 )
 
@@ -82,6 +81,7 @@ def erase_step(
     codes: Tensor | None = None,  # [L, d or a few more]
     bounds: Tensor | None = None,  # [6, L]
     centre: Tensor | None = None,  # [d]
+    order: Tensor | None = None,  # [L]
     *,
     backend: str | None = None,
 ) -> Tensor:  # like x
@@ -109,7 +109,7 @@ def erase_step(
         run_sums, run_last, run_count: int64, float32 and int64, contiguous, written: the gate is over the calls of a
             run (METHOD.md, 2.6). What each image has, its last timestep and how many images there were.
         whole_calls: whether an image goes on with its run where its timestep is that of the call before.
-        codes, bounds, centre: as in `detect_patches`.
+        codes, bounds, centre, order: as in `detect_patches`.
         backend: "auto", or one to force (`lbdt.ops.use_backend`).
 
     Returns:
@@ -159,6 +159,7 @@ def erase_step(
         codes,
         bounds,
         centre,
+        order,
         backend=backend or "",
     )
 
@@ -238,6 +239,7 @@ def _check(
     codes,
     bounds,
     centre,
+    order,
 ) -> None:
     batch, channels, patches = _checks.feature_map(x)
     _checks.encoder(x, channels, weight, bias, k, least=0)
@@ -266,8 +268,8 @@ def _check(
             or not tensor.shape[0]
             or images % tensor.shape[0]
         ):
-            wanted = f"a divisor of {images} images{', U = ' + str(union) if axes else ''}"
-            raise ValueError(f"{name}: expected [{wanted}], got {list(tensor.shape)}")
+            wanted = f"[a divisor of {images} images{', U = ' + str(union) if axes else ''}]"
+            raise ValueError(f"{name}: expected {wanted}, got {list(tensor.shape)}")
     given = [
         ("timesteps", timesteps, timesteps.dtype),
         ("latents", latents, torch.int64),
@@ -302,9 +304,7 @@ def _check(
         _checks.dtype("schedule", schedule, *_TIMES)
         given.append(("schedule", schedule, schedule.dtype))
     runs = run_sums, run_last, run_count
-    if any((tensor is None) != (run_sums is None) for tensor in runs) or (
-        run_sums is not None and least is None
-    ):
+    if len({tensor is None for tensor in runs}) > 1 or (run_sums is not None and least is None):
         raise ValueError("run_sums, run_last, run_count: expected all, and least with them, or none")
     _checks.buffers(x, "x", sizes, rows, cells, written, FIELDS + 1 + (least is not None))
     if run_sums is not None:
@@ -319,7 +319,7 @@ def _check(
     for name, tensor, kind in given:
         _checks.dtype(name, tensor, kind)
         _checks.device(name, tensor, x)
-    _checks.screen(codes, bounds, centre, weight, (BOUNDS, CODE_LANES))
+    _checks.screen(codes, bounds, centre, order, weight, (BOUNDS, CODE_LANES))
 
 
 def _fake(x, *given, backend=""):
@@ -329,18 +329,16 @@ def _fake(x, *given, backend=""):
 
 def _complete(given: tuple) -> tuple:
     """All arguments: torch leaves those at the end out that are as by default."""
-    missing = len(_NAMES) - len(given)
-    return given + _DEFAULTS[len(_DEFAULTS) - missing :]
+    return given + _DEFAULTS[len(_DEFAULTS) - len(_NAMES) + len(given) :]
 
 
 def _run(*given, backend=""):
     arguments = _complete(given)
     _check(*arguments)
     named = dict(zip(_NAMES, arguments, strict=True))
-    latents = named["weight"].shape[0]
-    _checks.within("latents", named["latents"], latents, "L, the latents of weight")
-    if named["known_latents"] is not None:
-        _checks.within("known_latents", named["known_latents"], latents, "L, the latents of weight")
+    for name in ("latents", "known_latents", "order"):
+        if named[name] is not None:
+            _checks.within(name, named[name], named["weight"].shape[0], "L, the latents of weight")
     if named["least"] is not None:
         _checks.within("owners", named["owners"], named["least"].shape[1], "C, the concepts of least")
     return _dispatch.call("erase_step", backend, *arguments)
@@ -367,8 +365,9 @@ def _cpp(*arguments) -> Tensor:
 def _triton_supports(x, *args, **kwargs) -> str | None:
     if reason := _triton.supports(x):
         return reason
-    factors = dict(zip(_NAMES[1 : _MINUS + 1], args, strict=False)) | kwargs
-    return _triton.supports_product(x, factors.get("weight"), factors.get("minus"))
+    given = dict(zip(_NAMES[1:], args, strict=False)) | kwargs
+    product = _triton.supports_product(x, given.get("weight"), given.get("minus"))
+    return product or _triton.supports_order(given.get("order"))
 
 
 def _launched(run: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -33,6 +33,7 @@ def detect_patches(
     codes: Tensor | None = None,  # [L, d or a few more]
     bounds: Tensor | None = None,  # [6, L]
     centre: Tensor | None = None,  # [d]
+    order: Tensor | None = None,  # [L]
 ) -> Tensor:  # [B, N]
     """Mask of the patches in which an enabled latent is detected, in the rows that carry its concept.
 
@@ -52,6 +53,7 @@ def detect_patches(
     """
     # Which patches need the rank test is data: elsewhere than on the CPU, reading it would wait for the device.
     select = x.device.type == "cpu"
+    weight = weight if order is None else weight.index_select(0, order)
     mask, evidence = _detect(
         *(x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus, select),
         None if least is None else F.one_hot(owners, least.shape[1]),

@@ -49,6 +49,7 @@ def erase_step(
     codes: Tensor | None = None,  # [L, d or a few more]
     bounds: Tensor | None = None,  # [6, L]
     centre: Tensor | None = None,  # [d]
+    order: Tensor | None = None,  # [L]
 ) -> Tensor:  # like x
     """`x` with the patches replaced in which a concept is detected, and a record of it.
 
@@ -57,6 +58,7 @@ def erase_step(
     where patches in which a latent of `known_latents` is detected are no donors in rows with a detected patch;
     `record_patches`, where a patch counts as not finite iff x or minus has a NaN or infinity in it. arXiv 2606.31699.
     """
+    weight = weight if order is None else weight.index_select(0, order)
     batch, patches = x.shape[0], x.shape[2:].numel()
     image, half = call_rows.images_of(batch, images, x.device)
     now = timesteps.to(torch.float32)

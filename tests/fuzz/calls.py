@@ -52,24 +52,25 @@ def laid_out(random, t):
 
 
 def with_screen(random, arguments):
-    """The arguments of a screen: none, that of `weight` and `bias` where they have one, or, of these, one changed."""
-    none = dict.fromkeys(Screen._fields)
+    """The arguments of a screen and an order: none, those of `weight` and `bias` where they have some, or one of these
+    changed."""
+    none = dict.fromkeys((*Screen._fields, "order"))
     try:
         weight, bias = arguments["weight"], arguments["bias"]
-        screen = Screen.of(
-            weight, bias, floats(random, (weight.shape[1],), torch.float32).nan_to_num(0, 0, 0)
-        )
+        order = random.choice((None, torch.tensor(random.sample(range(len(weight)), len(weight)))))
+        centre = floats(random, (weight.shape[1],), torch.float32).nan_to_num(0, 0, 0)
+        screen = Screen.of(weight, bias, centre, order)._asdict() | {"order": order}
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, NotImplementedError):
         return none
     chosen = random.random()
     return (
-        none if chosen < 0.4 else spoiled_size(random, screen._asdict()) if chosen < 0.5 else screen._asdict()
+        none | {"order": order} if chosen < 0.4 else spoiled_size(random, screen) if chosen < 0.5 else screen
     )
 
 
 def spoiled_size(random, arguments):
     """`arguments` with one of these tensors gone or shorter."""
-    name = random.choice(list(arguments))
+    name = random.choice([name for name, value in arguments.items() if value is not None])
     return {**arguments, name: random.choice((None, arguments[name][:-1]))}
 
 

@@ -102,7 +102,7 @@ def case(random):
         "run_last": None,
         "run_count": None,
         "whole_calls": random.random() < 0.5,
-        **dict.fromkeys(Screen._fields),
+        **dict.fromkeys((*Screen._fields, "order")),
     }
     if gate == "run":
         given["run_sums"] = integers(random, 18, 30).view(6, 3)

@@ -102,3 +102,54 @@ def test_activations_of_another_dtype_have_a_screen_of_their_own(tmp_path, scree
             weight.dtype in (torch.float32, torch.bfloat16) for weight, *_ in made
         )
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def sae_of(eraser):
+    return eraser.sae.encoder.weight
+
+
+def plan_of(pipe):
+    hooks = pipe.unet.up_blocks[0].attentions[0]._diffusers_hook.hooks.values()
+    return next(hook.plan for hook in hooks if hasattr(hook, "plan"))
+
+
+def test_the_encoder_is_read_where_it_lies(tmp_path, screened):
+    """But where it is cast, or has no screen: then its rows are copied in the order in which they are read."""
+    pipe, eraser = toy.pipeline(tmp_path), toy.eraser()
+    for on in (True, False):
+        screened(on)
+        with eraser.attach(pipe, ["Cats"]):
+            plan = plan_of(pipe)
+            assert (plan.weight.data_ptr() == sae_of(eraser).data_ptr()) is on
+            assert ("order" in plan.screen) is on
+            pipe.to(torch.bfloat16)
+            toy.images(pipe, seed=1)
+            assert plan.weight.dtype == torch.bfloat16 and "order" not in plan.screen
+            pipe.to(torch.float32)
+            toy.images(pipe, seed=1)
+            assert (plan.weight.data_ptr() == sae_of(eraser).data_ptr()) is on
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_an_encoder_that_is_written_to_meanwhile_is_refused(tmp_path, screened, compiled):
+    pipe, eraser = toy.pipeline(tmp_path), toy.eraser()
+    screened(True)
+    if compiled:
+        pipe.unet = torch.compile(pipe.unet, backend="aot_eager")
+    with eraser.attach(pipe, ["Cats"]):
+        toy.images(pipe, seed=1)
+        with torch.no_grad():
+            sae_of(eraser).mul_(2)
+        with pytest.raises(RuntimeError, match="written to .* attach again"):
+            toy.images(pipe, seed=1)
+    with eraser.attach(pipe, ["Cats"], seed=3):
+        toy.images(pipe, seed=1)
+
+
+def test_an_sae_that_moves_meanwhile_leaves_the_eraser_what_it_has(tmp_path, screened):
+    pipe, eraser = toy.pipeline(tmp_path), toy.eraser()
+    screened(True)
+    with eraser.attach(pipe, ["Cats"], seed=3):
+        before = toy.images(pipe, seed=1)
+        eraser.sae.to(torch.float64).to("meta")
+        assert torch.equal(toy.images(pipe, seed=1), before)

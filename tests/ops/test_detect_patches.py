@@ -361,7 +361,7 @@ def test_opcheck(change, backend):
         torch.library.opcheck(torch.ops.lbdt.detect_patches.default, arguments, {"backend": backend})
         if backend == "cpp":
             mask = torch.zeros(arguments[0].shape[0], 20, dtype=torch.bool)
-            rest = (None, None, None, 0, *6 * (None,), mask)
+            rest = (None, None, None, 0, *7 * (None,), mask)
             torch.library.opcheck(torch.ops.lbdt.detect_patches_cpp.default, (*arguments, *rest))
 
 
