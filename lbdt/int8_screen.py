@@ -99,7 +99,14 @@ def useful(weight: Tensor) -> bool:
 
 @functools.cache
 def instructions() -> str:
-    """The int8 instructions with which the C++ ops screen on this CPU: "avx512_vnni", "avx_vnni", or "": none."""
+    """The int8 instructions with which the C++ ops screen on this CPU: "amx_int8", "avx512_vnni", "avx_vnni"; "": none.
+
+    All give the same bits. AMX needs AVX-512 VNNI beside it, Linux's permission, which is asked for once, here or at
+    the first detection, and no `ATEN_CPU_CAPABILITY` in the environment, by which torch is held to older instructions.
+
+    Raises:
+        RuntimeError: a processor has AMX, and it multiplies wrongly; what to do without it.
+    """
     if _build.missing("screen_instructions_cpp", "cpu") is not None:
         return ""
     return torch.ops.lbdt.screen_instructions_cpp()

@@ -256,9 +256,16 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1], "-k", "exact_
 
 
 @needs_cpp
-@pytest.mark.parametrize("older", ["avx2", "default"])
-def test_on_a_processor_with_fewer_instructions(older):
-    """What torch itself is held to by this variable: AVX-VNNI where the machine has it, and none."""
+@pytest.mark.parametrize(
+    ("older", "left"),
+    [
+        ("avx512", ("avx512_vnni", "avx_vnni", "")),
+        ("avx2", ("avx_vnni", "")),
+        ("default", ("",)),
+    ],
+)
+def test_on_a_processor_with_fewer_instructions(older, left):
+    """What torch itself is held to by this variable: no AMX, no AVX-512, and none, where the machine has more."""
     done = subprocess.run(
         [sys.executable, "-c", _OLDER, __file__],
         env=os.environ | {"ATEN_CPU_CAPABILITY": older},
@@ -266,7 +273,7 @@ def test_on_a_processor_with_fewer_instructions(older):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert done.stdout.splitlines()[0] in (("", "avx_vnni") if older == "avx2" else ("",))
+    assert done.stdout.splitlines()[0] in left
 
 
 def test_a_screen_is_made_where_it_spares_time():

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../checks.h"
-#include "screen_tiles.h"
+#include "screen_kernels.h"
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>

@@ -2,9 +2,9 @@
 // side.
 //
 // A panel is [d / 4, lanes] words of four channels each; a word of a latent is broadcast against it, so codes are used
-// where they lie, as the rows of tiles.h are. AVX-512 VNNI or AVX-VNNI is chosen when the program runs. Without either
-// there is no such product: in AVX2 one of 16-bit integers does as many multiply-adds an instruction as float32 does,
-// and one of 8-bit integers saturates.
+// where they lie, as the rows of tiles.h are. Of these for AVX-512 VNNI and AVX-VNNI, and AMX, screen_kernels.h chooses
+// when the program runs. Without any there is no such product: in AVX2 one of 16-bit integers does as many
+// multiply-adds an instruction as float32 does, and one of 8-bit integers saturates.
 
 #pragma once
 
@@ -26,7 +26,7 @@ namespace lbdt {
 
 constexpr int64_t kScreenLanes = 32;  // of the widest panel
 constexpr int64_t kScreenHalf = 16;   // and of the narrow one
-constexpr int64_t kScreenRows = 12;   // latents of a tile at most
+constexpr int64_t kScreenRows = 12;   // latents of a tile in registers at most
 constexpr int kWord = 4;              // channels of a word
 
 // What a patch's pre-activations are bounded with.
@@ -81,6 +81,42 @@ using ScreenTile = void (*)(
     ScreenCounts& counts,
     ScreenBits* bits);
 
+// The same of `count` latents; `bits` [count].
+using ScreenBlock = void (*)(
+    const int8_t* codes,
+    int64_t code_step,
+    int64_t count,
+    const uint32_t* words,
+    int64_t word_count,
+    const ScreenLatents& latents,
+    const ScreenPatches& patches,
+    int32_t first,
+    ScreenCounts& counts,
+    ScreenBits* bits);
+
+// Tiles of kScreenRows, 4 and 1 latents as a block of any number.
+template <ScreenTile Full, ScreenTile Four, ScreenTile One>
+void screen_in_tiles(
+    const int8_t* codes,
+    int64_t code_step,
+    int64_t count,
+    const uint32_t* words,
+    int64_t word_count,
+    const ScreenLatents& latents,
+    const ScreenPatches& patches,
+    int32_t first,
+    ScreenCounts& counts,
+    ScreenBits* bits) {
+  for (int64_t r = 0; r < count;) {
+    const int64_t left = count - r, some = left >= kScreenRows ? kScreenRows : left >= 4 ? 4 : 1;
+    const ScreenTile tile = some == kScreenRows ? Full : some == 4 ? Four : One;
+    tile(
+        codes + r * code_step, code_step, words, word_count, latents.from(r), patches, first + static_cast<int32_t>(r),
+        counts, bits + r);
+    r += some;
+  }
+}
+
 #if defined(__x86_64__)
 
 // What codes of patches that are 128 too large add to a product.
@@ -97,6 +133,44 @@ inline int32_t screen_word(const int8_t* codes) {
 __attribute__((target("avx512f"))) inline void add_up(int32_t* counts, __mmask16 some) {
   const __m512i count = _mm512_loadu_si512(counts);
   _mm512_storeu_si512(counts, _mm512_mask_add_epi32(count, some, count, _mm512_set1_epi32(1)));
+}
+
+// Compares the r-th latent, whose products these are.
+template <int Vectors>
+__attribute__((always_inline, target("avx512f,avx512bw,avx512vnni"))) inline void compare_latent(
+    const __m512i* sum,
+    const ScreenLatents& latents,
+    int64_t r,
+    const ScreenPatches& patches,
+    int32_t first,
+    ScreenCounts& counts,
+    ScreenBits* bits) {
+  const __m512i correction = _mm512_set1_epi32(screen_correction(latents[kSum][r]));
+  const __m512 scale = _mm512_set1_ps(latents[kScale][r]), start = _mm512_set1_ps(latents[kStart][r]);
+  const __m512 inner = _mm512_set1_ps(latents[kInner][r]), outer = _mm512_set1_ps(latents[kOuter][r]);
+  const __m512 slack = _mm512_set1_ps(latents[kSlack][r]);
+  const __m512i latent = _mm512_set1_epi32(first + static_cast<int32_t>(r));
+  bits[r] = {};
+#pragma GCC unroll 2
+  for (int v = 0; v < Vectors; ++v) {
+    const int at = v * 16;
+    const __mmask16 other = _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(patches.owner + at), latent);
+    const __m512 value = _mm512_loadu_ps(patches.value + at);
+    const __m512 units = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[v], correction));
+    const __m512 h = _mm512_fmadd_ps(_mm512_mul_ps(units, _mm512_loadu_ps(patches.scale + at)), scale, start);
+    const __m512 beside = _mm512_fmadd_ps(outer, _mm512_loadu_ps(patches.outer + at), slack);
+    const __m512 error = _mm512_fmadd_ps(inner, _mm512_loadu_ps(patches.inner + at), beside);
+    const __mmask16 certain = _mm512_mask_cmp_ps_mask(other, _mm512_sub_ps(h, error), value, _CMP_GT_OQ);
+    // A NaN is no bound: it may.
+    const __mmask16 likely = _mm512_mask_cmp_ps_mask(other, h, value, _CMP_NLE_UQ);
+    const __mmask16 may = _mm512_mask_cmp_ps_mask(other, _mm512_add_ps(h, error), value, _CMP_NLE_UQ);
+    add_up(counts.certain + at, certain);
+    add_up(counts.likely + at, likely);
+    add_up(counts.may + at, may);
+    bits[r].certain |= static_cast<uint32_t>(certain) << at;
+    bits[r].likely |= static_cast<uint32_t>(likely) << at;
+    bits[r].may |= static_cast<uint32_t>(may) << at;
+  }
 }
 
 // The products are inline assembly: the compiler keeps accumulators of the intrinsic in memory.
@@ -128,35 +202,30 @@ __attribute__((target("avx512f,avx512bw,avx512vnni"))) void screen_avx512(
     }
   }
 #pragma GCC unroll 12
-  for (int r = 0; r < Rows; ++r) {
-    const __m512i correction = _mm512_set1_epi32(screen_correction(latents[kSum][r]));
-    const __m512 scale = _mm512_set1_ps(latents[kScale][r]), start = _mm512_set1_ps(latents[kStart][r]);
-    const __m512 inner = _mm512_set1_ps(latents[kInner][r]), outer = _mm512_set1_ps(latents[kOuter][r]);
-    const __m512 slack = _mm512_set1_ps(latents[kSlack][r]);
-    const __m512i latent = _mm512_set1_epi32(first + r);
-    bits[r] = {};
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) {
-      const int at = v * 16;
-      const __mmask16 other = _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(patches.owner + at), latent);
-      const __m512 value = _mm512_loadu_ps(patches.value + at);
-      const __m512 units = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[r][v], correction));
-      const __m512 h = _mm512_fmadd_ps(_mm512_mul_ps(units, _mm512_loadu_ps(patches.scale + at)), scale, start);
-      const __m512 beside = _mm512_fmadd_ps(outer, _mm512_loadu_ps(patches.outer + at), slack);
-      const __m512 error = _mm512_fmadd_ps(inner, _mm512_loadu_ps(patches.inner + at), beside);
-      const __mmask16 certain = _mm512_mask_cmp_ps_mask(other, _mm512_sub_ps(h, error), value, _CMP_GT_OQ);
-      // A NaN is no bound: it may.
-      const __mmask16 likely = _mm512_mask_cmp_ps_mask(other, h, value, _CMP_NLE_UQ);
-      const __mmask16 may = _mm512_mask_cmp_ps_mask(other, _mm512_add_ps(h, error), value, _CMP_NLE_UQ);
-      add_up(counts.certain + at, certain);
-      add_up(counts.likely + at, likely);
-      add_up(counts.may + at, may);
-      bits[r].certain |= static_cast<uint32_t>(certain) << at;
-      bits[r].likely |= static_cast<uint32_t>(likely) << at;
-      bits[r].may |= static_cast<uint32_t>(may) << at;
-    }
+  for (int r = 0; r < Rows; ++r)
+    compare_latent<Vectors>(sum[r], latents, r, patches, first, counts, bits);
+}
+
+// Compares latents whose products lie in memory, `sums` [count, Vectors * 16].
+template <int Vectors>
+__attribute__((target("avx512f,avx512bw,avx512vnni"))) inline void compare_sums(
+    const int32_t* sums,
+    int64_t count,
+    const ScreenLatents& latents,
+    const ScreenPatches& patches,
+    int32_t first,
+    ScreenCounts& counts,
+    ScreenBits* bits) {
+  for (int64_t r = 0; r < count; ++r) {
+    __m512i sum[Vectors];
+    for (int v = 0; v < Vectors; ++v) sum[v] = _mm512_loadu_si512(sums + (r * Vectors + v) * 16);
+    compare_latent<Vectors>(sum, latents, r, patches, first, counts, bits);
   }
 }
+
+template <int Vectors>
+constexpr ScreenBlock screen_vnni =
+    screen_in_tiles<screen_avx512<kScreenRows, Vectors>, screen_avx512<4, Vectors>, screen_avx512<1, Vectors>>;
 
 #if defined(LBDT_AVXVNNI)
 
@@ -241,6 +310,10 @@ __attribute__((target("avx2,fma"))) void screen_avxvnni(
           v * static_cast<int>(kScreenHalf), first + r, counts, bits + r);
 }
 
+template <int Vectors>
+constexpr ScreenBlock screen_avxvnni_block =
+    screen_in_tiles<screen_avxvnni<kScreenRows, Vectors>, screen_avxvnni<4, Vectors>, screen_avxvnni<1, Vectors>>;
+
 inline bool has_avxvnni() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
@@ -248,62 +321,5 @@ inline bool has_avxvnni() {
 
 #endif
 #endif
-
-// The tiles of one instruction set, for panels of 16 and of 32 lanes.
-struct ScreenKernels {
-  const char* name;
-  struct {
-    ScreenTile full, four, one;  // of kScreenRows, 4 and 1 latents
-  } tiles[2];
-};
-
-// Null where the processor has no such product.
-inline const ScreenKernels* screen_kernels() {
-#if defined(__x86_64__)
-#define LBDT_TILES(NAME, VECTORS) {NAME<12, VECTORS>, NAME<4, VECTORS>, NAME<1, VECTORS>}
-  static const ScreenKernels avx512{
-      "avx512_vnni", {LBDT_TILES(screen_avx512, 1), LBDT_TILES(screen_avx512, 2)}};
-#if defined(LBDT_AVXVNNI)
-  static const ScreenKernels avxvnni{"avx_vnni", {LBDT_TILES(screen_avxvnni, 1), LBDT_TILES(screen_avxvnni, 2)}};
-#endif
-#undef LBDT_TILES
-  // Read once, as for the tiles of float32, with which the processor must agree.
-  static const ScreenKernels* chosen = []() -> const ScreenKernels* {
-    if (kernels().lanes == 16 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw"))
-      return &avx512;
-#if defined(LBDT_AVXVNNI)
-    if (kernels().lanes >= 8 && has_avxvnni()) return &avxvnni;
-#endif
-    return nullptr;
-  }();
-  return chosen;
-#else
-  return nullptr;
-#endif
-}
-
-// Compares `count` latents from `first` on, as ScreenTile does; `bits` [count].
-inline void screen_block(
-    const int8_t* codes,
-    int64_t code_step,
-    int64_t count,
-    const uint32_t* words,
-    int64_t word_count,
-    int64_t lanes,
-    const ScreenLatents& latents,
-    const ScreenPatches& patches,
-    int32_t first,
-    ScreenCounts& counts,
-    ScreenBits* bits) {
-  const auto& tiles = screen_kernels()->tiles[lanes / kScreenHalf - 1];
-  for (int64_t r = 0; r < count;) {
-    const int64_t left = count - r, some = left >= kScreenRows ? kScreenRows : left >= 4 ? 4 : 1;
-    const ScreenTile tile = some == kScreenRows ? tiles.full : some == 4 ? tiles.four : tiles.one;
-    tile(
-        codes + r * code_step, code_step, words, word_count, latents.from(r), patches, first + static_cast<int32_t>(r),
-        counts, bits + r);
-    r += some;
-  }
-}
 
 }  // namespace lbdt
