@@ -11,6 +11,7 @@ LONGEST = (
     *("test_packaging.py", "evaluation/test_evaluate.py", "canvas/test_canvas_weights.py"),
     *("hooks/test_pipelines_nested.py", "canvas/test_canvas_kinds.py", "ops/test_erase_step.py"),
     *("attack/test_attack_command.py", "test_eraser.py", "kernels/test_cuda_emulated.py"),
+    "kernels/test_ptx_cuda.py",
     *("kernels/test_detect_prefix.py", "hooks/test_row_layouts.py", "test_doors.py"),
 )
 """Files of 15 s and more, which the processes begin before all others, longest first: one that is left for the end

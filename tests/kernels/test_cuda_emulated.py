@@ -15,6 +15,7 @@ import torch
 
 from lbdt import _build, ops
 from lbdt.testing import DTYPES, layouts
+from tests.kernels.cuda_inputs import numbering, replacement
 from tests.layouts import bits, misaligned
 
 replace = importlib.import_module("lbdt.ops.replace_patches")
@@ -45,8 +46,8 @@ def library(tmp_path_factory):
     units = []
     for index, stem in enumerate(("replace_patches", "patch_uniform")):
         text = (_build._SOURCES / f"cuda/{stem}.cu").read_text()
-        for pattern, replacement, times in EDITS:
-            text, made = re.subn(pattern, replacement, text)
+        for pattern, put, times in EDITS:
+            text, made = re.subn(pattern, put, text)
             assert made == times[index], f"{stem}.cu: {pattern} found {made} times: change EDITS with it"
         units.append(folder / f"{stem}.cpp")
         units[-1].write_text(text)
@@ -61,28 +62,6 @@ def library(tmp_path_factory):
     torch.ops.load_library(str(output))
     yield ctypes.CDLL(str(output))
     definitions._destroy()
-
-
-def inputs(
-    B=2, d=16, H=8, W=8, rate=0.2, dtype=torch.float32, padding=1, source="random", bank=0, seed=0, avoid=None
-):
-    g = torch.Generator().manual_seed(seed)
-    mask = torch.rand(B, H * W, generator=g) < rate
-    if bank:
-        mask[-1] = True  # at least one image without a donor
-    x = torch.randn(B, d, H, W, generator=g)
-    x[x.abs() < 0.1] = -0.0
-    return {
-        "x": x.to(dtype),
-        "mask": mask,
-        "u": torch.rand(B, H * W, generator=g),
-        "height": H,
-        "width": W,
-        "padding": padding,
-        "source": source,
-        "bank": torch.randn(B, bank, d, generator=g).to(dtype) if bank else None,
-        "avoid": None if avoid is None else torch.rand(B, H * W, generator=g) < avoid,
-    }
 
 
 def check(library, arguments, units=1, backward=0):
@@ -138,7 +117,7 @@ ROWS = [
 def test_replace_patches_equals_the_reference(sizes, units, source, library):
     for channels_last in (False, True):
         for backward in (0, 1):
-            arguments = inputs(**sizes, source=source)
+            arguments = replacement(**sizes, source=source)
             if channels_last:
                 arguments["x"] = arguments["x"].to(memory_format=torch.channels_last)
             check(library, arguments, units, backward)
@@ -148,7 +127,7 @@ def test_replace_patches_equals_the_reference(sizes, units, source, library):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_replace_patches_every_dtype_and_layout(dtype, source, library):
     for bank in (0, 3):
-        arguments = inputs(dtype=dtype, source=source, bank=bank, H=4, W=10)
+        arguments = replacement(dtype=dtype, source=source, bank=bank, H=4, W=10)
         for x in layouts(arguments["x"]).values():
             check(library, {**arguments, "x": x}, units=2)
             if x.dim() == 4 and x.storage_offset() > 0:  # the slice: its surroundings are as they were
@@ -160,13 +139,13 @@ def test_replace_patches_every_dtype_and_layout(dtype, source, library):
 @pytest.mark.parametrize("source", replace.SOURCES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_replace_patches_misaligned(dtype, source, library):
-    arguments = inputs(dtype=dtype, source=source, bank=2, avoid=0.3)
+    arguments = replacement(dtype=dtype, source=source, bank=2, avoid=0.3)
     for x in misaligned(arguments["x"]).values():
         check(library, {**arguments, "x": x}, units=2)
 
 
 def test_replace_patches_expanded_input(library):
-    arguments = inputs(B=3, source="nearest")
+    arguments = replacement(B=3, source="nearest")
     for x in (arguments["x"][:1].expand(3, -1, -1, -1), arguments["x"][:, :1].expand(-1, 16, -1, -1)):
         expected, where = ops.replace_patches(**{**arguments, "x": x}, backend="reference")
         out, replaced = torch.empty_like(x), ~where
@@ -176,14 +155,14 @@ def test_replace_patches_expanded_input(library):
 
 
 def test_replace_patches_numbers_outside_of_their_range(library):
-    arguments = inputs(bank=3)
+    arguments = replacement(bank=3)
     odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.5, 1.0, 1e9, -0.0])
     arguments["u"] = odd[torch.arange(64) % 7].expand(2, -1).contiguous()
     check(library, arguments)
 
 
 def test_replace_patches_bank_in_x(library):
-    arguments = inputs(bank=3)
+    arguments = replacement(bank=3)
     arguments["bank"] = arguments["x"].flatten(2)[:, :3, :16]
     expected, where = ops.replace_patches(**arguments, backend="reference")
     replaced = ~where
@@ -192,7 +171,10 @@ def test_replace_patches_bank_in_x(library):
 
 
 def test_bad_arguments_are_refused(library):
-    given, replaced = replace._cpp_arguments(*inputs(bank=3).values()), torch.zeros(2, 64, dtype=torch.bool)
+    given, replaced = (
+        replace._cpp_arguments(*replacement(bank=3).values()),
+        torch.zeros(2, 64, dtype=torch.bool),
+    )
     bad = {
         0: given[0].int(),
         1: given[1][:, :9],
@@ -213,8 +195,8 @@ def test_bad_arguments_are_refused(library):
 
 
 def test_replace_patches_a_mask_of_more_words_than_threads(library):
-    check(library, inputs(B=1, d=2, H=92, W=94, rate=0.005, padding=3), units=2)
-    check(library, inputs(B=1, d=2, H=92, W=94, rate=0.005, source="row", avoid=0.5), units=2)
+    check(library, replacement(B=1, d=2, H=92, W=94, rate=0.005, padding=3), units=2)
+    check(library, replacement(B=1, d=2, H=92, W=94, rate=0.005, source="row", avoid=0.5), units=2)
 
 
 DTYPES_OF_TIME = [*DTYPES, torch.int32, torch.int64]
@@ -222,13 +204,7 @@ DTYPES_OF_TIME = [*DTYPES, torch.int32, torch.int64]
 
 @pytest.mark.parametrize("dtype", DTYPES_OF_TIME, ids=str)
 def test_patch_uniform_equals_the_reference(dtype, library):
-    seeds = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63)])
-    times = torch.tensor([0.0, 981.75, -0.5, -7.0, 3.0])
-    if dtype.is_floating_point:
-        times[4] = float("nan")
-    times = times.to(dtype)
-    halves = torch.tensor([1]).expand(5)
     for patches in (1, 35, 256):
-        out = torch.full((5, patches), float("nan"))
-        torch.ops.lbdt_emulated.patch_uniform_cpp(seeds, times, halves, out)
-        assert torch.equal(out, ops.patch_uniform(seeds, times, halves, patches, backend="reference"))
+        given, out = numbering(dtype, patches), torch.full((5, patches), float("nan"))
+        torch.ops.lbdt_emulated.patch_uniform_cpp(given["seeds"], given["timesteps"], given["halves"], out)
+        assert torch.equal(out, ops.patch_uniform(**given, backend="reference"))

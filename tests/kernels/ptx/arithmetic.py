@@ -233,6 +233,25 @@ def _insert(instruction: Instruction, program: Program) -> Run:
     return run
 
 
+@builds("bfind")
+def _highest_bit(instruction: Instruction, program: Program) -> Run:
+    """The place of the highest bit that is set, with `shiftamt` how far it is from the top; all ones where none is."""
+    kind = instruction.type
+    if kind[0] != "u":
+        raise NotSupported(f"{instruction.text}: the highest bit of a signed value")
+    target, source = instruction.operands
+    read, write = reader(source, kind, program), writer(target, "u32")
+    top = 8 * width_of(kind) - 1
+
+    def place(value: int) -> int:
+        highest = int(value).bit_length() - 1
+        if highest < 0:
+            return 0xFFFFFFFF
+        return top - highest if instruction.has("shiftamt") else highest
+
+    return lambda warp, on: write(warp, np.array([place(v) for v in read(warp)], np.uint32), on)
+
+
 @builds("popc", "clz", "brev")
 def _bits(instruction: Instruction, program: Program) -> Run:
     target, source = instruction.operands

@@ -57,6 +57,8 @@ class Footprints:
         if any(block.named for block in self._blocks):
             return None
         if kind == "barrier":
+            if any(block.votes.get(place) for block in self._blocks):
+                return None
             meets = any(block.meets_without(place) for block in self._blocks)
             return None if meets else "nothing meets across it"
         if kind in ("wait for copies", "wait for products"):
@@ -85,6 +87,8 @@ class _Block:
         self.named = False
         self.reached: set[int] = set()
         self.register_fences: dict[int, bool] = {}
+        self.votes: dict[int, bool] = {}
+        """By place of a reduction at a barrier: whether it told a warp what its own lanes did not."""
         self._barriers: list[int] = []
         self._waits: dict[tuple[int, int], list] = {}  # by warp and kind: (moment, interval, place, commits)
         self._groups: dict[tuple[int, int, int], _Async] = {}  # by warp, kind and number
@@ -125,6 +129,9 @@ class _Block:
                 self._group(warp, races.PRODUCTS, about[0], interval, moment).registers |= about[1]
             elif what == "fence":
                 self.reached.add(about[0])
+            elif what == "vote":
+                place, differs = about
+                self.votes[place] = self.votes.get(place, False) or differs
             elif what == "register fence":
                 place, needed = about
                 self.reached.add(place)

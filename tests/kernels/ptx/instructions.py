@@ -128,8 +128,10 @@ def reader(operand, kind: str, program: Program) -> Callable[[machine.Warp], np.
             return _special(name, UNSIGNED[width])
         case Symbol(name):
             offset = program.local(name)
-            if offset is None:
-                offset = program.shared[name] + SHARED
+            if offset is None and name in program.parameters:
+                offset = program.parameters[name].offset
+            elif offset is None:
+                offset = program.shared[name].offset + SHARED
             value = np.full(32, offset, UNSIGNED[width])
             return lambda warp: value
     raise NotSupported(f"{operand}: an operand of type {kind}")
@@ -197,6 +199,8 @@ def _cvta(instruction: Instruction, program: Program) -> Run:
     """Generic addresses: those of local memory lie apart."""
     target, source = instruction.operands
     read, write = reader(source, "u64", program), writer(target, "u64")
+    if instruction.has("param"):
+        raise NotSupported(f"{instruction.text}: generic addresses of parameters")
     offset = np.uint64(LOCAL if instruction.has("local") else 0)
     if instruction.has("to"):
         return lambda warp, on: write(warp, read(warp) - offset, on)

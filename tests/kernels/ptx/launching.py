@@ -1,4 +1,4 @@
-"""Ops as their compiled kernels: recorded, compiled, and run in the machine launch by launch."""
+"""Ops as their Triton kernels: recorded, and compiled for the machine."""
 
 import functools
 import importlib
@@ -11,10 +11,8 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from tests.kernels.launches import compile_launch, record
 from tests.kernels.ptx.cases import Case
-from tests.kernels.ptx.instructions import prepare
-from tests.kernels.ptx.machine import Launch, Step
 from tests.kernels.ptx.memory import GlobalMemory
-from tests.kernels.ptx.parsing import Program
+from tests.kernels.ptx.running import Ready, Runnable, distinct, tensors_of
 
 # Machine code is not asked for here, so what is compiled goes where no launch will look.
 CUDABackend.make_cubin = lambda *args, **kwargs: b""
@@ -26,83 +24,34 @@ COPIES_NEED_FENCE = VERSION >= (3, 9)
 they have been on every device that its kernels ran on."""
 
 
-@functools.cache
-def _prepared(ptx: str) -> tuple[Program, list[Step]]:
-    """The same code is that of several cases."""
-    program = Program(ptx)
-    return program, prepare(program)
-
-
-class Ready:
-    """One launch: its program, its grid and its arguments in the machine's memory."""
-
-    def __init__(self, name: str, ptx: str, shared: int, grid, values: list, memory: GlobalMemory) -> None:
-        self.name, self.grid, self.memory, self._shared = name, grid, memory, shared
-        self.program, self.steps = _prepared(ptx)
-        self._arguments = [
-            memory.address(value) if isinstance(value, torch.Tensor) else int(value) for value in values
-        ]
-
-    def run(self, seed: int = 0, steps=None, journal: list | None = None) -> Launch:
-        """Runs it on the memory as it is. `steps`: in place of the program's own."""
-        launch = Launch(
-            self.program,
-            self.steps if steps is None else steps,
-            self.grid,
-            self._shared,
-            self._arguments,
-            self.memory,
-            seed,
-            COPIES_NEED_FENCE,
-            journal,
-        )
-        launch.run()
-        return launch
-
-
-class Compiled:
-    """A case for sm_`arch`: `run`, then `wrong`."""
+class Compiled(Runnable):
+    """A case for sm_`arch`."""
 
     def __init__(self, case: Case, arch: int) -> None:
         arguments = case.inputs()
-        self._expected = _reference(case, arguments)
+        expected = _reference(case, arguments)
         with _Poisoned():
             launches, result = record(case.op, arch, **arguments)
-        self._outputs = _tensors([result, arguments])
+        outputs = tensors_of([result, arguments])
         compiled = []
         for launch in launches:
             kernel, passed = compile_launch(launch, arch)
             compiled.append((launch, kernel, [*passed, *_scratch(kernel.metadata, launch.grid)]))
         tensors = [v for _, _, passed in compiled for v in passed if isinstance(v, torch.Tensor)]
-        self.memory = GlobalMemory([*_distinct([*tensors, *self._outputs])])
-        self.launches = [
-            Ready(launch.name, kernel.asm["ptx"], kernel.metadata.shared, launch.grid, passed, self.memory)
+        memory = GlobalMemory(distinct([*tensors, *outputs]))
+        launches = [
+            Ready(
+                launch.name,
+                kernel.asm["ptx"],
+                kernel.metadata.shared,
+                launch.grid,
+                [memory.address(v) if isinstance(v, torch.Tensor) else int(v) for v in passed],
+                memory,
+                COPIES_NEED_FENCE,
+            )
             for launch, kernel, passed in compiled
         ]
-        self._begin = self.memory.bytes.copy()
-
-    def restart(self) -> None:
-        """The memory as it was before the first launch."""
-        self.memory.bytes[:] = self._begin
-
-    def wrong(self) -> str | None:
-        """What differs from the reference in the memory as it is; None: nothing."""
-        self.memory.copy_back()
-        for place, (got, expected) in enumerate(zip(self._outputs, self._expected, strict=True)):
-            same = (got == expected) | ((got != got) & (expected != expected))
-            if not same.all():
-                differ = f"{int((~same).sum())} of {same.numel()} values"
-                return f"{differ} of tensor {place} of the op's results and arguments"
-        return None
-
-    def first_result(self) -> torch.Tensor:
-        """The first tensor that the op returns, or takes where it returns none."""
-        return self._outputs[0]
-
-    def run(self, seed: int = 0) -> list[Launch]:
-        """Runs all launches from the begin."""
-        self.restart()
-        return [ready.run(seed + place) for place, ready in enumerate(self.launches)]
+        super().__init__(launches, memory, outputs, expected)
 
 
 def _reference(case: Case, arguments: dict) -> list[torch.Tensor]:
@@ -111,9 +60,9 @@ def _reference(case: Case, arguments: dict) -> list[torch.Tensor]:
         name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
     }
     if case.expected is not None:
-        return _tensors([case.expected(cloned), cloned])
+        return tensors_of([case.expected(cloned), cloned])
     reference = getattr(importlib.import_module(f"lbdt.reference.{case.op}"), case.op)
-    return _tensors([reference(**cloned), cloned])
+    return tensors_of([reference(**cloned), cloned])
 
 
 def _scratch(metadata, grid: tuple[int, ...]) -> list[torch.Tensor]:
@@ -124,24 +73,6 @@ def _scratch(metadata, grid: tuple[int, ...]) -> list[torch.Tensor]:
     whole = torch.zeros(size + 256, dtype=torch.uint8)
     begin = -whole.data_ptr() % 256
     return [whole[begin : begin + size]]
-
-
-def _tensors(value) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    return [t for member in value or () for t in _tensors(member)] if not isinstance(value, int) else []
-
-
-def _distinct(tensors: list[torch.Tensor]):
-    """Tensors that differ in where they lie or how; bool as bytes."""
-    seen = {}
-    for tensor in tensors:
-        if tensor.dtype == torch.bool:
-            tensor = tensor.view(torch.uint8)
-        seen.setdefault((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), tensor)
-    return seen.values()
 
 
 class _Poisoned:

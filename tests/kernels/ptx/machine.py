@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tests.kernels.ptx import races
-from tests.kernels.ptx.memory import LOCAL, SHARED, BadAccess, GlobalMemory, Memory
+from tests.kernels.ptx.memory import LOCAL, BadAccess, GlobalMemory, parameters, shared_memory
 from tests.kernels.ptx.parsing import Instruction, Program, Register
 
 LANES = np.arange(32)
@@ -52,6 +52,8 @@ class Warp:
         self.meet = _NO_END
         self.done = False
         self.waiting: str | None = None
+        self.vote: np.ndarray | None = None
+        """What its lanes brought to the last reduction at a barrier."""
         self.agent = (block.index * launch.warps + index) * races.AGENTS_A_WARP
         self.clock = np.zeros(launch.agents, np.int32)
         self.clock[self.agent] = 1
@@ -136,7 +138,7 @@ class Block:
 
     def __init__(self, launch: "Launch", index: int, position: tuple[int, int, int]) -> None:
         self.launch, self.index, self.position = launch, index, position
-        self.shared = Memory(SHARED, launch.shared_bytes, "shared")
+        self.shared = shared_memory(list(launch.program.shared.values()), launch.shared_bytes)
         first = index * launch.warps * races.AGENTS_A_WARP
         cells = -(-launch.shared_bytes // launch.granule)
         self.accesses = races.Accesses(cells, first, launch.warps * races.AGENTS_A_WARP, launch.warps)
@@ -148,13 +150,16 @@ class Block:
         """Of places without an object: the agent of its copies, and the phases that have ended there."""
         self.maps: dict[int, dict] = {}
 
-    def arrive(self, warp: Warp, barrier: int, threads: int) -> None:
-        """`warp` waits at a barrier for `threads` threads; the last one lets all go on."""
+    def arrive(self, warp: Warp, barrier: int, threads: int) -> list[Warp]:
+        """`warp` waits at a barrier for `threads` threads; the last one lets all go on, which are returned."""
         here = self.barriers.setdefault(barrier, [])
         here.append(warp)
         if len(here) * 32 < threads:
             warp.waiting = f"barrier {barrier}"
-            return
+            return []
+        code = self.launch.program.code
+        if len({other.pc if code[other.pc].has("red") else -1 for other in here}) > 1:
+            raise Misuse(f"a reduction at barrier {barrier} that other warps wait at with other instructions")
         clock = np.maximum.reduce([other.clock for other in here])
         proxy = np.maximum.reduce([other.proxy for other in here])
         for other in here:
@@ -164,6 +169,7 @@ class Block:
             self.launch.note(other, "barrier", barrier, other.pc)
             other.pc += 1
         self.barriers[barrier] = []
+        return here
 
     def finish(self) -> None:
         """Raises `Misuse` where the warps of a group ran different matrix products."""
@@ -179,9 +185,9 @@ class Block:
 class Launch:
     """One kernel, its grid and its arguments, ready to run.
 
-    `steps`: the program as `tests.kernels.ptx.instructions.prepare` gives it. `arguments`: addresses and integers in
-    the order of the kernel's parameters; absent ones are 0. `seed`: of the schedule. `copies_need_fence`: whether a
-    matrix product that reads what `cp.async` wrote needs a proxy fence. `journal`: gets every access and
+    `steps`: the program as `tests.kernels.ptx.instructions.prepare` gives it. `arguments`: in the order of the kernel's
+    parameters, as `tests.kernels.ptx.memory.parameters` takes them. `seed`: of the schedule. `copies_need_fence`:
+    whether a matrix product that reads what `cp.async` wrote needs a proxy fence. `journal`: gets every access and
     synchronisation, for `tests.kernels.ptx.footprints`.
     """
 
@@ -191,7 +197,7 @@ class Launch:
         steps: list[Step],
         grid: tuple[int, ...],
         shared_bytes: int,
-        arguments: list[int],
+        arguments: list[int | bytes],
         memory: GlobalMemory,
         seed: int = 0,
         copies_need_fence: bool = True,
@@ -203,7 +209,7 @@ class Launch:
         self.shared_bytes = max(shared_bytes, program.static_bytes, 16)
         self.blocks = self.grid[0] * self.grid[1] * self.grid[2]
         self.agents = self.blocks * self.warps * races.AGENTS_A_WARP
-        self.arguments = [*arguments, *[0] * (len(program.parameters) - len(arguments))]
+        self.parameters = parameters(program, arguments)
         self.random = random.Random(seed)
         self._early = (0.0, 1.0, 0.5)[seed % 3]
         self.copies_need_fence = copies_need_fence

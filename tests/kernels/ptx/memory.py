@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from tests.kernels.ptx.parsing import Program, Variable
+
 SHARED = 1024
 LOCAL = 1 << 40
 GLOBAL = 1 << 20
@@ -29,6 +31,8 @@ class Memory:
         self._views = {width: self.bytes.view(kind) for width, kind in _VIEWS.items()}
         self.valid: np.ndarray | None = None
         """Which bytes belong to something; None: all."""
+        self.outside = "outside of every argument of the kernel"
+        """What is said of others."""
 
     def place(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """Offsets of accesses of `size` bytes; raises `BadAccess`."""
@@ -43,9 +47,7 @@ class Memory:
             )
         if self.valid is not None and not (self.valid[offsets] & self.valid[offsets + size - 1]).all():
             inside = self.valid[offsets] & self.valid[offsets + size - 1]
-            raise BadAccess(
-                f"{size} bytes at {self.where(int(offsets[~inside][0]))}: outside of every argument of the kernel"
-            )
+            raise BadAccess(f"{size} bytes at {self.where(int(offsets[~inside][0]))}: {self.outside}")
         return offsets
 
     def where(self, offset: int) -> str:
@@ -67,6 +69,31 @@ class Memory:
     def view(self, width: int) -> np.ndarray:
         """All of it as values of `width` bytes."""
         return self._views[width]
+
+
+def shared_memory(variables: list[Variable], size: int) -> Memory:
+    """A block's, of `size` bytes: what lies between its variables is nobody's."""
+    memory = Memory(SHARED, size, "shared")
+    if len(variables) > 1:
+        memory.outside = "outside of every variable"
+        memory.valid = np.zeros(size, bool)
+        for offset, length in variables:
+            memory.valid[offset : size if length < 0 else offset + length] = True
+    return memory
+
+
+def parameters(program: Program, arguments: list[int | bytes]) -> Memory:
+    """The space of a kernel's parameters: integers and addresses, or the bytes of what is passed by value; absent ones
+    at the end are 0. Raises `BadAccess` where the bytes are not as many as the parameter has."""
+    memory = Memory(0, max(program.parameter_bytes, 1), "parameter")
+    for place, offset, size in program.parameters.values():
+        given = arguments[place] if place < len(arguments) else 0
+        if isinstance(given, int):
+            given = (given & (1 << 8 * size) - 1).to_bytes(size, "little")
+        if len(given) != size:
+            raise BadAccess(f"parameter {place} has {size} bytes, got {len(given)}")
+        memory.bytes[offset : offset + size] = np.frombuffer(given, np.uint8)
+    return memory
 
 
 class Region(NamedTuple):
@@ -110,6 +137,18 @@ class GlobalMemory(Memory):
         """Where the kernel finds `tensor`; 0 for an empty one."""
         return self.base + self._offset(tensor.data_ptr()) if tensor.numel() else 0
 
+    def translated(self, argument: bytes) -> bytes:
+        """An argument as the host has it, every address of a tensor made the one of it here.
+
+        An address is a word of 8 bytes at a multiple of 8 that lies in a tensor.
+        """
+        whole = len(argument) // 8 * 8
+        words = [
+            self.base + self._offset(word) if any(r[0] <= word < r[1] for r in self._regions) else word
+            for word in np.frombuffer(argument[:whole], np.uint64).tolist()
+        ]
+        return np.array(words, np.uint64).tobytes() + argument[whole:]
+
     def _offset(self, pointer: int) -> int:
         begin, _, offset, _ = next(r for r in self._regions if r[0] <= pointer < r[1])
         return offset + pointer - begin
@@ -131,6 +170,8 @@ class GlobalMemory(Memory):
         """Writes what the kernels left into the tensors."""
         for tensor in self._tensors:
             if tensor.numel():
+                for axis, stride in enumerate(tensor.stride()):
+                    tensor = tensor if stride else tensor.narrow(axis, 0, 1)  # elements that share memory
                 raw = torch.from_numpy(self.bytes[self._places(tensor)].copy())
                 tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
 

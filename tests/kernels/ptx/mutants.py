@@ -7,6 +7,7 @@ it changes nothing; else it has survived. Prints a table, and the survivors.
 
 import argparse
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import random
@@ -15,15 +16,15 @@ from collections import Counter
 from collections.abc import Iterable
 
 from tests.kernels.ptx import footprints
-from tests.kernels.ptx.cases import CASES
+from tests.kernels.ptx.cuda_cases import MUTATED_CUDA
 from tests.kernels.ptx.instructions import step
-from tests.kernels.ptx.launching import COPIES_NEED_FENCE, VERSION, Compiled, Ready
 from tests.kernels.ptx.machine import PLAIN, Misuse, Step, Stuck
 from tests.kernels.ptx.matrices import asynchronous_registers
 from tests.kernels.ptx.memory import BadAccess
 from tests.kernels.ptx.parsing import Instruction
 from tests.kernels.ptx.races import Race
-from tests.kernels.ptx.waits import always, weakened
+from tests.kernels.ptx.running import Ready, Runnable
+from tests.kernels.ptx.waits import always, by_itself, weakened
 
 SEEDS = (0, 1, 2)
 """Asynchronous work as late as it may be, at once, and at random."""
@@ -77,9 +78,23 @@ def mutated(ready: Ready, place: int, kind: str) -> list[Step]:
         steps[place] = step(weakened(instruction), ready.program, asynchronous_registers(ready.program))
     elif kind == "mbarrier":
         steps[place] = steps[place]._replace(run=always(instruction, ready.program))
+    elif instruction.has("red"):
+        steps[place] = steps[place]._replace(kind=PLAIN, run=by_itself(instruction, ready.program))
     else:
         steps[place] = steps[place]._replace(kind=PLAIN, run=lambda warp, on: None)
     return steps
+
+
+def compiled(name: str, arch: int) -> Runnable:
+    """A case of either compiler. Triton is imported for its own alone: it may be absent, or have its interpreter on."""
+    if name in MUTATED_CUDA:
+        from tests.kernels.ptx.cuda_launching import CudaRun
+
+        return CudaRun(MUTATED_CUDA[name])
+    from tests.kernels.ptx.cases import CASES
+    from tests.kernels.ptx.launching import Compiled
+
+    return Compiled(CASES[name], arch)
 
 
 class Judge:
@@ -87,14 +102,15 @@ class Judge:
 
     def __init__(self, name: str, arch: int) -> None:
         self.name, self.arch = name, arch
-        self.compiled = Compiled(CASES[name], arch)
+        self.compiled = compiled(name, arch)
         self._before, self._footprints, self._serialised = [], [], []
+        self._arguments: dict[tuple[int, int], str | None] = {}
         self.compiled.restart()
         for ready in self.compiled.launches:
             self._before.append(self.compiled.memory.bytes.copy())
             journal: list = []
             self._serialised.append(ready.run(0, journal=journal).serialised)
-            self._footprints.append(footprints.Footprints(journal, ready.program, COPIES_NEED_FENCE))
+            self._footprints.append(footprints.Footprints(journal, ready.program, ready.copies_need_fence))
         if wrong := self.compiled.wrong():
             raise AssertionError(f"{name} for sm_{arch} is wrong without a mutation: {wrong}")
 
@@ -104,13 +120,19 @@ class Judge:
     def reaches(self, launch: int, place: int) -> bool:
         return place in self._footprints[launch].reached
 
+    def argument(self, launch: int, place: int, kind: str) -> str | None:
+        """Why the mutant changes nothing here; None: there is no such reason."""
+        if (launch, place) not in self._arguments:
+            self._arguments[launch, place] = self._footprints[launch].argument(place, kind)
+        return self._arguments[launch, place]
+
     def judge(self, launch: int, place: int, kind: str) -> Mutant:
         """What becomes of the mutant; raises `AssertionError` where one that changes nothing is found."""
-        ready, known = self.compiled.launches[launch], self._footprints[launch]
+        ready = self.compiled.launches[launch]
         about = (self.name, self.arch, ready.name, kind, f"{place}: {ready.program.code[place].text}")
         if not self.reaches(launch, place):
             return Mutant(*about, UNREACHED, "no run comes there")
-        argument = known.argument(place, kind)
+        argument = self.argument(launch, place, kind)
         error = self._error(launch, place, kind, SEEDS if argument is None else SEEDS[:1])
         if argument and error:
             raise AssertionError(f"{about}: changes nothing, as {argument}, but: {error}")
@@ -142,12 +164,22 @@ MUTATED = (
     *("ragged", "gated", "gated over calls", "topk", "record"),
     *("int8", "tensor maps"),
 )
-"""Cases whose kernels are mutated: each way of loading, and every kernel."""
+"""Cases whose kernels are mutated: each way of loading, and every kernel of Triton's."""
+
+
+def mutated_cases(compiler: str | None) -> list[tuple[str, int]]:
+    """(name, architecture) of all that are mutated whose kernels come from "triton" or from "nvcc"; None: from both."""
+    of = [(name, 90) for name in MUTATED_CUDA] if compiler != "triton" else []
+    if compiler != "nvcc":
+        from tests.kernels.ptx.cases import CASES
+
+        of += [(name, arch) for name in MUTATED for arch in CASES[name].archs]
+    return of
 
 
 def everything(of: Iterable[tuple[str, int]]) -> Iterable[tuple[Judge, int, int, str]]:
     """Every mutant of the cases `of`, (name, architecture), as (judge, launch, place, kind); of launches with the same
-    code only the first one's that comes there."""
+    code only the first one's that comes there, of nvcc's the first one's that it changes something for."""
     seen, elsewhere = set(), {}
     for name, arch in of:
         judge = Judge(name, arch)
@@ -157,13 +189,15 @@ def everything(of: Iterable[tuple[str, int]]) -> Iterable[tuple[Judge, int, int,
                 mutant = judge, launch, place, kind
                 if (code, place) in seen:
                     continue
-                if judge.reaches(launch, place):
+                reached = judge.reaches(launch, place)
+                # nvcc's kernels have two cases each. To look ahead in all of Triton's takes as long as to judge them.
+                if reached and not (name in MUTATED_CUDA and judge.argument(launch, place, kind)):
                     seen.add((code, place))
                     elsewhere.pop((code, place), None)
                     yield mutant
-                else:
-                    elsewhere.setdefault((code, place), mutant)
-    yield from elsewhere.values()
+                elif (code, place) not in elsewhere or (reached and not elsewhere[code, place][0]):
+                    elsewhere[code, place] = reached, mutant
+    yield from (mutant for _, mutant in elsewhere.values())
 
 
 def sample(of: Iterable[tuple[str, int]], count: int) -> list[tuple[Judge, int, int, str]]:
@@ -216,10 +250,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, metavar="N", help="only N of them, of every kind")
     parser.add_argument("--verbose", action="store_true", help="every mutant, with what it was found by")
     parser.add_argument("--json", action="store_true", help="an object a line for every mutant, no table")
+    parser.add_argument("--compiler", choices=("triton", "nvcc"), help="only kernels of this one")
     given = parser.parse_args(arguments)
-    of = [(name, int(arch)) for arch, name in (text.split(" ", 1) for text in given.of or ())] or [
-        (name, arch) for name in MUTATED for arch in CASES[name].archs
-    ]
+    of = [(name, int(arch)) for arch, name in (text.split(" ", 1) for text in given.of or ())]
+    of = of or mutated_cases(given.compiler)
     mutants = []
     for judge, *which in sample(of, given.sample) if given.sample else everything(of):
         mutants.append(judge.judge(*which))
@@ -229,7 +263,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(*dataclasses.astuple(mutants[-1]), sep=" | ", flush=True)
     share = share_found(mutants)
     if not given.json:
-        print(f"Triton {'.'.join(map(str, VERSION))}\n\n{table(mutants)}\n")
+        if any(mutant.case not in MUTATED_CUDA for mutant in mutants):
+            print(f"Triton {importlib.metadata.version('triton')}\n")
+        print(f"{table(mutants)}\n")
         print(f"{100 * share:.1f} % of the mutants that change something are found")
     return int(share < LEAST)
 

@@ -1,7 +1,7 @@
 """PTX text as a list of instructions, for `tests.kernels.ptx.machine`.
 
-Reads what Triton and LLVM emit: one entry, statements, nested scopes of inline assembly with registers and labels of
-their own. Source: PTX ISA, chapters 4 (syntax) and 5 (state spaces).
+Reads what Triton, LLVM and nvcc emit: one entry, or several in a module, statements, nested scopes of inline assembly
+with registers and labels of their own. Source: PTX ISA, chapters 4 (syntax) and 5 (state spaces).
 """
 
 import dataclasses
@@ -9,6 +9,8 @@ import re
 from typing import NamedTuple
 
 WIDTHS = {"pred": 1, "b8": 1, "b16": 2, "b32": 4, "b64": 8}
+GAP = 16
+"""Bytes at least between variables in shared memory, so that none is reached from another."""
 TYPE = re.compile(r"(?:[subf](?:8|16|32|64)|pred|bf16|f16x2|bf16x2|b128)$")
 
 
@@ -45,6 +47,22 @@ class Address(NamedTuple):
 
 class Vector(NamedTuple):
     members: tuple
+
+
+class Parameter(NamedTuple):
+    """Where a kernel finds an argument: its place in order, and its bytes in the space of all."""
+
+    place: int
+    offset: int
+    size: int
+
+
+class Variable(NamedTuple):
+    """One in shared memory."""
+
+    offset: int
+    size: int
+    """-1: as many bytes as the launch says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +115,13 @@ _SPECIAL = re.compile(r"%(?:tid|ntid|ctaid|nctaid|laneid|warpid|clock|globaltime
 _MEMORY = re.compile(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?\w+))?\s*\]$")
 
 
+def entries(module: str) -> dict[str, str]:
+    """The kernels of a module by name, each with what the module declares for all of them."""
+    body = re.compile(r"^(?:\.visible\s+|\.weak\s+)?\.entry\s+([\w$]+).*?^\}", flags=re.MULTILINE | re.DOTALL)
+    shared = body.sub("", module)
+    return {found[1]: f"{shared}\n{found[0]}\n" for found in body.finditer(module)}
+
+
 class Program:
     """One kernel: `code`, `labels` (name to place in `code`), its parameters and the memory that it declares."""
 
@@ -107,30 +132,29 @@ class Program:
         if head is None:
             raise NotSupported("expected a kernel (.entry) in the PTX, found none")
         self.name = head[1]
-        self.parameters = {
-            name: (place, int(bits) // 8)
-            for place, (bits, name) in enumerate(
-                re.findall(r"\.param\s+\.[a-z](\d+)[^,]*?(\w+)\s*(?:,|$)", head[2].strip())
-            )
-        }
+        self.parameters = _parameters(head[2])
+        self.parameter_bytes = max((p.offset + p.size for p in self.parameters.values()), default=0)
         threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", head[3])
         self.threads = int(threads[1]) if threads else 32
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
         self.widths: list[Register] = []
         self.local_bytes = 0
-        self.shared: dict[str, int] = {}
-        """Offsets of the variables in shared memory; that of unknown size comes last."""
+        self.shared: dict[str, Variable] = {}
+        """The variables in shared memory; that of unknown size comes last."""
         self.static_bytes = 0
+        """Where that of unknown size begins."""
+        self._dynamic_align = GAP
         self._declared: list[dict[str, object]] = [{}]
         for line in re.findall(
             r"^[^\n{]*\.shared\s+\.align[^\n;]*;", text[: head.start()], flags=re.MULTILINE
         ):
             self._declare(line.rstrip("; ").strip())
-        self._open_ended = [name for name, offset in self.shared.items() if offset < 0]
         self._read(text[head.end() :])
-        for name in self._open_ended:
-            self.shared[name] = self.static_bytes
+        self.static_bytes = -(-self.static_bytes // self._dynamic_align) * self._dynamic_align
+        for name, variable in self.shared.items():
+            if variable.size < 0:
+                self.shared[name] = Variable(self.static_bytes, -1)
         self.unsteady = self._unsteady() if any(i.has("volatile") for i in self.code) else frozenset()
 
     def _read(self, text: str) -> None:
@@ -168,11 +192,15 @@ class Program:
         elif found := re.match(r"\.local\b.*?(\w+)\[(\d+)\]$", text):
             self._declared[-1][found[1]] = self.local_bytes
             self.local_bytes += int(found[2])
-        elif found := re.search(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]$", text):
-            align, size = int(found[1]), int(found[3] or -1)
+        elif found := re.search(r"\.shared\s+\.align\s+(\d+)\s+\.[a-z](\d+)\s+([\w$]+)(\[(\d*)\])?$", text):
+            if found[4] == "[]":
+                self.shared[found[3]] = Variable(0, -1)
+                self._dynamic_align = max(self._dynamic_align, int(found[1]))
+                return
+            align, size = max(int(found[1]), GAP), int(found[2]) // 8 * int(found[5] or 1)
             self.static_bytes = -(-self.static_bytes // align) * align
-            self.shared[found[2]] = self.static_bytes if size >= 0 else -1
-            self.static_bytes += max(size, 0)
+            self.shared[found[3]] = Variable(self.static_bytes, size)
+            self.static_bytes += size + GAP
         elif not re.match(r"\.(pragma|section|align)", text):
             raise NotSupported(f"{text}: a declaration that the runner does not know")
 
@@ -251,6 +279,26 @@ class Program:
         """Offset of a variable in local memory."""
         offset = self._declared[0].get(name)
         return offset if isinstance(offset, int) else None
+
+
+def _parameters(text: str) -> dict[str, Parameter]:
+    """Parameters by name; one that is passed by value, such as a struct, is an array of bytes."""
+    found: dict[str, Parameter] = {}
+    end = 0
+    for place, declared in enumerate(_split(text)):
+        known = re.match(
+            r"\s*\.param\s+(?:\.align\s+(\d+)\s+)?\.[a-z](\d+)\s.*?([\w$]+)(?:\[(\d+)\])?\s*$",
+            declared,
+            re.DOTALL,
+        )
+        if known is None:
+            raise NotSupported(f"{declared.strip()}: a parameter that the runner does not know")
+        size = int(known[2]) // 8
+        align = int(known[1] or size)
+        begin = -(-end // align) * align
+        found[known[3]] = Parameter(place, begin, size * int(known[4] or 1))
+        end = begin + size * int(known[4] or 1)
+    return found
 
 
 def _split(text: str) -> list[str]:

@@ -92,17 +92,9 @@ def _load(instruction: Instruction, program: Program) -> Run:
     targets = members(target)
     writes, width, count = [writer(t, kind) for t in targets], width_of(kind), len(targets)
     dtype = dtype_of(kind)
-    if space == "param":
-        place, _ = program.parameters[source.base.name]
-        raw = UNSIGNED[width]
-        mask = (1 << 8 * width) - 1
-
-        def load_parameter(warp, on):
-            bits = np.full(32, warp.launch.arguments[place] & mask, raw)
-            writes[0](warp, bits.view(dtype), on)
-
-        return load_parameter
     address, size = address_of(source, program), width * count
+    if space == "param":
+        return _load_parameter(address, width, [(write, dtype) for write in writes])
     # Such a load is meant to see what others are writing.
     unordered = instruction.has("volatile") or instruction.has("relaxed")
 
@@ -128,6 +120,21 @@ def _load(instruction: Instruction, program: Program) -> Run:
                 values[on] = loaded
         for column, write in enumerate(writes):
             write(warp, np.ascontiguousarray(values[:, column]).view(dtype), on)
+
+    return load
+
+
+def _load_parameter(address, width: int, targets: list) -> Run:
+    """From the space of the kernel's parameters, which nothing writes."""
+
+    def load(warp, on):
+        addresses = address(warp)
+        if on is not None:
+            addresses = np.where(on, addresses, addresses[on.argmax()])
+        memory = warp.launch.parameters
+        values = memory.load(memory.place(addresses, width * len(targets)), width, len(targets))
+        for column, (write, dtype) in enumerate(targets):
+            write(warp, values[:, column].copy().view(dtype), on)
 
     return load
 

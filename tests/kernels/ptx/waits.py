@@ -14,8 +14,10 @@ from tests.kernels.ptx.parsing import Immediate, Instruction, NotSupported, Prog
 
 @builds("bar", "barrier")
 def _barrier(instruction: Instruction, program: Program) -> Run:
+    if instruction.has("red"):
+        return _reduction(instruction, program)
     if not instruction.has("sync"):
-        raise NotSupported(f"{instruction.text}: expected bar.sync")
+        raise NotSupported(f"{instruction.text}: expected bar.sync or bar.red")
     if instruction.has("warp"):
         return lambda warp, on: warp.whole(on, instruction)
     numbers = [reader(operand, "u32", program) for operand in instruction.operands]
@@ -28,6 +30,47 @@ def _barrier(instruction: Instruction, program: Program) -> Run:
 
     run.waits = True
     return run
+
+
+_JOINS = {"or": np.any, "and": np.all, "popc": np.count_nonzero}
+
+
+def _reduction(instruction: Instruction, program: Program, alone: bool = False) -> Run:
+    """bar.red over all threads of the block. `alone`: of each warp by itself, which waits for nobody."""
+    target, barrier, *threads, source = instruction.operands
+    join = next((_JOINS[part] for part in instruction.parts if part in _JOINS), None)
+    if join is None or threads:
+        raise NotSupported(f"{instruction.text}: expected or, and or popc over the whole block")
+    kind = "u32" if join is np.count_nonzero else "pred"
+    number, read, write = (
+        reader(barrier, "u32", program),
+        reader(source, "pred", program),
+        writer(target, kind),
+    )
+
+    def value(votes):
+        return np.full(32, join(votes), np.uint32 if kind == "u32" else bool)
+
+    if alone:
+        return lambda warp, on: write(warp, value(read(warp)), on)
+
+    def run(warp, on):
+        warp.whole(on, instruction)
+        warp.vote = read(warp)
+        here = warp.block.arrive(warp, int(number(warp)[0]), program.threads)
+        for other in here:
+            together = value([member.vote for member in here])
+            other.launch.note(other, "vote", other.pc - 1, bool((value(other.vote) != together).any()))
+            write(other, together, None)
+        return False
+
+    run.waits = True
+    return run
+
+
+def by_itself(instruction: Instruction, program: Program) -> Run:
+    """A bar.red in which each warp hears of its own lanes alone, for mutants."""
+    return _reduction(instruction, program, alone=True)
 
 
 @builds("fence", "membar")
