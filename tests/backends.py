@@ -33,6 +33,12 @@ def every_backend(*names: str):
     )
 
 
+def internal(op: str):
+    """The internal C++ op of this name, past the wrappers that check and load the library."""
+    assert _build.missing(op, "cpu") is None
+    return getattr(torch.ops.lbdt, op)
+
+
 def on_device(arguments: dict) -> dict:
     """The arguments of an op with their tensors on the tested device."""
     return {n: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}

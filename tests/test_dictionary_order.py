@@ -6,7 +6,7 @@ import torch
 from lbdt import ops
 from lbdt.bench.hardware import allocated_peak
 from lbdt.int8_screen import Screen
-from tests.backends import DEVICE, HAS_CPP, HAS_TRITON, every_backend
+from tests.backends import DEVICE, HAS_CPP, HAS_TRITON, every_backend, internal
 from tests.ops.test_detect_patches import ROWS, inputs
 from tests.ops.test_erase_step import called
 from tests.ops.test_erase_step import inputs as step_inputs
@@ -132,7 +132,7 @@ def test_cpp_looks_where_it_reads(place, latent):
     names = ("minus", "owners", "least", "deciding", "gated", "so_far", "codes", "bounds", "centre")
     rest = dict.fromkeys(names) | {"least_of": 0, "order": order, "mask": torch.zeros(2, 20).bool()}
     with pytest.raises(RuntimeError, match=r"order: expected values in \[0, 40\)"):
-        torch.ops.lbdt.detect_patches_cpp(**given, **rest)
+        internal("detect_patches_cpp")(**given, **rest)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")

@@ -17,7 +17,7 @@ from lbdt import ops
 from lbdt.bench.hardware import allocated_peak
 from lbdt.int8_screen import MOST_CHANNELS, Screen, instructions
 from lbdt.ops.detect_patches import CODE_LANES
-from tests.backends import HAS_CPP
+from tests.backends import HAS_CPP, internal
 from tests.layouts import integers, misaligned
 
 INF = float("inf")
@@ -329,4 +329,4 @@ def test_a_screen_of_another_shape_is_refused(wrong, kind, said, backend):
             "mask": torch.zeros(2, 35, dtype=torch.bool),
         }
         with pytest.raises(RuntimeError, match="codes|bounds|centre"):
-            torch.ops.lbdt.detect_patches_cpp(**given, minus=None, **gate, **screen | wrong)
+            internal("detect_patches_cpp")(**given, minus=None, **gate, **screen | wrong)
