@@ -218,18 +218,24 @@ class ScreenedRank {
     if (divide_up(left.size(), kScreenHalf) == halves) return coded;
     Coded fewer = room_for(left);
     auto source = from.begin();
-    for (Panel& panel : fewer.panels)
+    for (Panel& panel : fewer.panels) {
+      const uint32_t* words[kScreenLanes];
+      int64_t steps[kScreenLanes];
       for (int64_t j = 0; j < panel.lanes; ++j) {
         const bool some = j < panel.filled;
         const auto [old, lane] = some ? *source++ : from.front();
-        for (int64_t c = 0; c < screen_.words(); ++c)
-          panel.words[c * panel.lanes + j] = old->words[c * old->lanes + lane];
+        words[j] = old->words + lane;
+        steps[j] = old->lanes;
         panel.patches.scale[j] = old->patches.scale[lane];
         panel.patches.inner[j] = old->patches.inner[lane];
         panel.patches.outer[j] = old->patches.outer[lane];
         panel.patches.value[j] = some ? old->patches.value[lane] : std::numeric_limits<float>::infinity();
         panel.patches.owner[j] = old->patches.owner[lane];
       }
+      // Lanes innermost: neighbours were mostly neighbours.
+      for (int64_t c = 0; c < screen_.words(); ++c)
+        for (int64_t j = 0; j < panel.lanes; ++j) panel.words[c * panel.lanes + j] = words[j][c * steps[j]];
+    }
     return fewer;
   }
 

@@ -37,7 +37,8 @@ _dispatch.define_internal(
     "Tensor(a!) rows, Tensor(b!) cells, Tensor(c!) written, Tensor? minus, Tensor? bank, Tensor? known_latents, "
     "Tensor? known_thresholds, int padding, int source, Tensor? owners, Tensor? least, int least_of, int cond, "
     "int counted, Tensor? schedule, int first, int last, Tensor(d!)? run_sums, Tensor(e!)? run_last, "
-    "Tensor(f!)? run_count, bool whole_calls, Tensor? codes, Tensor? bounds, Tensor? centre, Tensor? order) -> Tensor",
+    "Tensor(f!)? run_count, bool whole_calls, Tensor? codes=None, Tensor? bounds=None, Tensor? centre=None, "
+    "Tensor? order=None) -> Tensor",
     lambda x, *args: x.new_empty((torch.library.get_ctx().new_dynamic_size(), *x.shape[1:])),
 )
 

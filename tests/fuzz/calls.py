@@ -157,7 +157,7 @@ def backends(random, op, arguments):
     for name in ("cpp", "triton") if interpret else ("cpp",):
         backend = _dispatch._registry[op].get(name)
         try:
-            if backend is not None and backend.supports(*arguments.values()) is None:
+            if backend is not None and backend.supports(**arguments) is None:
                 yield name
         except (AttributeError, IndexError):
             yield name  # not even tensors: refused before a backend is asked

@@ -173,7 +173,7 @@ def test_opcheck_of_the_gate(backend):
         torch.library.opcheck(torch.ops.lbdt.detect_patches.default, values, {"backend": backend})
         if backend == "cpp":
             mask = torch.zeros(4, 20, dtype=torch.bool)
-            torch.library.opcheck(torch.ops.lbdt.detect_patches_cpp.default, (*values, *4 * (None,), mask))
+            torch.library.opcheck(torch.ops.lbdt.detect_patches_cpp.default, (*values, *5 * (None,), mask))
 
 
 @backends
