@@ -36,30 +36,50 @@ def count_config(x: Tensor, latents: int, capability: tuple[int, int]) -> CountC
 
 
 @triton.jit
-def _count_tiles(
+def undecided(survivors, states, slot, listed, rows, k):
+    """Of screened survivors: what the prefix has counted; which of them bounds leave undecided; and of those how many
+    latents lie between the bounds, else 0. The launch that asks for this writes none of it."""
+    kinds = tl.cast(rows, tl.int64)
+    ahead = tl.load(survivors + 2 * kinds + slot, mask=listed, other=0)
+    certain = ahead + tl.load(states + slot, mask=listed, other=0)
+    between = tl.load(states + kinds + slot, mask=listed, other=0)
+    open = listed & (certain < k) & (certain + between >= k)
+    # So few that the sum of a block fits, whatever the dictionary.
+    return ahead, open, tl.where(open, tl.minimum(between, 1 << 20), 0)
+
+
+@triton.jit
+def count_tiles(
     packed,
     weight,
     bias,
     mask,
     value,
     survivors,
+    states,
     candidates,
     rows,
     prefix,
     latents,
     k,
     room,
+    budget,
     weight_stride_l,
     weight_stride_d,
     bias_stride,
     D: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    SCREENED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Counts on tiles of BLOCK_P survivors x BLOCK_L latents."""
+    """Counts on tiles of BLOCK_P survivors x BLOCK_L latents.
+
+    SCREENED: only for those that bounds have left undecided, in blocks that have more than `budget` latents between
+    them; the count behind the prefix is then the last of `states`.
+    """
     # The smallest count of up to 32 survivors is taken inside of each warp, of a load of its own: others may see
     # another one and take the other branch. Of more it goes through shared memory, and is one for all.
     tl.static_assert(
@@ -67,6 +87,9 @@ def _count_tiles(
     )
     place = survivors + tl.cast(rows, tl.int64)
     count = place + rows
+    behind = count
+    if SCREENED:
+        behind = states + 2 * tl.cast(rows, tl.int64)
     channel = tl.arange(0, BLOCK_D)
     across = tl.cdiv(candidates, BLOCK_P)
     # Without hoisting, which fills the registers of the sums with what each tile can compute again.
@@ -77,7 +100,12 @@ def _count_tiles(
         listed = slot < candidates
         # Volatile, as other programs add to it. An old value only means work that could have been spared; nothing
         # else may depend on it, as the compiler can repeat the load and get another one.
-        counted = tl.load(count + slot, mask=listed, other=k, volatile=True)
+        counted = tl.load(behind + slot, mask=listed, other=k, volatile=True)
+        ahead = tl.zeros([BLOCK_P], tl.int32)
+        if SCREENED:
+            ahead, listed, pairs = undecided(survivors, states, slot, listed, rows, k)
+            listed = listed & (tl.sum(pairs, axis=0) > budget)
+            counted = tl.where(listed, counted + ahead, k)
         if tl.min(counted, axis=0) < k:
             latent = prefix + tile // across * BLOCK_L + tl.arange(0, BLOCK_L)
             # Past the end of a list its last member is computed on, and dropped by its bias or by `listed`.
@@ -102,7 +130,7 @@ def _count_tiles(
             # By index, not by value: the owner's two computations may round differently.
             above = (h > limit[:, None]) & (latent[None, :] != own[:, None])
             more = tl.sum(above.to(tl.int32), axis=1)
-            before = tl.atomic_add(count + slot, more, mask=listed, sem="relaxed")
+            before = ahead + tl.atomic_add(behind + slot, more, mask=listed, sem="relaxed")
             patch = tl.load(place + slot, mask=listed, other=0)
             tl.store(mask + patch, tl.zeros([BLOCK_P], tl.uint8), mask=listed & (before + more >= k))
 
@@ -142,50 +170,14 @@ def detect_patches_count_kernel(
     """
     candidates = tl.load(total)
     if candidates > FEW_P:
-        _count_tiles(
-            packed,
-            weight,
-            bias,
-            mask,
-            value,
-            survivors,
-            candidates,
-            rows,
-            prefix,
-            latents,
-            k,
-            room,
-            weight_stride_l,
-            weight_stride_d,
-            bias_stride,
-            D,
-            PARTS,
-            PRECISION,
-            MANY_P,
-            MANY_L,
-            BLOCK_D,
+        count_tiles(
+            *(packed, weight, bias, mask, value, survivors, survivors, candidates, rows, prefix, latents, k),
+            *(room, 0, weight_stride_l, weight_stride_d, bias_stride),
+            *(D, PARTS, PRECISION, False, MANY_P, MANY_L, BLOCK_D),
         )
     else:
-        _count_tiles(
-            packed,
-            weight,
-            bias,
-            mask,
-            value,
-            survivors,
-            candidates,
-            rows,
-            prefix,
-            latents,
-            k,
-            room,
-            weight_stride_l,
-            weight_stride_d,
-            bias_stride,
-            D,
-            PARTS,
-            PRECISION,
-            FEW_P,
-            FEW_L,
-            BLOCK_D,
+        count_tiles(
+            *(packed, weight, bias, mask, value, survivors, survivors, candidates, rows, prefix, latents, k),
+            *(room, 0, weight_stride_l, weight_stride_d, bias_stride),
+            *(D, PARTS, PRECISION, False, FEW_P, FEW_L, BLOCK_D),
         )
