@@ -32,7 +32,9 @@ def count_config(x: Tensor, latents: int, capability: tuple[int, int]) -> CountC
     # Others have less shared memory.
     many = Config(128, 256, 64, 8, 3) if capability[0] in (9, 10) else Config(128, 256, 32, 8, 4)
     idle = triton.cdiv(latents, many.block_l) <= _IDLE
-    return CountConfig(many, many._replace(block_p=64, block_l=64 if idle else many.block_l))
+    # Blackwell's larger tile spills where the smaller one is as wide.
+    wide = 128 if capability[0] == 10 else many.block_l
+    return CountConfig(many, many._replace(block_p=64, block_l=64 if idle else wide))
 
 
 @triton.jit
@@ -104,7 +106,8 @@ def count_tiles(
         ahead = tl.zeros([BLOCK_P], tl.int32)
         if SCREENED:
             ahead, listed, pairs = undecided(survivors, states, slot, listed, rows, k)
-            listed = listed & (tl.sum(pairs, axis=0) > budget)
+            # By a whole block of sums, as the interpreter's masks are no single numbers.
+            listed = listed & (tl.sum(pairs, axis=0) + tl.zeros_like(pairs) > budget)
             counted = tl.where(listed, counted + ahead, k)
         if tl.min(counted, axis=0) < k:
             latent = prefix + tile // across * BLOCK_L + tl.arange(0, BLOCK_L)

@@ -11,7 +11,7 @@ from lbdt.kernels._common import Config, precision, programs, set_bits
 from lbdt.kernels._count import CountConfig
 from lbdt.kernels._recheck import detect_patches_recheck_kernel
 
-_CODED_P, _CODED_D = 4, 2048  # survivors and channels that a program codes at a time
+_CODED_P, _CODED_D = 4, 1024  # survivors and channels that a program codes at a time
 _BUDGET = 1.5
 """Latents between the bounds of a block of survivors, in parts of the dictionary, up to which they are taken one by one:
 the bytes of tiles of 128 survivors x 256 latents over all of it, at a row of the dictionary each."""
@@ -50,8 +50,11 @@ class Survivors(NamedTuple):
 
 
 def screen_config(able: tuple[int, int]) -> Config:
-    """Tiles of int8 products: as many bytes and clocks a step as half precision has in twice as many channels."""
-    return Config(128, 256, 128, 8, 3) if able[0] in (9, 10) else Config(128, 256, 64, 8, 4)
+    """Tiles of int8 products: on Hopper as many bytes and clocks a step as half precision has in twice as many channels.
+    Elsewhere the comparison of so many sums spills registers."""
+    if able[0] == 9:
+        return Config(128, 256, 128, 8, 3)
+    return Config(128, 128, 128, 8, 4) if able[0] == 10 else Config(128, 128, 64, 8, 4)
 
 
 @triton.jit(do_not_specialize=["rows", "few"])
@@ -86,31 +89,34 @@ def detect_patches_code_kernel(
             listed = slot < candidates
             row = packed + tl.minimum(slot, candidates - 1).to(tl.int64)[:, None] * (PARTS * room)
             most = tl.zeros([BLOCK_P], tl.float32)
-            length = tl.zeros([BLOCK_P], tl.float32)
-            whole = tl.zeros([BLOCK_P], tl.float32)
-            less = tl.zeros([BLOCK_P], tl.float32)
+            # Summed up across lanes at the end alone: a square fused with the first of these sums would be another
+            # number on every lane.
+            length = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+            whole = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
             for start in range(0, D, BLOCK_D):
                 off, value, minus = _from_centre(row, room, centre, start + channel, D, PARTS)
                 most = tl.maximum(most, tl.max(tl.abs(off), axis=1))
-                length += tl.sum(off * off, axis=1)
-                whole += tl.sum(value * value, axis=1)
-                less += tl.sum(minus * minus, axis=1)
+                length += off * off
+                whole += value * value
+                if PARTS > 1:
+                    whole += minus * minus
             scale = most / 127.0
             unit = tl.where(most > 7.888609052210118e-31, 127.0 / most, 0.0)  # 2^-100
-            rest = tl.zeros([BLOCK_P], tl.float32)
+            rest = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
             for start in range(0, coded_room, BLOCK_D):
                 off, value, minus = _from_centre(row, room, centre, start + channel, D, PARTS)
                 code = off * unit[:, None] + _ROUND - _ROUND
                 # Of what is no number none is kept: it has no bounds.
                 code = tl.where(tl.abs(code) <= 127.0, code, 0.0)
                 left = off - code * scale[:, None]
-                rest += tl.sum(left * left, axis=1)
+                rest += left * left
                 to = codes + slot.to(tl.int64)[:, None] * coded_room + start + channel
                 tl.store(to, code.to(tl.int8), mask=listed[:, None] & (start + channel < coded_room))
-            off_length = tl.sqrt(length) * MORE + TINY
-            whole_length = (tl.sqrt(whole) + tl.sqrt(less)) * MORE + TINY
+            off_length = tl.sqrt(tl.sum(length, axis=1)) * MORE + TINY
+            # Of two parts no less than the sum of their lengths.
+            whole_length = tl.sqrt(tl.sum(whole, axis=1) * PARTS) * MORE + TINY
             slack = ROUNDING * (whole_length + off_length)
-            inner = tl.sqrt(rest) * MORE + TINY + slack
+            inner = tl.sqrt(tl.sum(rest, axis=1)) * MORE + TINY + slack
             bounded = (off_length < _LARGE) & (whole_length < _LARGE)
             tl.store(coded + slot, scale, mask=listed)
             kinds = tl.cast(rows, tl.int64)
@@ -281,6 +287,8 @@ def screen_survivors(
     rows, (latents, channels) = left.value.shape[0], weight.shape
     device, tile = weight.device, screen_config(able)
     many, few = config
+    if able[0] == 10:  # for which the registers of a larger one would not do, beside all else that the last launch has
+        many = many._replace(block_l=128)
     room = triton.cdiv(channels, many.block_d) * many.block_d
     parts = left.packed.shape[1] // room
     coded_room = triton.cdiv(channels, tile.block_d) * tile.block_d
@@ -363,7 +371,7 @@ def screen_survivors(
         FEW_P=few.block_p,
         FEW_L=few.block_l,
         BLOCK_D=many.block_d,
-        BLOCK_C=min(512, triton.next_power_of_2(channels)),
+        BLOCK_C=min(512 // parts, triton.next_power_of_2(channels)),
         num_warps=many.num_warps,
         num_stages=many.num_stages,
     )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from lbdt.int8_screen import Screen
 from tests.kernels.ptx import step_rows
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -73,6 +74,13 @@ def refuted(**about) -> dict:
     others = [latent for latent in range(len(given["bias"])) if latent not in given["latents"]]
     given["bias"][others[: given["k"]]] += 5000.0
     return given
+
+
+def screened(**about) -> dict:
+    """As `detection`, with the int8 screen."""
+    given = detection(**about)
+    centre = given["x"].float().mean((0, 2, 3))
+    return given | Screen.of(given["weight"], given["bias"], centre)._asdict()
 
 
 def gated(concepts: int = 3, over_calls: bool = False, deciding: bool = True, **about) -> dict:
@@ -147,6 +155,7 @@ def uniform(timesteps=(801.0, -3.5, float("nan")), patches=300) -> dict:
 
 
 NEWEST = (90,)
+_MANY = {"batch": 1, "height": 9, "width": 8, "union": 4, "threshold": -99.0}
 _STEP = "tests.kernels.ptx.step_rows"
 CASES = {
     # Gathered by element, as neighbours in x are no neighbours in channels; and copied asynchronously.
@@ -225,6 +234,29 @@ CASES = {
     "many survivors, float32": Case(
         "detect_patches",
         lambda: detection(channels=40, latents=300, union=4, k=40, threshold=-99.0, dtype=FLOAT, seed=25),
+    ),
+    # Of the screen: some survivors are undecided, whose latents between the bounds are counted one by one; few survive;
+    # rows that tie leave so many that tiles are counted.
+    "screened": Case(
+        "detect_patches",
+        lambda: screened(latents=300, k=60, channels=64, seed=27, **_MANY),
+        oldest=True,
+        twice=True,
+    ),
+    "screened, update": Case(
+        "detect_patches",
+        lambda: screened(channels=72, latents=290, k=40, update=True, dtype=BRAIN, seed=28, **_MANY),
+        archs=NEWEST,
+    ),
+    "screened, few": Case(
+        "detect_patches",
+        lambda: screened(batch=1, channels=64, height=9, width=8, latents=290, k=4, seed=29),
+        archs=NEWEST,
+    ),
+    "screened, ties": Case(
+        "detect_patches",
+        lambda: screened(channels=72, latents=300, k=70, spread=0, update=True, seed=31, **_MANY),
+        archs=NEWEST,
     ),
     "every latent watched": Case(
         "detect_patches",
