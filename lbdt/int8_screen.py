@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lbdt import _build
-from lbdt.ops import _dispatch
+from lbdt.ops import _dispatch, _triton
 from lbdt.ops.detect_patches import BOUNDS, CODE_LANES
 
 MOST_CHANNELS = 1 << 16
@@ -83,11 +83,19 @@ class Screen(NamedTuple):
         bias: Tensor,  # [L]
         centre: Tensor,  # [d]
     ) -> Screen | None:
-        """The same where it spares time: on a CPU with the instructions, not of a small dictionary; else None."""
+        """The same where it spares time, and is not of a small dictionary; else None: on a CPU with the instructions, and
+        in half precision on a GPU that Triton serves."""
         fits = weight.dtype in _DTYPES and weight.shape[1] <= MOST_CHANNELS
-        if weight.device.type != "cpu" or not fits or weight.numel() < _LEAST or not instructions():
+        if not fits or weight.numel() < _LEAST or not _serves(weight):
             return None
         return cls.of(weight, bias, centre)
+
+
+def _serves(weight: Tensor) -> bool:
+    """Whether some op of the weight's device counts by a screen."""
+    if weight.device.type == "cpu":
+        return bool(instructions())
+    return weight.device.type == "cuda" and weight.dtype != torch.float32 and _triton.supports(weight) is None
 
 
 @functools.cache

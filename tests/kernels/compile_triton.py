@@ -87,6 +87,17 @@ def detection(batch, channels, side, latents, union, k, dtype, layout, update) -
     }
 
 
+def screened(**about) -> dict:
+    given = detection(**about)
+    latents, channels = given["weight"].shape
+    codes = torch.empty(latents, channels, dtype=torch.int8)
+    return given | {
+        "codes": codes,
+        "bounds": torch.empty(6, latents),
+        "centre": torch.empty(channels),
+    }
+
+
 def gated(concepts: int, **about) -> dict:
     given = detection(**about)
     return given | {
@@ -145,6 +156,7 @@ def step(given: dict, timesteps: torch.dtype, concepts: int = 0, over_calls: boo
         "run_last": torch.empty(64) if over_calls else None,
         "run_count": torch.empty((), **whole) if over_calls else None,
         "whole_calls": True,
+        **dict.fromkeys(("codes", "bounds", "centre")),
         "replace": lambda x, mask, *others: (x, mask),
     }
 
@@ -183,6 +195,12 @@ CASES = {
     ),
     "detect_patches sdxl-1024 update float32": lambda: detection(
         **SDXL, batch=2, union=40, dtype=FLOAT, layout=NCHW, update=True
+    ),
+    "detect_patches screened sd15-b1 NCHW float16": lambda: screened(
+        **SD15, batch=2, union=2, dtype=HALF, layout=NCHW, update=False
+    ),
+    "detect_patches screened sdxl-1024 update bfloat16": lambda: screened(
+        **SDXL, batch=2, union=40, dtype=BRAIN, layout=NCHW, update=True
     ),
     "encode_topk sd15-b8 NCHW float16": lambda: encoding(**SD15, batch=16, dtype=HALF, layout=NCHW),
     "encode_topk sdxl-1024 channels_last bfloat16": lambda: encoding(
