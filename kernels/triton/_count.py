@@ -51,7 +51,7 @@ def undecided(survivors, states, slot, listed, rows, k):
 
 
 @triton.jit
-def count_tiles(
+def _count_tiles(
     packed,
     weight,
     bias,
@@ -64,8 +64,9 @@ def count_tiles(
     prefix,
     latents,
     k,
-    room,
+    unscreened,
     budget,
+    room,
     weight_stride_l,
     weight_stride_d,
     bias_stride,
@@ -79,8 +80,7 @@ def count_tiles(
 ):
     """Counts on tiles of BLOCK_P survivors x BLOCK_L latents.
 
-    SCREENED: only for those that bounds have left undecided, in blocks that have more than `budget` latents between
-    them; the count behind the prefix is then the last of `states`.
+    SCREENED: the count behind the prefix is the last of `states`.
     """
     # The smallest count of up to 32 survivors is taken inside of each warp, of a load of its own: others may see
     # another one and take the other branch. Of more it goes through shared memory, and is one for all.
@@ -105,9 +105,10 @@ def count_tiles(
         counted = tl.load(behind + slot, mask=listed, other=k, volatile=True)
         ahead = tl.zeros([BLOCK_P], tl.int32)
         if SCREENED:
-            ahead, listed, pairs = undecided(survivors, states, slot, listed, rows, k)
-            # By a whole block of sums, as the interpreter's masks are no single numbers.
-            listed = listed & (tl.sum(pairs, axis=0) + tl.zeros_like(pairs) > budget)
+            ahead, open, pairs = undecided(survivors, states, slot, listed, rows, k)
+            # By whole blocks, as the interpreter's masks are no single numbers.
+            every = tl.zeros([BLOCK_P], tl.int32) + candidates <= unscreened
+            listed = listed & (every | (open & (tl.zeros([BLOCK_P], tl.int32) + tl.sum(pairs, axis=0) > budget)))
             counted = tl.where(listed, counted + ahead, k)
         if tl.min(counted, axis=0) < k:
             latent = prefix + tile // across * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -138,7 +139,18 @@ def count_tiles(
             tl.store(mask + patch, tl.zeros([BLOCK_P], tl.uint8), mask=listed & (before + more >= k))
 
 
-@triton.jit(do_not_specialize=["rows", "prefix", "latents", "k"])
+@triton.jit
+def _any_dear(survivors, states, candidates, rows, k, budget, BLOCK_P: tl.constexpr):
+    """1 where some block of survivors has more than `budget` latents between their bounds, else 0."""
+    dear = tl.full((), 0, tl.int32)
+    for first in range(0, candidates, 8 * BLOCK_P):
+        slot = first + tl.arange(0, 8)[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+        _, _, pairs = undecided(survivors, states, slot, slot < candidates, rows, k)
+        dear = tl.maximum(dear, tl.max((tl.sum(pairs, axis=1) > budget).to(tl.int32), axis=0))
+    return dear
+
+
+@triton.jit(do_not_specialize=["rows", "prefix", "latents", "k", "unscreened", "budget"])
 def detect_patches_count_kernel(
     packed,  # [B * N, PARTS * room], by slot
     weight,  # [L, d]
@@ -146,11 +158,14 @@ def detect_patches_count_kernel(
     mask,  # [B, N] uint8, in and out: cleared where a survivor is refuted
     total,  # [1] int32: number of survivors
     value,  # [B * N] float32, by slot
-    survivors,  # [3 + S, B * N] int32, by slot: owner; patch b * N + p; count, in and out
+    survivors,  # [3 + S, B * N] int32, by slot: owner; patch b * N + p; count, in and, but where SCREENED, out
+    states,  # [3, B * N] int32, by slot, where SCREENED: above for certain; between bounds; counted here, zero, out
     rows,
     prefix,
     latents,
     k,
+    unscreened,
+    budget,
     room,
     weight_stride_l,
     weight_stride_d,
@@ -163,6 +178,7 @@ def detect_patches_count_kernel(
     FEW_P: tl.constexpr,
     FEW_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SCREENED: tl.constexpr,
 ):
     """`#{ j != owner : h_j > value }` of each survivor, from the prefix's on, until it reaches k (items 3 and 5 of the
     identity).
@@ -170,17 +186,26 @@ def detect_patches_count_kernel(
     A grid of fixed size walks over the tiles, latents slowest, so that later tiles find the counts of earlier ones and
     are skipped where all their survivors are refuted. Reads the dictionary behind the prefix once per tile of
     survivors, and a survivor's row once per tile of latents, mostly from L2; writes a counter a survivor and tile.
+
+    SCREENED (METHOD.md, 2.7): of more than `unscreened` survivors only those that bounds leave undecided, in blocks with
+    more than `budget` latents between the bounds. What a block takes follows from what earlier launches have written, so
+    all programs agree on it.
     """
     candidates = tl.load(total)
     if candidates > FEW_P:
-        count_tiles(
-            *(packed, weight, bias, mask, value, survivors, survivors, candidates, rows, prefix, latents, k),
-            *(room, 0, weight_stride_l, weight_stride_d, bias_stride),
-            *(D, PARTS, PRECISION, False, MANY_P, MANY_L, BLOCK_D),
-        )
+        wanted = tl.full((), 1, tl.int32)
+        if SCREENED:
+            if candidates > unscreened:
+                wanted = _any_dear(survivors, states, candidates, rows, k, budget, MANY_P)
+        if wanted > 0:
+            _count_tiles(
+                *(packed, weight, bias, mask, value, survivors, states, candidates, rows, prefix, latents, k),
+                *(unscreened, budget, room, weight_stride_l, weight_stride_d, bias_stride),
+                *(D, PARTS, PRECISION, SCREENED, MANY_P, MANY_L, BLOCK_D),
+            )
     else:
-        count_tiles(
-            *(packed, weight, bias, mask, value, survivors, survivors, candidates, rows, prefix, latents, k),
-            *(room, 0, weight_stride_l, weight_stride_d, bias_stride),
+        _count_tiles(
+            *(packed, weight, bias, mask, value, survivors, states, candidates, rows, prefix, latents, k),
+            *(unscreened, budget, room, weight_stride_l, weight_stride_d, bias_stride),
             *(D, PARTS, PRECISION, False, FEW_P, FEW_L, BLOCK_D),
         )

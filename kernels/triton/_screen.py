@@ -8,27 +8,21 @@ import triton.language as tl
 from torch import Tensor
 
 from lbdt.kernels._common import Config, precision, programs, set_bits
-from lbdt.kernels._count import CountConfig
-from lbdt.kernels._recheck import detect_patches_recheck_kernel
+from lbdt.kernels._count import CountConfig, detect_patches_count_kernel
+from lbdt.kernels._pairs import detect_patches_pairs_kernel
 
-_CODED_P, _CODED_D = 4, 1024  # survivors and channels that a program codes at a time
-_BUDGET = 1.5
+LEAST_ROWS = 1024
+"""Rows of a call from which on it may be screened: of fewer few survive, and then three launches are for nothing."""
+_LEAST, _SHARE = 128, 4
+
+
+_CODED_P, _CODED_D = 2, 2048  # survivors and channels, coded at a time
+BUDGET = 0.5
 """Latents between the bounds of a block of survivors, in parts of the dictionary, up to which they are taken one by one:
-the bytes of tiles of 128 survivors x 256 latents over all of it, at a row of the dictionary each."""
+more take longer than tiles of all, by the arithmetic of benchmarks/paper_model.py."""
 _ROUND = tl.constexpr(1.5 * 2.0**23)  # which added to a small number rounds it to the nearest integer
 _FENCED = tl.constexpr(64)  # columns whose halves a barrier parts, or the compiler would load too far ahead
 _LARGE = tl.constexpr(2.0**60)  # from which on products may overflow: there is no bound
-
-
-class Screen(NamedTuple):
-    """`lbdt.int8_screen.Screen`."""
-
-    codes: Tensor
-    """[L, d or a few more] int8."""
-    bounds: Tensor
-    """[6, L] float32."""
-    centre: Tensor
-    """[d] float32."""
 
 
 class Survivors(NamedTuple):
@@ -57,7 +51,7 @@ def screen_config(able: tuple[int, int]) -> Config:
     return Config(128, 128, 128, 8, 4) if able[0] == 10 else Config(128, 128, 64, 8, 4)
 
 
-@triton.jit(do_not_specialize=["rows", "few"])
+@triton.jit(do_not_specialize=["rows", "unscreened"])
 def detect_patches_code_kernel(
     packed,  # [B * N, PARTS * room]
     total,  # [1] int32: number of survivors
@@ -65,7 +59,7 @@ def detect_patches_code_kernel(
     codes,  # [B * N, coded_room] int8, out
     coded,  # [3, B * N] float32, out: the scale of the codes; the length of what they leave out; of all
     rows,
-    few,
+    unscreened,
     room,
     coded_room,
     D: tl.constexpr,
@@ -78,11 +72,11 @@ def detect_patches_code_kernel(
 ):
     """Codes of one byte and a scale for survivors less the centre, and what it takes to bound their products.
 
-    Nothing where `few` or less survive. Reads a survivor's row twice; writes a byte a channel and 12. An update has x
+    Nothing where `unscreened` or less survive. Reads a survivor's row once, a long one twice; writes a byte a channel and 12. An update has x
     and -minus apart, whose products are summed apart: what rounding adds goes by the lengths of both.
     """
     candidates = tl.load(total)
-    if candidates > few:
+    if candidates > unscreened:
         channel = tl.arange(0, BLOCK_D)[None, :]
         for first in range(tl.program_id(0) * BLOCK_P, candidates, tl.num_programs(0) * BLOCK_P):
             slot = first + tl.arange(0, BLOCK_P)
@@ -93,6 +87,8 @@ def detect_patches_code_kernel(
             # number on every lane.
             length = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
             whole = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+            rest = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+            off = length
             for start in range(0, D, BLOCK_D):
                 off, value, minus = _from_centre(row, room, centre, start + channel, D, PARTS)
                 most = tl.maximum(most, tl.max(tl.abs(off), axis=1))
@@ -102,14 +98,14 @@ def detect_patches_code_kernel(
                     whole += minus * minus
             scale = most / 127.0
             unit = tl.where(most > 7.888609052210118e-31, 127.0 / most, 0.0)  # 2^-100
-            rest = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
             for start in range(0, coded_room, BLOCK_D):
-                off, value, minus = _from_centre(row, room, centre, start + channel, D, PARTS)
+                if D > BLOCK_D:
+                    off, value, minus = _from_centre(row, room, centre, start + channel, D, PARTS)
                 code = off * unit[:, None] + _ROUND - _ROUND
                 # Of what is no number none is kept: it has no bounds.
                 code = tl.where(tl.abs(code) <= 127.0, code, 0.0)
-                left = off - code * scale[:, None]
-                rest += left * left
+                missed = off - code * scale[:, None]
+                rest += missed * missed
                 to = codes + slot.to(tl.int64)[:, None] * coded_room + start + channel
                 tl.store(to, code.to(tl.int8), mask=listed[:, None] & (start + channel < coded_room))
             off_length = tl.sqrt(tl.sum(length, axis=1)) * MORE + TINY
@@ -135,7 +131,7 @@ def _from_centre(row, room, centre, channel, D: tl.constexpr, PARTS: tl.constexp
     return value + minus - tl.load(centre + channel, mask=inside, other=0.0), value, minus
 
 
-@triton.jit(do_not_specialize=["rows", "k", "few"])
+@triton.jit(do_not_specialize=["rows", "k", "unscreened"])
 def detect_patches_screen_kernel(
     row_codes,  # [B * N, coded_room] int8, by slot
     coded,  # [3, B * N] float32, by slot
@@ -151,7 +147,7 @@ def detect_patches_screen_kernel(
     prefix,
     latents,
     k,
-    few,
+    unscreened,
     words,
     coded_room,
     CODES: tl.constexpr,
@@ -161,12 +157,12 @@ def detect_patches_screen_kernel(
 ):
     """Of each survivor the latents behind the prefix that exceed its value for certain, and those that may.
 
-    Nothing where `few` or less survive. The walk is that of `detect_patches_count_kernel`. Reads the dictionary's codes
+    Nothing where `unscreened` or less survive. The walk is that of `detect_patches_count_kernel`. Reads the dictionary's codes
     once per tile of survivors, a survivor's once per tile of latents; writes a bit a survivor and latent, and two
     counters a survivor and tile. A survivor that is refuted may keep bits that nobody has written.
     """
     candidates = tl.load(total)
-    if candidates > few:
+    if candidates > unscreened:
         kinds = tl.cast(rows, tl.int64)
         channel = tl.arange(0, BLOCK_D)
         WORDS: tl.constexpr = BLOCK_L // 32
@@ -261,17 +257,23 @@ def _compare(
     return found
 
 
-def fits_screen(x: Tensor, latents: int, prefix: int, config: CountConfig, able: tuple[int, int]) -> bool:
-    """Whether survivors of `x` are screened: in half precision, where more may survive than the smaller tile of `config`
-    has, and the dictionary is no smaller than a tile, which reads whole rows of bounds."""
+def unscreened(rows: int) -> int:
+    """Survivors of so many rows up to which none is screened: a single row of tiles, or so few of all rows that those
+    that bounds leave undecided, which the first launch rarely refutes, are many of them."""
+    return max(_LEAST, rows // _SHARE)
+
+
+def fits_screen(x: Tensor, latents: int, prefix: int, able: tuple[int, int]) -> bool:
+    """Whether survivors of `x` are screened: in half precision, where so many rows are worth it, and the dictionary is
+    no smaller than a tile, which reads whole rows of bounds."""
     rows = x.shape[0] * x.shape[2:].numel()
-    many = rows > config.few.block_p and prefix < latents and latents >= screen_config(able).block_l
-    return many and x.dtype != torch.float32
+    large = rows >= LEAST_ROWS and prefix < latents and latents >= screen_config(able).block_l
+    return large and x.dtype != torch.float32
 
 
 def screen_survivors(
     left: Survivors,
-    screen: Screen,
+    screen: tuple[Tensor, Tensor, Tensor],  # codes, bounds and centre of `detect_patches`
     weight: Tensor,  # [L, d]
     bias: Tensor,  # [L] float32
     prefix: int,
@@ -279,16 +281,14 @@ def screen_survivors(
     config: CountConfig,
     able: tuple[int, int],
 ) -> None:
-    """Clears the mask of those survivors that k other latents exceed, in three launches: codes of their rows, products
-    of codes, and what these leave open, in float32 by the tiles of `config`.
+    """Clears the mask of those survivors that k other latents exceed, in four launches: codes of their rows, products of
+    codes, and what these leave open, in float32: single latents, or by the tiles of `config` all.
 
     Scratch: the codes, and a bit a survivor and latent behind the prefix; 24 bytes a survivor.
     """
     rows, (latents, channels) = left.value.shape[0], weight.shape
-    device, tile = weight.device, screen_config(able)
-    many, few = config
-    if able[0] == 10:  # for which the registers of a larger one would not do, beside all else that the last launch has
-        many = many._replace(block_l=128)
+    device, tile, exact = weight.device, screen_config(able), unscreened(rows)
+    (row_codes, bounds, centre), (many, few) = screen, config
     room = triton.cdiv(channels, many.block_d) * many.block_d
     parts = left.packed.shape[1] // room
     coded_room = triton.cdiv(channels, tile.block_d) * tile.block_d
@@ -299,11 +299,11 @@ def screen_survivors(
     detect_patches_code_kernel[(min(triton.cdiv(rows, _CODED_P), programs(device, 4)),)](
         left.packed,
         left.total,
-        screen.centre,
+        centre,
         codes,
         coded,
         rows,
-        few.block_p,
+        exact,
         room,
         coded_room,
         D=channels,
@@ -314,7 +314,7 @@ def screen_survivors(
         TINY=2.0**-60 * channels**0.5,
         ROUNDING=(parts * channels + 64) * 2.0**-22,
         BLOCK_P=_CODED_P,
-        BLOCK_D=min(_CODED_D, triton.next_power_of_2(channels)),
+        BLOCK_D=min(_CODED_D, triton.next_power_of_2(coded_room)),
         num_warps=4,
         num_stages=1,
     )
@@ -322,8 +322,8 @@ def screen_survivors(
     detect_patches_screen_kernel[(min(tiles, programs(device, 1)),)](
         codes,
         coded,
-        screen.codes,
-        screen.bounds,
+        row_codes,
+        bounds,
         left.mask,
         left.total,
         left.value,
@@ -334,17 +334,20 @@ def screen_survivors(
         prefix,
         latents,
         k,
-        few.block_p,
+        exact,
         words,
         coded_room,
-        CODES=screen.codes.shape[1],
+        CODES=row_codes.shape[1],
         BLOCK_P=tile.block_p,
         BLOCK_L=tile.block_l,
         BLOCK_D=tile.block_d,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    detect_patches_recheck_kernel[(programs(device, 1),)](
+    behind = rows, prefix, latents, k, exact, int(BUDGET * (latents - prefix))
+    # Steps are as wide as registers hold: each waits for what it reads, and on older GPUs two programs hide that.
+    wide = able >= (9, 0)
+    detect_patches_pairs_kernel[(programs(device, 1 if wide else 2),)](
         left.packed,
         weight,
         bias,
@@ -354,13 +357,29 @@ def screen_survivors(
         left.places,
         left.states,
         between,
-        rows,
-        prefix,
-        latents,
-        k,
-        room,
+        *behind,
         words,
-        int(_BUDGET * (latents - prefix)),
+        room,
+        *weight.stride(),
+        *bias.stride(),
+        D=channels,
+        PARTS=parts,
+        BLOCK_P=many.block_p,
+        BLOCK_C=min(256 if wide else 32, triton.next_power_of_2(channels)),
+        num_warps=8,
+        num_stages=1,
+    )
+    detect_patches_count_kernel[(programs(device, 1),)](
+        left.packed,
+        weight,
+        bias,
+        left.mask,
+        left.total,
+        left.value,
+        left.places,
+        left.states,
+        *behind,
+        room,
         *weight.stride(),
         *bias.stride(),
         D=channels,
@@ -371,7 +390,7 @@ def screen_survivors(
         FEW_P=few.block_p,
         FEW_L=few.block_l,
         BLOCK_D=many.block_d,
-        BLOCK_C=min(512 // parts, triton.next_power_of_2(channels)),
+        SCREENED=True,
         num_warps=many.num_warps,
         num_stages=many.num_stages,
     )

@@ -1,4 +1,4 @@
-"""`lbdt::detect_patches` in Triton: two launches, four with an int8 screen, one more with the gate, no host sync, nothing
+"""`lbdt::detect_patches` in Triton: two launches, five with an int8 screen, one more with the gate, no host sync, nothing
 of size N x L but bits of a screen.
 
 Eq.: METHOD.md, 2.2; reference: lbdt/reference/detect_patches.py; arXiv 2606.31699.
@@ -12,7 +12,7 @@ from lbdt.kernels._candidates import candidates_config, detect_patches_candidate
 from lbdt.kernels._common import capability, device_of, grid_strides, precision, programs
 from lbdt.kernels._count import count_config, detect_patches_count_kernel
 from lbdt.kernels._gate import CONCEPTS_A_WORD, gate_patches
-from lbdt.kernels._screen import Screen, Survivors, fits_screen, screen_survivors
+from lbdt.kernels._screen import Survivors, fits_screen, screen_survivors
 
 
 def detect_patches(
@@ -35,8 +35,8 @@ def detect_patches(
     bounds: Tensor | None = None,  # [6, L]
     centre: Tensor | None = None,  # [d]
 ) -> Tensor:  # [B, N]
-    """`lbdt.reference.detect_patches` in two launches, with a screen of half precision in four, with the gate in one
-    more.
+    """`lbdt.reference.detect_patches` in two launches, of many rows in half precision with a screen in five, with the gate
+    in one more.
 
     Scratch from torch's allocator: a copy of x, of an update in half precision two, and 20 to 48 bytes a patch; with
     the gate 1 more, and 4 for each 32 concepts; with a screen a byte a channel and a bit a latent of a patch, and 24.
@@ -65,7 +65,7 @@ def detect_patches(
     # As many programs a block of patches as there are idle multiprocessors, or tiles of latents.
     most = max(1, programs(x.device, 1) // (batch * blocks))
     parts = max(1, min(most, triton.cdiv(prefix, first.block_l)))
-    screened = codes is not None and k > 0 and fits_screen(x, total_latents, prefix, second, able)
+    screened = codes is not None and k > 0 and fits_screen(x, total_latents, prefix, able)
     counters = 1 + batch * blocks
     total = torch.zeros(counters + 3 * rows * screened, dtype=torch.int32, device=x.device)
     value = survivors = packed = total  # of a call without rank test, which has no list
@@ -142,7 +142,7 @@ def detect_patches(
             states = total[counters:].view(3, rows)
             screen_survivors(
                 Survivors(packed, mask_bytes, total, value, survivors, states),
-                Screen(codes, bounds, centre),
+                (codes, bounds, centre),
                 *(weight, bias, prefix, k, second, able),
             )
         elif k > 0 and prefix < total_latents:
@@ -157,10 +157,13 @@ def detect_patches(
                 total,
                 value,
                 survivors,
+                survivors,  # in place of what a screen has found
                 rows,
                 prefix,
                 total_latents,
                 k,
+                0,
+                0,
                 room,
                 *weight.stride(),
                 *bias.stride(),
@@ -172,6 +175,7 @@ def detect_patches(
                 FEW_P=second.few.block_p,
                 FEW_L=second.few.block_l,
                 BLOCK_D=step,
+                SCREENED=False,
                 num_warps=second.many.num_warps,
                 num_stages=second.many.num_stages,
             )

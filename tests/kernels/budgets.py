@@ -30,9 +30,9 @@ class Budget(NamedTuple):
 _B1, _B8 = "detect_patches sd15-b1 channels_last bfloat16", "detect_patches sd15-b8 NCHW float16"
 _FLOAT, _UPDATE = "detect_patches sd15-b1 NCHW float32", "detect_patches sdxl-1024 update bfloat16"
 _GATED, _TOPK = "detect_patches gated over calls bfloat16", "encode_topk sd15-b8 NCHW float16"
-_SCREENED = "detect_patches screened sd15-b1 NCHW float16"
+_SCREENED = "detect_patches screened sd15-b8 NCHW float16"
 _SCREENED_UPDATE = "detect_patches screened sdxl-1024 update bfloat16"
-_CODE, _SCREEN, _RECHECK = (f"detect_patches_{name}_kernel" for name in ("code", "screen", "recheck"))
+_CODE, _SCREEN, _PAIRS = (f"detect_patches_{name}_kernel" for name in ("code", "screen", "pairs"))
 _CANDIDATES, _COUNT = "detect_patches_candidates_kernel", "detect_patches_count_kernel"
 _GATE, _PART, _MERGE = "detect_patches_gate_kernel", "encode_topk_part_kernel", "encode_topk_merge_kernel"
 _RECORD, _UNIFORM, _STEP = "record_patches", "patch_uniform", "erase_step sd15-b1 NCHW float16"
@@ -52,9 +52,11 @@ BUDGETS = {
         Budget(_UPDATE, _COUNT, 231, 1, "HGMMA.64x256x16.F32.BF16", 0, 1, 2),
         Budget(_SCREENED, _CODE, 255, 1, "FFMA", 0, 0, -1),
         Budget(_SCREENED, _SCREEN, 255, 1, "IGMMA.64x128x32.S8.S8", 0, 0, 2),
-        Budget(_SCREENED, _RECHECK, 255, 1, "HGMMA.64x256x16.F32", 0, 1, 2),
+        Budget(_SCREENED, _PAIRS, 255, 1, "FFMA", 0, 0, -1),
+        Budget(_SCREENED, _COUNT, 255, 1, "HGMMA.64x256x16.F32", 0, 1, 2),
         Budget(_SCREENED_UPDATE, _CODE, 255, 1, "FFMA", 0, 0, -1),
-        Budget(_SCREENED_UPDATE, _RECHECK, 255, 1, "HGMMA.64x256x16.F32.BF16", 0, 1, 2),
+        Budget(_SCREENED_UPDATE, _PAIRS, 255, 1, "FFMA", 0, 0, -1),
+        Budget(_SCREENED_UPDATE, _COUNT, 255, 1, "HGMMA.64x256x16.F32.BF16", 0, 1, 2),
         Budget(_GATED, _GATE, 41, 10, "", 24, 0, -1),
         Budget(_TOPK, _PART, 143, 3, "HGMMA.64x32x16.F32", 2, 0, 0),
         Budget(_TOPK, _MERGE, 40, 12, "", 0, 0, -1),
@@ -74,9 +76,11 @@ BUDGETS = {
         Budget(_UPDATE, _COUNT, 234, 1, "HGMMA.64x256x16.F32.BF16", 0, 1, 2),
         Budget(_SCREENED, _CODE, 255, 1, "FFMA", 0, 0, -1),
         Budget(_SCREENED, _SCREEN, 255, 1, "IGMMA.64x128x32.S8.S8", 0, 0, 2),
-        Budget(_SCREENED, _RECHECK, 255, 1, "HGMMA.64x256x16.F32", 0, 1, 2),
+        Budget(_SCREENED, _PAIRS, 255, 1, "FFMA", 0, 0, -1),
+        Budget(_SCREENED, _COUNT, 255, 1, "HGMMA.64x256x16.F32", 0, 1, 2),
         Budget(_SCREENED_UPDATE, _CODE, 255, 1, "FFMA", 0, 0, -1),
-        Budget(_SCREENED_UPDATE, _RECHECK, 255, 1, "HGMMA.64x256x16.F32.BF16", 0, 1, 2),
+        Budget(_SCREENED_UPDATE, _PAIRS, 255, 1, "FFMA", 0, 0, -1),
+        Budget(_SCREENED_UPDATE, _COUNT, 255, 1, "HGMMA.64x256x16.F32.BF16", 0, 1, 2),
         Budget(_GATED, _GATE, 46, 10, "", 24, 0, -1),
         Budget(_TOPK, _PART, 174, 2, "HGMMA.64x32x16.F32", 2, 0, 0),
         Budget(_TOPK, _MERGE, 40, 12, "", 0, 0, -1),

@@ -196,8 +196,8 @@ CASES = {
     "detect_patches sdxl-1024 update float32": lambda: detection(
         **SDXL, batch=2, union=40, dtype=FLOAT, layout=NCHW, update=True
     ),
-    "detect_patches screened sd15-b1 NCHW float16": lambda: screened(
-        **SD15, batch=2, union=2, dtype=HALF, layout=NCHW, update=False
+    "detect_patches screened sd15-b8 NCHW float16": lambda: screened(
+        **SD15, batch=16, union=64, dtype=HALF, layout=NCHW, update=False
     ),
     "detect_patches screened sdxl-1024 update bfloat16": lambda: screened(
         **SDXL, batch=2, union=40, dtype=BRAIN, layout=NCHW, update=True

@@ -38,7 +38,8 @@ class Seen:
 
     def __call__(self, left, screen, weight, bias, prefix, k, *others) -> None:
         self.left, self.k, self.prefix = left, k, prefix
-        self.budget = int(1.5 * (weight.shape[0] - prefix))
+        budget = importlib.import_module("lbdt.kernels._screen").BUDGET
+        self.budget = int(budget * (weight.shape[0] - prefix))
         self.launch(left, screen, weight, bias, prefix, k, *others)
 
     @property
@@ -71,6 +72,8 @@ def seen(monkeypatch) -> Seen:
     monkeypatch.setattr(module, "candidates_config", lambda *_: config(32, 32, 64, 4, 2))
     monkeypatch.setattr(module, "count_config", lambda *_: count(few._replace(block_p=MANY), few))
     monkeypatch.setattr(module, "prefix_rows", lambda *_: PREFIX)
+    monkeypatch.setattr(screening, "LEAST_ROWS", 40)
+    monkeypatch.setattr(screening, "unscreened", lambda rows: FEW)
     monkeypatch.setattr(screening, "screen_config", lambda *_: config(32, 64, 64, 4, 2))
     kept = Seen(module.screen_survivors)
     monkeypatch.setattr(module, "screen_survivors", kept)
@@ -92,14 +95,12 @@ def far(given) -> torch.Tensor:
 
 
 ROWS = [
-    pytest.param({"H": 8, "W": 9, "L": 333, "k": 60}, id="144-patches"),
-    pytest.param({"H": 8, "W": 9, "d": 37, "L": 301, "U": 40, "k": 60}, id="odd-d-and-L"),
-    pytest.param({"B": 1, "H": 1, "W": 17, "L": 90, "U": 9, "k": 30}, id="one-more-than-few"),
-    pytest.param({"B": 3, "H": 10, "W": 10, "d": 16, "L": 200, "U": 5, "k": 50}, id="300-patches"),
-    pytest.param({"B": 4, "H": 5, "W": 7, "d": 130, "L": 257, "U": 1, "k": 25}, id="one-watched"),
-    pytest.param({"d": 1, "L": 128, "k": 40}, id="d-1"),
-    pytest.param({"L": 64, "U": 20, "k": 64}, id="k-all"),
-    pytest.param({"L": 95, "k": 24}, id="k-of-the-prefix"),
+    pytest.param({"H": 5, "W": 9, "d": 37, "L": 301, "U": 40, "k": 60}, id="odd-d-and-L"),
+    pytest.param({"B": 1, "H": 1, "W": 41, "L": 90, "U": 9, "k": 30}, id="one-row"),
+    pytest.param({"B": 3, "H": 10, "W": 10, "d": 16, "L": 140, "U": 5, "k": 50}, id="300-patches"),
+    pytest.param({"B": 4, "H": 5, "W": 7, "d": 130, "L": 190, "U": 1, "k": 25}, id="one-watched"),
+    pytest.param({"H": 5, "W": 5, "d": 1, "L": 100, "k": 40}, id="d-1"),
+    pytest.param({"H": 5, "W": 5, "L": 64, "U": 20, "k": 64}, id="k-all"),
 ]
 
 
@@ -160,11 +161,11 @@ def test_one_block_of_survivors_takes_tiles_and_another_pairs(seen):
     assert found.tiles > 0 and found.pairs > 0 and found.bounds > 0
 
 
-@pytest.mark.parametrize("programs", [1, 2, 3, 7, 64], ids=lambda n: f"{n}-programs")
+@pytest.mark.parametrize("programs", [1, 7, 64], ids=lambda n: f"{n}-programs")
 def test_however_many_programs_share_a_block_each_pair_is_counted_once(programs, seen, monkeypatch):
     screening = importlib.import_module("lbdt.kernels._screen")
     monkeypatch.setattr(screening, "programs", lambda *_: programs)
-    given = arguments(H=8, W=9, L=600, k=120, threshold=-9.0, dtype=torch.float16)
+    given = arguments(H=5, W=7, L=400, k=90, threshold=-9.0, dtype=torch.float16)
     plain, screened = masks(given)
     assert torch.equal(plain, screened) and seen.ways().pairs > 0
     counts = {int(place): int(count) for place, count in zip(*seen.left.places[1:2, : seen.slots], seen.left.states[2])}
@@ -175,11 +176,11 @@ def test_however_many_programs_share_a_block_each_pair_is_counted_once(programs,
 
 
 @pytest.mark.parametrize("update", [False, True], ids=["output", "update"])
-@pytest.mark.parametrize("scale", [1.0, 1e-3, 100.0], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-3], ids=str)
 def test_what_is_certain_is_above_and_what_may_be_is_counted(scale, update, seen):
     """Against float64, of every survivor that bounds leave open or keep."""
     given = arguments(
-        H=8, W=9, L=333, U=20, k=300, d=70, threshold=-INF, dtype=torch.float16, update=update
+        H=5, W=9, L=250, U=20, k=249, d=70, threshold=-INF, dtype=torch.float16, update=update
     )
     given["x"] *= scale
     _, screened = masks(given)
@@ -192,7 +193,7 @@ def test_what_is_certain_is_above_and_what_may_be_is_counted(scale, update, seen
     above = above[:, PREFIX:].sum(1)
     certain, between, _ = seen.left.states
     assert (certain <= above).all() and (above <= certain + between).all()
-    assert between.float().mean() < 0.1 * 333, "bounds that hold, as they tell nothing"
+    assert between.float().mean() < 0.1 * 250, "bounds that hold, as they tell nothing"
 
 
 @pytest.mark.parametrize("value", [float("nan"), INF, -INF, 6e4, 1e-7, 0.0])
@@ -235,7 +236,7 @@ def test_ties_of_a_whole_dictionary(seen):
 
 @pytest.mark.parametrize("layout", ["channels_last", "tokens", *misaligned(torch.zeros(1, 1, 2, 2))])
 def test_maps_of_every_layout(layout, seen):
-    given = arguments(H=8, W=9, L=200, k=50, threshold=-9.0, dtype=torch.float16, update=True)
+    given = arguments(H=5, W=9, L=150, k=40, threshold=-9.0, dtype=torch.float16, update=True)
     expected, _ = masks(given)
     for name in ("x", "minus"):
         forms = {
@@ -260,6 +261,12 @@ def test_with_a_gate_over_a_run_sums_and_counts_stay(seen):
         found.append((mask, gated, so_far))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert found[0][1].any() and seen.slots > FEW
+
+
+def test_from_which_rows_and_survivors_on_there_is_a_screen():
+    screening = importlib.import_module("lbdt.kernels._screen")
+    assert screening.LEAST_ROWS == 1024
+    assert [screening.unscreened(rows) for rows in (1024, 2048, 4096, 4097)] == [256, 512, 1024, 1024]
 
 
 UNSCREENED = [

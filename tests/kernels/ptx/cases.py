@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from lbdt import reference
 from lbdt.int8_screen import Screen
 from tests.kernels.ptx import step_rows
 
@@ -81,6 +82,10 @@ def screened(centre=0.0, **about) -> dict:
     given = detection(**about)
     centre = torch.full_like(given["weight"][0], centre, dtype=FLOAT)
     return given | Screen.of(given["weight"], given["bias"], centre)._asdict()
+
+
+def _detected(arguments: dict) -> torch.Tensor:
+    return reference.detect_patches(**arguments)
 
 
 def gated(concepts: int = 3, over_calls: bool = False, deciding: bool = True, **about) -> dict:
@@ -156,6 +161,7 @@ def uniform(timesteps=(801.0, -3.5, float("nan")), patches=300) -> dict:
 
 NEWEST = (90,)
 _MANY = {"batch": 1, "height": 9, "width": 8, "union": 4, "threshold": -99.0}
+_SCREENED = "tests.kernels.ptx.screened_patches"
 _STEP = "tests.kernels.ptx.step_rows"
 CASES = {
     # Gathered by element, as neighbours in x are no neighbours in channels; and copied asynchronously.
@@ -238,25 +244,29 @@ CASES = {
     # Some survivors are undecided, and their latents between the bounds counted one by one; few survive; so many latents
     # lie between the bounds that tiles of all are counted. These three have the same code.
     "screened": Case(
-        "detect_patches",
+        _SCREENED,
         lambda: screened(latents=300, k=60, channels=64, seed=27, **_MANY),
         oldest=True,
         twice=True,
+        expected=_detected,
     ),
     "screened, update": Case(
-        "detect_patches",
+        _SCREENED,
         lambda: screened(channels=72, latents=290, k=40, update=True, dtype=BRAIN, seed=28, **_MANY),
         archs=NEWEST,
+        expected=_detected,
     ),
     "screened, few": Case(
-        "detect_patches",
+        _SCREENED,
         lambda: screened(batch=1, channels=64, height=9, width=8, latents=290, k=4, seed=29),
         archs=NEWEST,
+        expected=_detected,
     ),
     "screened from afar": Case(
-        "detect_patches",
+        _SCREENED,
         lambda: screened(centre=999.0, channels=64, latents=300, k=60, seed=27, **_MANY),
         archs=NEWEST,
+        expected=_detected,
     ),
     "every latent watched": Case(
         "detect_patches",
