@@ -273,7 +273,8 @@ def code_launch(launch: launches.Launch, length: int, survivors: int, gpu: GPU) 
 def pairs_launch(
     case: Case, launch: launches.Launch, length: int, candidates: float, survivors: int, gpu: GPU
 ) -> float:
-    """Seconds of counting pairs, `length` instructions of a warp for each 64 of them; their survivors' rows stay in L1."""
+    """Seconds of counting pairs, `length` instructions of a warp for each 64 of them; their survivors' rows stay in
+    L1."""
     given = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.kwargs
     rest = case.latents - given["prefix"]
     share, between = open_pairs(case, rest)
@@ -355,7 +356,9 @@ def _times(seconds: list[float]) -> str:
 
 
 def _ratios(counts: list[dict]) -> str:
-    return " / ".join(f"{c['seconds'] / c['floor']:.2f}" if c["floor"] else "-" for c in counts)
+    if not counts[0]["floor"]:
+        return "-"
+    return " / ".join(f"{c['seconds'] / c['floor']:.2f}" for c in counts)
 
 
 def main() -> None:

@@ -83,8 +83,8 @@ class Screen(NamedTuple):
         bias: Tensor,  # [L]
         centre: Tensor,  # [d]
     ) -> Screen | None:
-        """The same where it spares time, and is not of a small dictionary; else None: on a CPU with the instructions, and
-        in half precision on a GPU that Triton serves."""
+        """The same where it spares time, and is not of a small dictionary; else None: on a CPU with the instructions,
+        and in half precision on a GPU that Triton serves."""
         fits = weight.dtype in _DTYPES and weight.shape[1] <= MOST_CHANNELS
         if not fits or weight.numel() < _LEAST or not _serves(weight):
             return None

@@ -39,8 +39,8 @@ def count_config(x: Tensor, latents: int, capability: tuple[int, int]) -> CountC
 
 @triton.jit
 def undecided(survivors, states, slot, listed, rows, k):
-    """Of screened survivors: what the prefix has counted; which of them bounds leave undecided; and of those how many
-    latents lie between the bounds, else 0. The launch that asks for this writes none of it."""
+    """What the prefix has counted for screened survivors, which of them bounds leave undecided, and how many latents
+    lie between the bounds of those, else 0. The launch that asks for this writes none of it."""
     kinds = tl.cast(rows, tl.int64)
     ahead = tl.load(survivors + 2 * kinds + slot, mask=listed, other=0)
     certain = ahead + tl.load(states + slot, mask=listed, other=0)
@@ -108,7 +108,9 @@ def _count_tiles(
             ahead, open, pairs = undecided(survivors, states, slot, listed, rows, k)
             # By whole blocks, as the interpreter's masks are no single numbers.
             every = tl.zeros([BLOCK_P], tl.int32) + candidates <= unscreened
-            listed = listed & (every | (open & (tl.zeros([BLOCK_P], tl.int32) + tl.sum(pairs, axis=0) > budget)))
+            listed = listed & (
+                every | (open & (tl.zeros([BLOCK_P], tl.int32) + tl.sum(pairs, axis=0) > budget))
+            )
             counted = tl.where(listed, counted + ahead, k)
         if tl.min(counted, axis=0) < k:
             latent = prefix + tile // across * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -187,9 +189,9 @@ def detect_patches_count_kernel(
     are skipped where all their survivors are refuted. Reads the dictionary behind the prefix once per tile of
     survivors, and a survivor's row once per tile of latents, mostly from L2; writes a counter a survivor and tile.
 
-    SCREENED (METHOD.md, 2.7): of more than `unscreened` survivors only those that bounds leave undecided, in blocks with
-    more than `budget` latents between the bounds. What a block takes follows from what earlier launches have written, so
-    all programs agree on it.
+    SCREENED (METHOD.md, 2.7): of more than `unscreened` survivors only those that bounds leave undecided, in blocks
+    with more than `budget` latents between the bounds. What a block takes follows from what earlier launches have
+    written, so all programs agree on it.
     """
     candidates = tl.load(total)
     if candidates > FEW_P:

@@ -18,8 +18,8 @@ _LEAST, _SHARE = 128, 4
 
 _CODED_P, _CODED_D = 2, 2048  # survivors and channels, coded at a time
 BUDGET = 0.5
-"""Latents between the bounds of a block of survivors, in parts of the dictionary, up to which they are taken one by one:
-more take longer than tiles of all, by the arithmetic of benchmarks/paper_model.py."""
+"""Latents between the bounds of a block of survivors, in parts of the dictionary, up to which they are taken one by
+one: more take longer than tiles of all, by the arithmetic of benchmarks/paper_model.py."""
 _ROUND = tl.constexpr(1.5 * 2.0**23)  # which added to a small number rounds it to the nearest integer
 _FENCED = tl.constexpr(64)  # columns whose halves a barrier parts, or the compiler would load too far ahead
 _LARGE = tl.constexpr(2.0**60)  # from which on products may overflow: there is no bound
@@ -44,8 +44,8 @@ class Survivors(NamedTuple):
 
 
 def screen_config(able: tuple[int, int]) -> Config:
-    """Tiles of int8 products: on Hopper as many bytes and clocks a step as half precision has in twice as many channels.
-    Elsewhere the comparison of so many sums spills registers."""
+    """Tiles of int8 products: on Hopper as many bytes and clocks a step as half precision has in twice as many
+    channels. Elsewhere the comparison of so many sums spills registers."""
     if able[0] == 9:
         return Config(128, 256, 128, 8, 3)
     return Config(128, 128, 128, 8, 4) if able[0] == 10 else Config(128, 128, 64, 8, 4)
@@ -72,8 +72,9 @@ def detect_patches_code_kernel(
 ):
     """Codes of one byte and a scale for survivors less the centre, and what it takes to bound their products.
 
-    Nothing where `unscreened` or less survive. Reads a survivor's row once, a long one twice; writes a byte a channel and 12. An update has x
-    and -minus apart, whose products are summed apart: what rounding adds goes by the lengths of both.
+    Nothing where `unscreened` or less survive. Reads a survivor's row once, a long one twice; writes a byte a channel
+    and 12. An update has x and -minus apart, whose products are summed apart: what rounding adds goes by the lengths of
+    both.
     """
     candidates = tl.load(total)
     if candidates > unscreened:
@@ -155,11 +156,11 @@ def detect_patches_screen_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Of each survivor the latents behind the prefix that exceed its value for certain, and those that may.
+    """The latents behind the prefix that exceed a survivor's value for certain, and those that may.
 
-    Nothing where `unscreened` or less survive. The walk is that of `detect_patches_count_kernel`. Reads the dictionary's codes
-    once per tile of survivors, a survivor's once per tile of latents; writes a bit a survivor and latent, and two
-    counters a survivor and tile. A survivor that is refuted may keep bits that nobody has written.
+    Nothing where `unscreened` or less survive. The walk is that of `detect_patches_count_kernel`. Reads the
+    dictionary's codes once per tile of survivors, a survivor's once per tile of latents; writes a bit a survivor and
+    latent, and two counters a survivor and tile. A survivor that is refuted may keep bits that nobody has written.
     """
     candidates = tl.load(total)
     if candidates > unscreened:
@@ -168,7 +169,10 @@ def detect_patches_screen_kernel(
         WORDS: tl.constexpr = BLOCK_L // 32
         across = tl.cdiv(candidates, BLOCK_P)
         for tile in tl.range(
-            tl.program_id(0), across * tl.cdiv(latents - prefix, BLOCK_L), tl.num_programs(0), disable_licm=True
+            tl.program_id(0),
+            across * tl.cdiv(latents - prefix, BLOCK_L),
+            tl.num_programs(0),
+            disable_licm=True,
         ):
             slot = tile % across * BLOCK_P + tl.arange(0, BLOCK_P)
             listed = slot < candidates
@@ -227,8 +231,8 @@ def _compare(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Of the COLUMNS of a tile from FROM on, 16 to an int32 [P, L / 16]: in its low half a bit for each latent that may
-    be above, in its high half for those that are for certain.
+    """Bits of a tile's COLUMNS latents from FROM on, 16 to an int32 [P, L / 16]: in the low half of those that may be
+    above, in the high half of those that are for certain.
 
     In halves down to 16, as more latents' bounds would not fit in registers beside the sums.
     """
@@ -281,8 +285,8 @@ def screen_survivors(
     config: CountConfig,
     able: tuple[int, int],
 ) -> None:
-    """Clears the mask of those survivors that k other latents exceed, in four launches: codes of their rows, products of
-    codes, and what these leave open, in float32: single latents, or by the tiles of `config` all.
+    """Clears the mask of those survivors that k other latents exceed, in four launches: codes of their rows, products
+    of codes, and what these leave open, in float32: single latents, or by the tiles of `config` all.
 
     Scratch: the codes, and a bit a survivor and latent behind the prefix; 24 bytes a survivor.
     """

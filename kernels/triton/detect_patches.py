@@ -1,5 +1,5 @@
-"""`lbdt::detect_patches` in Triton: two launches, five with an int8 screen, one more with the gate, no host sync, nothing
-of size N x L but bits of a screen.
+"""`lbdt::detect_patches` in Triton: two launches, five with an int8 screen, one more with the gate, no host sync,
+nothing of size N x L but bits of a screen.
 
 Eq.: METHOD.md, 2.2; reference: lbdt/reference/detect_patches.py; arXiv 2606.31699.
 """
@@ -35,8 +35,8 @@ def detect_patches(
     bounds: Tensor | None = None,  # [6, L]
     centre: Tensor | None = None,  # [d]
 ) -> Tensor:  # [B, N]
-    """`lbdt.reference.detect_patches` in two launches, of many rows in half precision with a screen in five, with the gate
-    in one more.
+    """`lbdt.reference.detect_patches` in two launches, of many rows in half precision with a screen in five, with the
+    gate in one more.
 
     Scratch from torch's allocator: a copy of x, of an update in half precision two, and 20 to 48 bytes a patch; with
     the gate 1 more, and 4 for each 32 concepts; with a screen a byte a channel and a bit a latent of a patch, and 24.

@@ -67,7 +67,9 @@ def resources(ptx: str, arch: int) -> tuple[int, int, bool]:
         file.flush()
         target = re.search(r"^\.target (\w+)", ptx, flags=re.MULTILINE)[1]
         command = [compiler.get_ptxas(arch).path, "-v", *FLAGS, f"--gpu-name={target}", file.name]
-        told = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True, check=True).stderr
+        told = subprocess.run(
+            [*command, "-o", "/dev/null"], capture_output=True, text=True, check=True
+        ).stderr
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", told))
     return int(re.search(r"Used (\d+) registers", told)[1]), spilled, "are serialized" in told
 

@@ -12,6 +12,7 @@ from lbdt.ops import _triton
 from tests.backends import DEVICE, HAS_TRITON
 from tests.layouts import integers, misaligned
 from tests.ops import test_detect_patches as detection
+from tests.ops import test_erase_step as steps
 from tests.test_int8_screen import arguments, normal
 
 pytestmark = [
@@ -45,6 +46,11 @@ class Seen:
     @property
     def slots(self) -> int:
         return int(self.left.total[0])
+
+    def exact(self) -> dict[int, int]:
+        """What was counted exactly, by patch."""
+        places, counts = self.left.places[1, : self.slots], self.left.states[2, : self.slots]
+        return dict(zip(places.tolist(), counts.tolist(), strict=True))
 
     def ways(self) -> Ways | None:
         """None: too few survive to be screened. Asserts that what was to be counted exactly was, and nothing else."""
@@ -105,7 +111,9 @@ ROWS = [
 
 
 KINDS = pytest.mark.parametrize(
-    ("dtype", "update"), [(torch.float16, False), (torch.bfloat16, True)], ids=["half-output", "bfloat16-update"]
+    ("dtype", "update"),
+    [(torch.float16, False), (torch.bfloat16, True)],
+    ids=["half-output", "bfloat16-update"],
 )
 
 
@@ -123,9 +131,7 @@ def test_masks_are_those_without_a_screen(sizes, dtype, update, seen):
 @KINDS
 def test_a_survivor_is_decided_by_bounds_by_pairs_or_by_tiles(dtype, update, seen):
     """Small integers, so that sums are exact, ties are ties, and the reference is the truth."""
-    given = detection.inputs(
-        seed=3, dtype=dtype, B=1, H=8, W=9, L=400, U=3, d=64, k=90, threshold=-1e9
-    )
+    given = detection.inputs(seed=3, dtype=dtype, B=1, H=8, W=9, L=400, U=3, d=64, k=90, threshold=-1e9)
     generator = torch.Generator().manual_seed(9)
     given["x"] = integers(given["x"].shape, generator, dtype)
     if update:
@@ -168,20 +174,17 @@ def test_however_many_programs_share_a_block_each_pair_is_counted_once(programs,
     given = arguments(H=5, W=7, L=400, k=90, threshold=-9.0, dtype=torch.float16)
     plain, screened = masks(given)
     assert torch.equal(plain, screened) and seen.ways().pairs > 0
-    counts = {int(place): int(count) for place, count in zip(*seen.left.places[1:2, : seen.slots], seen.left.states[2])}
-    monkeypatch.setattr(screening, "programs", lambda *_: 1)
+    counts = seen.exact()
+    monkeypatch.setattr(screening, "programs", lambda *_: 2)
     masks(given)
-    again = {int(place): int(count) for place, count in zip(*seen.left.places[1:2, : seen.slots], seen.left.states[2])}
-    assert counts == again
+    assert counts == seen.exact()
 
 
 @pytest.mark.parametrize("update", [False, True], ids=["output", "update"])
 @pytest.mark.parametrize("scale", [1.0, 1e-3], ids=str)
 def test_what_is_certain_is_above_and_what_may_be_is_counted(scale, update, seen):
     """Against float64, of every survivor that bounds leave open or keep."""
-    given = arguments(
-        H=5, W=9, L=250, U=20, k=249, d=70, threshold=-INF, dtype=torch.float16, update=update
-    )
+    given = arguments(H=5, W=9, L=250, U=20, k=249, d=70, threshold=-INF, dtype=torch.float16, update=update)
     given["x"] *= scale
     _, screened = masks(given)
     assert screened.all() and seen.slots == screened.numel()
@@ -251,7 +254,11 @@ def test_maps_of_every_layout(layout, seen):
 
 def test_with_a_gate_over_a_run_sums_and_counts_stay(seen):
     given = arguments(H=8, W=9, U=40, k=100, threshold=1.0, dtype=torch.float16)
-    gate = {"owners": torch.arange(40) % 3, "least": torch.full((2, 3), 300), "deciding": torch.tensor([1, 1])}
+    gate = {
+        "owners": torch.arange(40) % 3,
+        "least": torch.full((2, 3), 300),
+        "deciding": torch.tensor([1, 1]),
+    }
     screen = Screen.of(given["weight"], given["bias"], normal(130, seed=1))._asdict()
     found = []
     for more in ({}, screen):
@@ -261,6 +268,21 @@ def test_with_a_gate_over_a_run_sums_and_counts_stay(seen):
         found.append((mask, gated, so_far))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert found[0][1].any() and seen.slots > FEW
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["plain", "known-latents"])
+def test_a_step_hands_the_screen_on(known, seen):
+    given = steps.inputs(B=4, H=5, W=6, L=90, U=9, k=30, dtype=torch.float16, threshold=-50.0, C_kept=400)
+    if known:
+        given |= {"known_latents": torch.tensor([3, 4]), "known_thresholds": torch.full((3, 2), 5.0)}
+    screen = Screen.of(given["weight"], given["bias"], torch.zeros(12))._asdict()
+    found = []
+    for more in ({}, screen):
+        written = {name: given[name].clone() for name in ("rows", "cells", "written")}
+        out = ops.erase_step(**given | written | more, backend="triton")
+        found.append((out, *written.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert seen.left is not None and not torch.equal(found[0][0], given["x"])
 
 
 def test_from_which_rows_and_survivors_on_there_is_a_screen():

@@ -241,8 +241,8 @@ CASES = {
         "detect_patches",
         lambda: detection(channels=40, latents=300, union=4, k=40, threshold=-99.0, dtype=FLOAT, seed=25),
     ),
-    # Some survivors are undecided, and their latents between the bounds counted one by one; few survive; so many latents
-    # lie between the bounds that tiles of all are counted. These three have the same code.
+    # Some survivors are undecided, and their latents between the bounds counted one by one; few survive; so many
+    # latents lie between the bounds that tiles of all are counted. These three have the same code.
     "screened": Case(
         _SCREENED,
         lambda: screened(latents=300, k=60, channels=64, seed=27, **_MANY),
