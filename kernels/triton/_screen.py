@@ -7,15 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbdt.kernels._common import Config, precision, programs, set_bits
+from lbdt.kernels._common import INTERPRET, Config, precision, programs, set_bits
 from lbdt.kernels._count import CountConfig, detect_patches_count_kernel
 from lbdt.kernels._pairs import detect_patches_pairs_kernel
 
 LEAST_ROWS = 1024
 """Rows of a call from which on it may be screened: of fewer few survive, and then three launches are for nothing."""
 _LEAST, _SHARE = 128, 4
-
-
 _CODED_P, _CODED_D = 2, 2048  # survivors and channels, coded at a time
 BUDGET = 0.5
 """Latents between the bounds of a block of survivors, in parts of the dictionary, up to which they are taken one by
@@ -162,6 +160,7 @@ def detect_patches_screen_kernel(
     dictionary's codes once per tile of survivors, a survivor's once per tile of latents; writes a bit a survivor and
     latent, and two counters a survivor and tile. A survivor that is refuted may keep bits that nobody has written.
     """
+    tl.static_assert(INTERPRET or BLOCK_P > 32, "as of detect_patches_count_kernel")
     candidates = tl.load(total)
     if candidates > unscreened:
         kinds = tl.cast(rows, tl.int64)
@@ -245,6 +244,7 @@ def _compare(
         more = _compare(other, scale, inner, outer, limit, bounds, kinds, FROM + HALF, ROWS, HALF)
         found = tl.reshape(tl.permute(tl.join(found, more), [0, 2, 1]), [ROWS, COLUMNS // 16])
     else:
+        # Behind the last latent these are of others, whose bits nobody keeps: a mask would take registers.
         column = tl.arange(0, 16)
         bounds += FROM
         unit = tl.load(bounds + column)[None, :]

@@ -66,7 +66,8 @@ def detect_patches(
     most = max(1, programs(x.device, 1) // (batch * blocks))
     parts = max(1, min(most, triton.cdiv(prefix, first.block_l)))
     screened = codes is not None and k > 0 and fits_screen(x, total_latents, prefix, able)
-    counters = 1 + batch * blocks
+    # Whole 16 bytes, so that what follows is as aligned as memory of its own.
+    counters = triton.cdiv(1 + batch * blocks, 4) * 4 if screened else 1 + batch * blocks
     total = torch.zeros(counters + 3 * rows * screened, dtype=torch.int32, device=x.device)
     value = survivors = packed = total  # of a call without rank test, which has no list
     if k > 0:

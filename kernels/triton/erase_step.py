@@ -373,8 +373,7 @@ def erase_step(
 ) -> Tensor:  # like x
     """`lbdt.reference.erase_step` in six launches with `replace`, a function with the arguments of
     `lbdt.reference.replace_patches`, of one; one more with the gate, the bank and over a run each, four with known
-    latents, three more for each screened detection. Scratch from torch's allocator, beside `detect_patches`: 10 bytes a
-    patch."""
+    latents, three more for each screened detection. Scratch beyond that of `detect_patches`: 10 bytes a patch."""
     batch, patches = x.shape[0], x.shape[2:].numel()
     run = None if run_sums is None else (run_sums, run_last, run_count)
     gated = None if least is None else torch.empty(batch, dtype=torch.int64, device=x.device)

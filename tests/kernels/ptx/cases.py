@@ -252,7 +252,7 @@ CASES = {
     ),
     "screened, update": Case(
         _SCREENED,
-        lambda: screened(channels=72, latents=290, k=40, update=True, dtype=BRAIN, seed=28, **_MANY),
+        lambda: screened(channels=36, latents=290, k=40, update=True, dtype=BRAIN, seed=32, **_MANY),
         archs=NEWEST,
         expected=_detected,
     ),
