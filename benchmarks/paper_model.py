@@ -1,12 +1,14 @@
 """What detect_patches would take on an H100 by arithmetic: its launches as Triton compiles them for sm_90, nothing run.
 
-`python -m benchmarks.paper_model`: a Markdown table. Needs no GPU. From the machine code come the second launch's
-products, copies and reads of shared memory a step, and the instructions around the loops of both; from the launcher
-grids and tiles; from `GPU` the machine; from results/early-stop.json how many patches are candidates where a concept is
-shown and where it is not, and how many latents it takes to refute one. A step takes as long as the slowest of products,
-L2, shared memory and issue; steps do not overlap with what lies around them, and tiles go in waves. The floor is what
-one product a survivor and latent takes at the peak, or reading the dictionary once. What the launches themselves take,
-clocks that fall, early stops and other work on the device are left out.
+`python -m benchmarks.paper_model`: a Markdown table. Needs no GPU. From the machine code come the products, copies and
+reads of shared memory a step, and the instructions around the loops; from the launcher grids and tiles; from `GPU` the
+machine; from results/early-stop.json how many patches are candidates where a concept is shown and where it is not, and
+how many latents it takes to refute one; from results/screen-bounds.json how many of them the int8 screen leaves
+undecided, and how many latents between their bounds. A step takes as long as the slowest of products, L2, shared memory
+and issue; Triton waits for int8 products before it issues anything else, so of these both are added. Steps do not
+overlap with what lies around them, and tiles go in waves. The floor is what one product a survivor and latent in half
+precision takes at the peak, or reading the dictionary once. What the launches themselves take, clocks that fall, early
+stops and other work on the device are left out.
 """
 
 import argparse
@@ -15,12 +17,14 @@ import re
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
 from tests.kernels import launches, sass
 
 EARLY_STOP = Path(__file__).parent / "results/early-stop.json"
+BOUNDS = Path(__file__).parent / "results/screen-bounds.json"
 FIRED = "by firing counts (the shipped dictionary)"
 FINITE = 79 / 137
 """Share of a union's columns whose threshold is finite at a timestep: 20 concepts, the embedded eraser 'saeuron'."""
@@ -32,7 +36,7 @@ class GPU(NamedTuple):
     multiprocessors: int = 132
     clock: float = 1.75e9
     products: int = 4096
-    """Half-precision operations a clock and multiprocessor, two a multiplication."""
+    """Half-precision operations a clock and multiprocessor, two a multiplication; of int8 there are twice as many."""
     hbm: float = 3.35e12
     l2: float = 5.5e12
     """What all multiprocessors together read; no data sheet has it, so it is an assumption."""
@@ -55,6 +59,8 @@ class Loop(NamedTuple):
     """Bytes that the products read from shared memory."""
     instructions: int
     """Instructions of a warp."""
+    bytewise: bool = False
+    """Whether it multiplies int8."""
 
 
 class Case(NamedTuple):
@@ -93,9 +99,9 @@ CASES = (
 )
 
 
-def record(case: Case, gpu: GPU) -> list[launches.Launch]:
+def record(case: Case, gpu: GPU, screened: bool) -> list[launches.Launch]:
     """The launches of a case as they would be made on `gpu`."""
-    from lbdt.kernels import detect_patches
+    from lbdt.kernels import _screen, detect_patches
 
     x = torch.empty(case.batch, CHANNELS, case.side, case.side, dtype=torch.float16)
     x = x.to(memory_format=torch.channels_last) if case.layout == "channels_last" else x
@@ -111,12 +117,17 @@ def record(case: Case, gpu: GPU) -> list[launches.Launch]:
         "k": case.k,
         "minus": torch.empty_like(x) if case.update else None,
     }
-    programs = detect_patches.programs
-    detect_patches.programs = lambda device, each: gpu.multiprocessors * each
-    try:
+    if screened:
+        given["codes"] = torch.empty(case.latents, CHANNELS, dtype=torch.int8)
+        given["bounds"], given["centre"] = torch.empty(6, case.latents), torch.empty(CHANNELS)
+
+    def programs(device, each):
+        return gpu.multiprocessors * each
+
+    # A screen of however few rows, to see from where on it pays.
+    screen = mock.patch.multiple(_screen, programs=programs, LEAST_ROWS=1)
+    with screen, mock.patch.object(detect_patches, "programs", programs):
         return launches.record("detect_patches", 90, **given)[0]
-    finally:
-        detect_patches.programs = programs
 
 
 def machine_code(launch: launches.Launch) -> tuple[list[Loop], int]:
@@ -131,8 +142,8 @@ def machine_code(launch: launches.Launch) -> tuple[list[Loop], int]:
     around = len(code)
     for begin, end in inner:
         body = [text for at, text in code if begin <= at <= end]
-        widths = [int(n) for text in body for n in re.findall(r"HGMMA\.64x(\d+)x16", text)]
-        if len(widths) != STEP // 16:
+        widths = [int(n) for text in body for n in re.findall(r"[HI]GMMA\.64x(\d+)x(?:16|32)", text)]
+        if len(widths) < STEP // 16:
             continue
         around -= len(body)
         copies = sum("LDGSTS" in text and ".128" in text for text in body)
@@ -142,6 +153,7 @@ def machine_code(launch: launches.Launch) -> tuple[list[Loop], int]:
                 copied=copies * 16 * 32 * warps,
                 read=sum((64 + width) * 32 for width in widths) * warps // 4,
                 instructions=len(body),
+                bytewise=any("IGMMA" in text for text in body),
             )
         )
     return sorted(loops, reverse=True), around
@@ -195,10 +207,28 @@ def first_launch(case: Case, launch: launches.Launch, around: int, candidates: f
     return (clocks * a_multiprocessor + trips * gpu.trip) / gpu.clock
 
 
+def walk(loop: Loop, tiles: int, steps: float, around: float, warps: int, gpu: GPU) -> float:
+    """Seconds of a launch over so many tiles of so many steps, with `around` instructions of a warp about each."""
+    seconds, left = gpu.trip / gpu.clock, tiles
+    while left > 0:
+        active = min(left, gpu.multiprocessors)
+        delivered = gpu.l2 / gpu.clock / active
+        issue = loop.instructions * warps / gpu.issued
+        step = max(
+            loop.products + issue * loop.bytewise,
+            loop.copied / delivered,
+            (loop.copied + loop.read) / gpu.shared,
+            issue,
+        )
+        seconds += (steps * step + 3 * gpu.trip + around * warps / gpu.issued) / gpu.clock
+        left -= active
+    return seconds
+
+
 def second_launch(
     case: Case, launch: launches.Launch, code: tuple[list[Loop], int], survivors: int, gpu: GPU
 ) -> dict:
-    """Seconds, bytes and waves."""
+    """The count without a screen, or with one of a few survivors: seconds, bytes and waves."""
     loops, around = code
     given = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.kwargs
     wide = survivors > given["FEW_P"]
@@ -207,20 +237,8 @@ def second_launch(
     rest, streams = case.latents - given["prefix"], 2 if case.update else 1
     tiles = ceil(survivors / p) * ceil(rest / latents)
     steps = CHANNELS / STEP * streams
-    seconds, left = gpu.trip / gpu.clock, tiles
-    while left > 0:
-        active = min(left, gpu.multiprocessors)
-        delivered = gpu.l2 / gpu.clock / active
-        step = max(
-            loop.products,
-            loop.copied / delivered,
-            (loop.copied + loop.read) / gpu.shared,
-            loop.instructions * launch.kwargs["num_warps"] / gpu.issued,
-        )
-        # What lies around the loops belongs to either tile.
-        ends = 3 * gpu.trip + around / len(loops) * launch.kwargs["num_warps"] / gpu.issued
-        seconds += (steps * step + ends) / gpu.clock
-        left -= active
+    # What lies around the loops belongs to either tile.
+    seconds = walk(loop, tiles, steps, around / len(loops), launch.kwargs["num_warps"], gpu)
     hbm = rest * CHANNELS * 2 if survivors else 0
     products = 2.0 * survivors * rest * CHANNELS
     peak = gpu.products * gpu.multiprocessors * gpu.clock
@@ -228,37 +246,119 @@ def second_launch(
         "seconds": max(seconds, hbm / gpu.hbm),
         "floor": max(products / peak, hbm / gpu.hbm),
         "waves": tiles / gpu.multiprocessors,
-        "gflop": products / 1e9,
         "l2": tiles * steps * loop.copied / 1e6,
         "hbm": hbm / 1e6,
+    }
+
+
+def open_pairs(case: Case, rest: int) -> tuple[float, float]:
+    """The share of candidates that bounds leave undecided, and the latents between the bounds of one, of a dictionary
+    behind the prefix as large as `rest`: in proportion to those of the embedded eraser."""
+    (row,) = (r for r in json.loads(BOUNDS.read_text())["kinds"] if r["kind"] == case.kind)
+    total = next(r["latents"] for r in json.loads(EARLY_STOP.read_text())["kinds"] if r["kind"] == case.kind)
+    found = row["centres"]["b_dec"]
+    return found["undecided"], found["between"] * rest / total
+
+
+def code_launch(launch: launches.Launch, length: int, survivors: int, gpu: GPU) -> float:
+    """Seconds of coding survivors, in `length` instructions of a warp."""
+    given, warps = launch.kwargs, launch.kwargs["num_warps"]
+    programs = ceil(survivors / given["BLOCK_P"])
+    a_program, a_multiprocessor = ceil(programs / launch.grid[0]), ceil(programs / gpu.multiprocessors)
+    issued = length * warps / gpu.issued * a_multiprocessor
+    copied = survivors * CHANNELS * 2 * given["PARTS"] / gpu.l2
+    return (gpu.trip * (1 + 2 * a_program) + issued) / gpu.clock + copied
+
+
+def pairs_launch(
+    case: Case, launch: launches.Launch, length: int, candidates: float, survivors: int, gpu: GPU
+) -> float:
+    """Seconds of counting pairs, `length` instructions of a warp for each 64 of them; their survivors' rows stay in
+    L1."""
+    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.kwargs
+    rest = case.latents - given["prefix"]
+    share, between = open_pairs(case, rest)
+    undecided = min(share * candidates, survivors)
+    blocks = ceil(survivors / given["BLOCK_P"])
+    parts = max(1, launch.grid[0] // blocks)
+    a_program = ceil(blocks * parts / launch.grid[0])
+    # Of a block's undecided survivors 8 at a time, of a part's words 32, of the pairs in these 64.
+    groups = ceil(undecided / blocks / 8) * ceil(ceil(rest / 32) / parts / 32)
+    rounds = groups * max(ceil(undecided * between / blocks / parts / max(groups, 1) / 64), 1)
+    trips = 2 + a_program * (groups + rounds * (3 + ceil(CHANNELS / given["BLOCK_C"])))
+    issued = a_program * rounds * length * launch.kwargs["num_warps"] / gpu.issued
+    issued *= launch.grid[0] / gpu.multiprocessors
+    copied = undecided * between * CHANNELS * 2 / gpu.l2
+    return max((trips * gpu.trip + issued) / gpu.clock, copied)
+
+
+def screened_launches(
+    case: Case,
+    made: list[launches.Launch],
+    codes: list[tuple[list[Loop], int]],
+    candidates: float,
+    survivors: int,
+    gpu: GPU,
+) -> dict:
+    """`second_launch` for the four launches with a screen, of which `codes` are the machine code."""
+    coding, screen, pairs, count = made
+    given = dict(zip(screen.kernel.arg_names, screen.args, strict=False)) | screen.kwargs
+    exact = second_launch(case, count, codes[3], survivors, gpu)
+    if survivors <= given["unscreened"]:
+        return exact | {"seconds": exact["seconds"] + 3 * gpu.trip / gpu.clock}
+    ((loop,), around), warps = codes[1], screen.kwargs["num_warps"]
+    rest = case.latents - given["prefix"]
+    tiles = ceil(survivors / given["BLOCK_P"]) * ceil(rest / given["BLOCK_L"])
+    steps = CHANNELS / given["BLOCK_D"]
+    seconds = max(walk(loop, tiles, steps, around, warps, gpu), rest * CHANNELS / gpu.hbm)
+    seconds += code_launch(coding, codes[0][1], survivors, gpu)
+    seconds += pairs_launch(case, pairs, codes[2][1], candidates, survivors, gpu)
+    # The last launch looks whether there is anything left for it.
+    seconds += 2 * gpu.trip / gpu.clock
+    return exact | {
+        "seconds": seconds,
+        "waves": tiles / gpu.multiprocessors,
+        "l2": tiles * steps * loop.copied / 1e6,
+        "hbm": rest * CHANNELS / 1e6,
     }
 
 
 def lines(cases: tuple[Case, ...], gpus: tuple[GPU, ...]) -> list[str]:
     """A Markdown table; times and ratios for each of the machines."""
     table = [
-        "| case | layout | U | patches | candidates | left | first, us | waves | GFLOP | L2, MB | HBM, MB | count, us "
-        "| floor, us | count / floor |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| case | layout | U | patches | candidates | left | first, us | count, us | screened, us | waves | L2, MB "
+        "| HBM, MB | floor, us | count / floor | screened / floor |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in cases:
-        first, second = record(case, gpus[0])
-        around, code = machine_code(first)[1], machine_code(second)
+        first, second = record(case, gpus[0], screened=False)
+        _, *made = record(case, gpus[0], screened=True)
+        around = machine_code(first)[1]
+        code, codes = machine_code(second), [machine_code(launch) for launch in made]
         prefix = dict(zip(first.kernel.arg_names, first.args, strict=False))["prefix"]
         for name, (candidates, left) in shares(case, prefix).items():
-            survivors = round(left * case.rows)
-            begin = [first_launch(case, first, around, candidates, left, gpu) * 1e6 for gpu in gpus]
+            survivors, some = round(left * case.rows), candidates * case.rows
+            begin = [first_launch(case, first, around, candidates, left, gpu) for gpu in gpus]
             counts = [second_launch(case, second, code, survivors, gpu) for gpu in gpus]
-            count = counts[0]
-            times = " / ".join(f"{c['seconds'] * 1e6:.1f}" for c in counts)
-            ratios = " / ".join(f"{c['seconds'] / c['floor']:.2f}" for c in counts) if survivors else "-"
+            screened = [screened_launches(case, made, codes, some, survivors, gpu) for gpu in gpus]
             table.append(
-                f"| {case.name} | {case.layout} | {case.union} | {name} | {round(candidates * case.rows)} "
-                f"| {survivors} | {' / '.join(f'{seconds:.1f}' for seconds in begin)} | {count['waves']:.2f} "
-                f"| {count['gflop']:.1f} | {count['l2']:.0f} | {count['hbm']:.0f} | {times} "
-                f"| {count['floor'] * 1e6:.1f} | {ratios} |"
+                f"| {case.name} | {case.layout} | {case.union} | {name} | {round(some)} | {survivors} "
+                f"| {_times(begin)} | {_times([c['seconds'] for c in counts])} "
+                f"| {_times([c['seconds'] for c in screened])} | {screened[0]['waves']:.2f} "
+                f"| {screened[0]['l2']:.0f} | {screened[0]['hbm']:.0f} | {counts[0]['floor'] * 1e6:.1f} "
+                f"| {_ratios(counts)} | {_ratios(screened)} |"
             )
     return table
+
+
+def _times(seconds: list[float]) -> str:
+    return " / ".join(f"{each * 1e6:.1f}" for each in seconds)
+
+
+def _ratios(counts: list[dict]) -> str:
+    if not counts[0]["floor"]:
+        return "-"
+    return " / ".join(f"{c['seconds'] / c['floor']:.2f}" for c in counts)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lbdt import _build
-from lbdt.ops import _dispatch
+from lbdt.ops import _dispatch, _triton
 from lbdt.ops.detect_patches import BOUNDS, CODE_LANES
 
 MOST_CHANNELS = 1 << 16
@@ -92,9 +92,17 @@ class Screen(NamedTuple):
 
 
 def useful(weight: Tensor) -> bool:
-    """Whether a screen of a dictionary [L, d] spares time: on a CPU with the instructions, not of a small one."""
+    """Whether a screen of a dictionary [L, d] spares time, which is no small one: on a CPU with the instructions, and in
+    half precision on a GPU that Triton serves."""
     fits = weight.dtype in _DTYPES and weight.shape[1] <= MOST_CHANNELS
-    return weight.device.type == "cpu" and fits and weight.numel() >= _LEAST and bool(instructions())
+    return fits and weight.numel() >= _LEAST and _serves(weight)
+
+
+def _serves(weight: Tensor) -> bool:
+    """Whether some op of the weight's device counts by a screen."""
+    if weight.device.type == "cpu":
+        return bool(instructions())
+    return weight.device.type == "cuda" and weight.dtype != torch.float32 and _triton.supports(weight) is None
 
 
 @functools.cache

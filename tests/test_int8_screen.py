@@ -6,6 +6,7 @@ Whether this machine has the instructions or not, every row runs: without them t
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -13,9 +14,10 @@ import torch
 from hypothesis import given
 
 from benchmarks.screen_bounds import bounds
-from lbdt import ops
+from lbdt import int8_screen, ops
 from lbdt.bench.hardware import allocated_peak
 from lbdt.int8_screen import MOST_CHANNELS, Screen, instructions
+from lbdt.ops import _triton
 from lbdt.ops.detect_patches import CODE_LANES
 from tests.backends import HAS_CPP, internal
 from tests.layouts import integers, misaligned
@@ -283,6 +285,14 @@ def test_a_screen_is_made_where_it_spares_time():
     assert Screen.where_useful(weight[:9], bias[:9], centre) is None
     assert Screen.where_useful(weight.double(), bias, centre) is None
     assert Screen.where_useful(weight.to("meta"), bias.to("meta"), centre.to("meta")) is None
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["served", "not-served"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_on_a_gpu_a_screen_is_made_for_triton_in_half_precision(dtype, served, monkeypatch):
+    monkeypatch.setattr(_triton, "supports", lambda x: None if served else "needs another GPU")
+    weight = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+    assert int8_screen._serves(weight) == (served and dtype != torch.float32)
 
 
 REFUSED = [

@@ -61,6 +61,17 @@ def both(mask, other):
 
 
 @triton.jit
+def set_bits(word):
+    """How many bits of int32 words are set."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word += word >> 8
+    word += word >> 16
+    return word & 0x3F
+
+
+@triton.jit
 def patch_offset(patch, width, stride_h, stride_w, FLAT: tl.constexpr):
     """Elements from an image's origin to `patch`, int64; FLAT: the grid's rows follow each other at `stride_w`."""
     patch = patch.to(tl.int64)

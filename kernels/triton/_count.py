@@ -32,7 +32,22 @@ def count_config(x: Tensor, latents: int, capability: tuple[int, int]) -> CountC
     # Others have less shared memory.
     many = Config(128, 256, 64, 8, 3) if capability[0] in (9, 10) else Config(128, 256, 32, 8, 4)
     idle = triton.cdiv(latents, many.block_l) <= _IDLE
-    return CountConfig(many, many._replace(block_p=64, block_l=64 if idle else many.block_l))
+    # Blackwell's larger tile spills where the smaller one is as wide.
+    wide = 128 if capability[0] == 10 else many.block_l
+    return CountConfig(many, many._replace(block_p=64, block_l=64 if idle else wide))
+
+
+@triton.jit
+def undecided(survivors, states, slot, listed, rows, k):
+    """What the prefix has counted for screened survivors, which of them bounds leave undecided, and how many latents
+    lie between the bounds of those, else 0. The launch that asks for this writes none of it."""
+    kinds = tl.cast(rows, tl.int64)
+    ahead = tl.load(survivors + 2 * kinds + slot, mask=listed, other=0)
+    certain = ahead + tl.load(states + slot, mask=listed, other=0)
+    between = tl.load(states + kinds + slot, mask=listed, other=0)
+    open = listed & (certain < k) & (certain + between >= k)
+    # So few that the sum of a block fits, whatever the dictionary.
+    return ahead, open, tl.where(open, tl.minimum(between, 1 << 20), 0)
 
 
 @triton.jit
@@ -43,11 +58,14 @@ def _count_tiles(
     mask,
     value,
     survivors,
+    states,
     candidates,
     rows,
     prefix,
     latents,
     k,
+    unscreened,
+    budget,
     room,
     weight_stride_l,
     weight_stride_d,
@@ -55,11 +73,15 @@ def _count_tiles(
     D: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    SCREENED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Counts on tiles of BLOCK_P survivors x BLOCK_L latents."""
+    """Counts on tiles of BLOCK_P survivors x BLOCK_L latents.
+
+    SCREENED: the count behind the prefix is the last of `states`.
+    """
     # The smallest count of up to 32 survivors is taken inside of each warp, of a load of its own: others may see
     # another one and take the other branch. Of more it goes through shared memory, and is one for all.
     tl.static_assert(
@@ -67,6 +89,9 @@ def _count_tiles(
     )
     place = survivors + tl.cast(rows, tl.int64)
     count = place + rows
+    behind = count
+    if SCREENED:
+        behind = states + 2 * tl.cast(rows, tl.int64)
     channel = tl.arange(0, BLOCK_D)
     across = tl.cdiv(candidates, BLOCK_P)
     # Without hoisting, which fills the registers of the sums with what each tile can compute again.
@@ -77,7 +102,16 @@ def _count_tiles(
         listed = slot < candidates
         # Volatile, as other programs add to it. An old value only means work that could have been spared; nothing
         # else may depend on it, as the compiler can repeat the load and get another one.
-        counted = tl.load(count + slot, mask=listed, other=k, volatile=True)
+        counted = tl.load(behind + slot, mask=listed, other=k, volatile=True)
+        ahead = tl.zeros([BLOCK_P], tl.int32)
+        if SCREENED:
+            ahead, open, pairs = undecided(survivors, states, slot, listed, rows, k)
+            # By whole blocks, as the interpreter's masks are no single numbers.
+            every = tl.zeros([BLOCK_P], tl.int32) + candidates <= unscreened
+            listed = listed & (
+                every | (open & (tl.zeros([BLOCK_P], tl.int32) + tl.sum(pairs, axis=0) > budget))
+            )
+            counted = tl.where(listed, counted + ahead, k)
         if tl.min(counted, axis=0) < k:
             latent = prefix + tile // across * BLOCK_L + tl.arange(0, BLOCK_L)
             # Past the end of a list its last member is computed on, and dropped by its bias or by `listed`.
@@ -102,12 +136,23 @@ def _count_tiles(
             # By index, not by value: the owner's two computations may round differently.
             above = (h > limit[:, None]) & (latent[None, :] != own[:, None])
             more = tl.sum(above.to(tl.int32), axis=1)
-            before = tl.atomic_add(count + slot, more, mask=listed, sem="relaxed")
+            before = ahead + tl.atomic_add(behind + slot, more, mask=listed, sem="relaxed")
             patch = tl.load(place + slot, mask=listed, other=0)
             tl.store(mask + patch, tl.zeros([BLOCK_P], tl.uint8), mask=listed & (before + more >= k))
 
 
-@triton.jit(do_not_specialize=["rows", "prefix", "latents", "k"])
+@triton.jit
+def _any_dear(survivors, states, candidates, rows, k, budget, BLOCK_P: tl.constexpr):
+    """1 where some block of survivors has more than `budget` latents between their bounds, else 0."""
+    dear = tl.full((), 0, tl.int32)
+    for first in range(0, candidates, 8 * BLOCK_P):
+        slot = first + tl.arange(0, 8)[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+        _, _, pairs = undecided(survivors, states, slot, slot < candidates, rows, k)
+        dear = tl.maximum(dear, tl.max((tl.sum(pairs, axis=1) > budget).to(tl.int32), axis=0))
+    return dear
+
+
+@triton.jit(do_not_specialize=["rows", "prefix", "latents", "k", "unscreened", "budget"])
 def detect_patches_count_kernel(
     packed,  # [B * N, PARTS * room], by slot
     weight,  # [L, d]
@@ -115,11 +160,14 @@ def detect_patches_count_kernel(
     mask,  # [B, N] uint8, in and out: cleared where a survivor is refuted
     total,  # [1] int32: number of survivors
     value,  # [B * N] float32, by slot
-    survivors,  # [3 + S, B * N] int32, by slot: owner; patch b * N + p; count, in and out
+    survivors,  # [3 + S, B * N] int32, by slot: owner; patch b * N + p; count, in and, but where SCREENED, out
+    states,  # [3, B * N] int32, by slot, where SCREENED: above for certain; between bounds; counted here, zero, out
     rows,
     prefix,
     latents,
     k,
+    unscreened,
+    budget,
     room,
     weight_stride_l,
     weight_stride_d,
@@ -132,6 +180,7 @@ def detect_patches_count_kernel(
     FEW_P: tl.constexpr,
     FEW_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SCREENED: tl.constexpr,
 ):
     """`#{ j != owner : h_j > value }` of each survivor, from the prefix's on, until it reaches k (items 3 and 5 of the
     identity).
@@ -139,53 +188,26 @@ def detect_patches_count_kernel(
     A grid of fixed size walks over the tiles, latents slowest, so that later tiles find the counts of earlier ones and
     are skipped where all their survivors are refuted. Reads the dictionary behind the prefix once per tile of
     survivors, and a survivor's row once per tile of latents, mostly from L2; writes a counter a survivor and tile.
+
+    SCREENED (METHOD.md, 2.7): of more than `unscreened` survivors only those that bounds leave undecided, in blocks
+    with more than `budget` latents between the bounds. What a block takes follows from what earlier launches have
+    written, so all programs agree on it.
     """
     candidates = tl.load(total)
     if candidates > FEW_P:
-        _count_tiles(
-            packed,
-            weight,
-            bias,
-            mask,
-            value,
-            survivors,
-            candidates,
-            rows,
-            prefix,
-            latents,
-            k,
-            room,
-            weight_stride_l,
-            weight_stride_d,
-            bias_stride,
-            D,
-            PARTS,
-            PRECISION,
-            MANY_P,
-            MANY_L,
-            BLOCK_D,
-        )
+        wanted = tl.full((), 1, tl.int32)
+        if SCREENED:
+            if candidates > unscreened:
+                wanted = _any_dear(survivors, states, candidates, rows, k, budget, MANY_P)
+        if wanted > 0:
+            _count_tiles(
+                *(packed, weight, bias, mask, value, survivors, states, candidates, rows, prefix, latents, k),
+                *(unscreened, budget, room, weight_stride_l, weight_stride_d, bias_stride),
+                *(D, PARTS, PRECISION, SCREENED, MANY_P, MANY_L, BLOCK_D),
+            )
     else:
         _count_tiles(
-            packed,
-            weight,
-            bias,
-            mask,
-            value,
-            survivors,
-            candidates,
-            rows,
-            prefix,
-            latents,
-            k,
-            room,
-            weight_stride_l,
-            weight_stride_d,
-            bias_stride,
-            D,
-            PARTS,
-            PRECISION,
-            FEW_P,
-            FEW_L,
-            BLOCK_D,
+            *(packed, weight, bias, mask, value, survivors, states, candidates, rows, prefix, latents, k),
+            *(unscreened, budget, room, weight_stride_l, weight_stride_d, bias_stride),
+            *(D, PARTS, PRECISION, False, FEW_P, FEW_L, BLOCK_D),
         )

@@ -1,4 +1,5 @@
-"""`lbdt::detect_patches` in Triton: two launches, three with the gate, no host sync, nothing of size N x L.
+"""`lbdt::detect_patches` in Triton: two launches, five with an int8 screen, one more with the gate, no host sync,
+nothing of size N x L but bits of a screen.
 
 Eq.: METHOD.md, 2.2; reference: lbdt/reference/detect_patches.py; arXiv 2606.31699.
 """
@@ -11,6 +12,7 @@ from lbdt.kernels._candidates import candidates_config, detect_patches_candidate
 from lbdt.kernels._common import capability, device_of, grid_strides, precision, programs
 from lbdt.kernels._count import count_config, detect_patches_count_kernel
 from lbdt.kernels._gate import CONCEPTS_A_WORD, gate_patches
+from lbdt.kernels._screen import Survivors, fits_screen, screen_survivors
 
 
 def detect_patches(
@@ -34,10 +36,11 @@ def detect_patches(
     centre: Tensor | None = None,  # [d]
     order: Tensor | None = None,  # [L]
 ) -> Tensor:  # [B, N]
-    """`lbdt.reference.detect_patches` in two launches, three with the gate.
+    """`lbdt.reference.detect_patches` in two launches, of many rows in half precision with a screen in five, with the
+    gate in one more.
 
     Scratch from torch's allocator: a copy of x, of an update in half precision two, and 20 to 48 bytes a patch; with
-    the gate 1 more, and 4 for each 32 concepts.
+    the gate 1 more, and 4 for each 32 concepts; with a screen a byte a channel and a bit a latent of a patch, and 24.
     """
     batch, channels = x.shape[:2]
     patches = x.shape[2:].numel()
@@ -63,7 +66,10 @@ def detect_patches(
     # As many programs a block of patches as there are idle multiprocessors, or tiles of latents.
     most = max(1, programs(x.device, 1) // (batch * blocks))
     parts = max(1, min(most, triton.cdiv(prefix, first.block_l)))
-    total = torch.zeros(1 + batch * blocks, dtype=torch.int32, device=x.device)
+    screened = codes is not None and k > 0 and fits_screen(x, total_latents, prefix, able)
+    # Whole 16 bytes, so that what follows is as aligned as memory of its own.
+    counters = triton.cdiv(1 + batch * blocks, 4) * 4 if screened else 1 + batch * blocks
+    total = torch.zeros(counters + 3 * rows * screened, dtype=torch.int32, device=x.device)
     value = survivors = packed = total  # of a call without rank test, which has no list
     if k > 0:
         survivors = torch.empty(3 + parts, rows, dtype=torch.int32, device=x.device)
@@ -134,7 +140,14 @@ def detect_patches(
             num_warps=first.num_warps,
             num_stages=first.num_stages,
         )
-        if k > 0 and prefix < total_latents:
+        if screened:
+            states = total[counters:].view(3, rows)
+            screen_survivors(
+                Survivors(packed, mask_bytes, total, value, survivors, states),
+                (codes, bounds, centre),
+                *(weight, bias, prefix, k, second, able),
+            )
+        elif k > 0 and prefix < total_latents:
             tiles = triton.cdiv(rows, second.few.block_p) * triton.cdiv(
                 total_latents - prefix, second.few.block_l
             )
@@ -146,10 +159,13 @@ def detect_patches(
                 total,
                 value,
                 survivors,
+                survivors,  # in place of what a screen has found
                 rows,
                 prefix,
                 total_latents,
                 k,
+                0,
+                0,
                 room,
                 *weight.stride(),
                 *bias.stride(),
@@ -161,6 +177,7 @@ def detect_patches(
                 FEW_P=second.few.block_p,
                 FEW_L=second.few.block_l,
                 BLOCK_D=step,
+                SCREENED=False,
                 num_warps=second.many.num_warps,
                 num_stages=second.many.num_stages,
             )

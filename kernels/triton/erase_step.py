@@ -19,8 +19,7 @@ from lbdt.kernels.detect_patches import detect_patches
 from lbdt.kernels.patch_uniform import uniform
 from lbdt.kernels.record_patches import record_patches
 
-_BLOCK_P, _BLOCK_D = 16, 256
-_BLOCK = 128
+_BLOCK_P, _BLOCK_D, _BLOCK = 16, 256, 128
 
 
 @triton.jit
@@ -367,11 +366,14 @@ def erase_step(
     run_last: Tensor | None,  # [*]
     run_count: Tensor | None,  # []
     whole_calls: bool,
+    codes: Tensor | None,  # of detect_patches, as what follows
+    bounds: Tensor | None,
+    centre: Tensor | None,
     replace: Callable[..., tuple[Tensor, Tensor]],
 ) -> Tensor:  # like x
     """`lbdt.reference.erase_step` in six launches with `replace`, a function with the arguments of
     `lbdt.reference.replace_patches`, of one; one more with the gate, the bank and over a run each, four with known
-    latents. Scratch from torch's allocator, beyond that of `detect_patches`: 10 bytes a patch."""
+    latents, three more for each screened detection. Scratch beyond that of `detect_patches`: 10 bytes a patch."""
     batch, patches = x.shape[0], x.shape[2:].numel()
     run = None if run_sums is None else (run_sums, run_last, run_count)
     gated = None if least is None else torch.empty(batch, dtype=torch.int64, device=x.device)
@@ -384,11 +386,12 @@ def erase_step(
         *(whole_calls, least is not None),
     )
     gate = owners, least, least_of, call.deciding, gated, call.so_far
-    mask = detect_patches(x, weight, bias, latents, thresholds, call.bins, call.on, k, minus, *gate)
+    screen = {"codes": codes, "bounds": bounds, "centre": centre}
+    mask = detect_patches(x, weight, bias, latents, thresholds, call.bins, call.on, k, minus, *gate, **screen)
     avoid = None
     if known_latents is not None:
-        looked = mask.any(1, keepdim=True).expand(-1, known_latents.shape[0])
-        avoid = detect_patches(x, weight, bias, known_latents, known_thresholds, call.bins, looked, k, minus)
+        of = call.bins, mask.any(1, keepdim=True).expand(-1, known_latents.shape[0]), k, minus
+        avoid = detect_patches(x, weight, bias, known_latents, known_thresholds, *of, **screen)
     donors = None if bank is None else bank.index_select(0, call.bins)
     out, replaced = replace(x, mask, call.u, height, width, padding, source, donors, avoid)
     record_patches(mask, replaced, call.now, sizes, rows, cells, written, call.sums, gated)

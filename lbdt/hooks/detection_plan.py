@@ -136,7 +136,7 @@ class DetectionPlan:
         for name in ("bias", "latents", "thresholds", "timesteps", "enabled", "seeds"):
             setattr(self, name, getattr(self, name).to(device))
         exact, order = self._exact_weight, self._order
-        as_they_are = exact.device == device and exact.dtype == dtype
+        as_they_are = exact.device == device and exact.dtype == dtype and device.type == "cpu"
         if order is not None and not (as_they_are and self._centre is not None and useful(exact)):
             exact, order = _in_order(exact, order.to(exact.device), device, dtype), None
         self.weight = exact.to(device, dtype)

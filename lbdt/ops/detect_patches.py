@@ -93,8 +93,8 @@ def detect_patches(
             there were. This call is added. A concept that was found has 2^40. `least` then counts quarters of a patch
             of their mean.
         codes, bounds, centre: int8, float32 and float32, contiguous: the `lbdt.int8_screen.Screen` of weight and bias,
-            or none of them. They change no result: C++ on CPUs with VNNI counts in int8 what that decides. That they
-            are of another dictionary is not noticed.
+            or none of them. They change no result: C++ on CPUs with VNNI, and Triton in half precision, count in int8
+            what that decides. That they are of another dictionary is not noticed.
         order: int64, contiguous, each in [0, L): the row of weight that each latent is, so that a dictionary is used in
             an order without a copy of it; None: its own. All other arguments are by latent. On a CPU only.
         backend: "auto", or one to force (`lbdt.ops.use_backend`).

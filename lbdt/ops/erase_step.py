@@ -15,7 +15,7 @@ from lbdt.ops.replace_patches import replacement
 
 _NAMES = tuple(inspect.signature(reference.erase_step).parameters)
 _DEFAULTS = reference.erase_step.__defaults__  # of those at the end
-_MINUS, _SOURCE, _KNOWN, _SCREEN = map(_NAMES.index, ("minus", "source", "known_latents", "codes"))
+_MINUS, _SOURCE, _KNOWN = map(_NAMES.index, ("minus", "source", "known_latents"))
 _WRITTEN = ("rows", "cells", "written", "run_sums", "run_last", "run_count")
 _STRIDED = ("x", "timesteps", "weight", "minus", "schedule")
 _TIMES = (torch.int64, torch.int32, *_checks.FLOATS)
@@ -372,11 +372,11 @@ def _triton_supports(x, *args, **kwargs) -> str | None:
 
 
 def _launched(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The launcher `run`, handed what it replaces by; it takes no screen."""
+    """The launcher `run`, handed what it replaces by; it takes no order, the last argument."""
 
     def launched(x, *others) -> Tensor:
         replace = replacement(x, x.shape[2:].numel(), others[_KNOWN - 1] is not None)
-        return run(x, *others[: _SCREEN - 1], replace)
+        return run(x, *others[:-1], replace)
 
     return launched
 

@@ -16,10 +16,14 @@ from unittest import mock
 
 import torch
 import triton
-from triton.backends.nvidia.compiler import CUDABackend
+from triton.backends.nvidia import compiler
 
 from tests.kernels import budgets, sass
 from tests.kernels.launches import Launch, compile_launch, record
+
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+FLAGS = ("-lineinfo", *(("--regAllocOptLevel=2",) if VERSION >= (3, 9) else ()))
+"""What `CUDABackend.make_cubin` hands to ptxas: registers and spills depend on it."""
 
 
 def measured(launch: Launch, arch: int, name: str) -> dict:
@@ -50,7 +54,7 @@ def without_machine_code():
     """Triton stops at PTX, and keeps that where no launch will look."""
     with (
         triton.knobs.cache.scope(),
-        mock.patch.object(CUDABackend, "make_cubin", lambda *args, **kwargs: b""),
+        mock.patch.object(compiler.CUDABackend, "make_cubin", lambda *args, **kwargs: b""),
     ):
         triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir) / "without-machine-code")
         yield
@@ -58,14 +62,14 @@ def without_machine_code():
 
 def resources(ptx: str, arch: int) -> tuple[int, int, bool]:
     """Registers a thread, bytes spilled, and whether products wait for each other, in ptxas' own words."""
-    # Triton ships two: each knows other targets.
-    tool = sass.TOOLS / ("ptxas-blackwell" if arch >= 90 else "ptxas")
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         target = re.search(r"^\.target (\w+)", ptx, flags=re.MULTILINE)[1]
-        command = [tool, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [compiler.get_ptxas(arch).path, "-v", *FLAGS, f"--gpu-name={target}", file.name]
+        told = subprocess.run(
+            [*command, "-o", "/dev/null"], capture_output=True, text=True, check=True
+        ).stderr
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", told))
     return int(re.search(r"Used (\d+) registers", told)[1]), spilled, "are serialized" in told
 
@@ -82,6 +86,17 @@ def detection(batch, channels, side, latents, union, k, dtype, layout, update) -
         "enabled": torch.empty(batch, union, dtype=torch.bool),
         "k": k,
         "minus": torch.empty_like(x) if update else None,
+    }
+
+
+def screened(**about) -> dict:
+    given = detection(**about)
+    latents, channels = given["weight"].shape
+    codes = torch.empty(latents, channels, dtype=torch.int8)
+    return given | {
+        "codes": codes,
+        "bounds": torch.empty(6, latents),
+        "centre": torch.empty(channels),
     }
 
 
@@ -143,6 +158,7 @@ def step(given: dict, timesteps: torch.dtype, concepts: int = 0, over_calls: boo
         "run_last": torch.empty(64) if over_calls else None,
         "run_count": torch.empty((), **whole) if over_calls else None,
         "whole_calls": True,
+        **dict.fromkeys(("codes", "bounds", "centre")),
         "replace": lambda x, mask, *others: (x, mask),
     }
 
@@ -181,6 +197,12 @@ CASES = {
     ),
     "detect_patches sdxl-1024 update float32": lambda: detection(
         **SDXL, batch=2, union=40, dtype=FLOAT, layout=NCHW, update=True
+    ),
+    "detect_patches screened sd15-b8 NCHW float16": lambda: screened(
+        **SD15, batch=16, union=64, dtype=HALF, layout=NCHW, update=False
+    ),
+    "detect_patches screened sdxl-1024 update bfloat16": lambda: screened(
+        **SDXL, batch=2, union=40, dtype=BRAIN, layout=NCHW, update=True
     ),
     "encode_topk sd15-b8 NCHW float16": lambda: encoding(**SD15, batch=16, dtype=HALF, layout=NCHW),
     "encode_topk sdxl-1024 channels_last bfloat16": lambda: encoding(

@@ -44,6 +44,20 @@ def test_the_page_shows_what_is_printed(tmp_path_factory):
 def test_more_from_l2_takes_less_time_and_none_less_than_the_floor(tmp_path_factory):
     head, _, *rows = table(triton_process.cache(tmp_path_factory), "--cases", "1", "--l2", "2", "5.5", "1000")
     for row in (dict(zip(head, cells, strict=True)) for cells in rows):
-        times = [float(each) for each in row["count, us"].split(" / ")]
-        assert times == sorted(times, reverse=True) and times[-1] >= float(row["floor, us"])
-        assert (row["left"] == "0") == (row["count / floor"] == "-")
+        for name in ("count", "screened"):
+            times = [float(each) for each in row[f"{name}, us"].split(" / ")]
+            assert times == sorted(times, reverse=True)
+            assert times[-1] >= float(row["floor, us"]) / (2 if name == "screened" else 1)
+            assert (row["left"] == "0") == (row[f"{name} / floor"] == "-")
+
+
+def test_a_screen_pays_where_every_patch_survives_and_costs_three_launches_where_few_do(tmp_path_factory):
+    head, _, *rows = table(triton_process.cache(tmp_path_factory), "--cases", "1", "--l2", "5.5")
+    times = {}
+    for cells in rows:
+        row = dict(zip(head, cells, strict=True))
+        times[row["patches"]] = float(row["count, us"]), float(row["screened, us"])
+    assert times["100 %"][1] < times["100 %"][0]
+    for share in ("0 %", "absent", "present"):
+        count, screened = times[share]
+        assert 0 < screened - count < 1.5

@@ -15,6 +15,7 @@ CASES = (
     *(("half", 90), ("half, update, channels last", 90), ("gated over calls", 80)),
     # The other tiles of the same kernels.
     *(("many survivors", 90), ("many survivors, update", 90), ("many survivors", 80)),
+    *(("screened", 90), ("screened from afar", 90), ("screened, few", 90)),
     ("tensor maps", 90),
 )
 COUNT = 60

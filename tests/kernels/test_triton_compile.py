@@ -18,7 +18,9 @@ SHARED = {
     100: 227,
 }  # KiB a program may have (CUDA C++ programming guide, table of capabilities)
 PRODUCTS = ("detect_patches_candidates_kernel", "detect_patches_count_kernel", "encode_topk_part_kernel")
+SCREEN = "detect_patches_screen_kernel"  # of half precision alone
 KERNELS = {
+    *(SCREEN, "detect_patches_code_kernel", "detect_patches_pairs_kernel"),
     *(*PRODUCTS, "detect_patches_gate_kernel"),
     *("encode_topk_merge_kernel", "patch_uniform_kernel", "record_patches_kernel"),
     *("erase_step_rows_kernel", "erase_step_keep_kernel"),
@@ -86,15 +88,17 @@ def test_half_precision_uses_the_tensor_cores(compiled):
         # Exact float32 takes no tensor core: TF32 is asked for, never assumed.
         single = [r for r in results[name] if "float32" in r["case"]]
         assert single and all(r["wgmma"] + r["mma"] == 0 for r in single), name
+    assert all(r["wgmma"] + r["mma"] > 0 for r in results[SCREEN])
     if arch == 90:
         assert all(
             r["wgmma"] > 0 for r in results["detect_patches_count_kernel"] if "float32" not in r["case"]
         )
+        assert all(r["wgmma"] > 0 for r in results[SCREEN])
 
 
 def test_the_dictionary_is_read_ahead_of_its_use(compiled):
     _, results = compiled
-    for name in PRODUCTS:
+    for name in (*PRODUCTS, SCREEN):
         assert all(r["cp_async"] > 0 for r in results[name]), name
 
 

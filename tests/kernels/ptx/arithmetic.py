@@ -46,7 +46,7 @@ def _in_floats(instruction: Instruction, program: Program, function) -> Run:
     return _map(instruction, program, packed)
 
 
-@builds("add", "sub", "mul", "min", "max", "neg", "abs", "div", "rem")
+@builds("add", "sub", "mul", "min", "max", "neg", "abs", "div", "rem", "sqrt")
 def _arithmetic(instruction: Instruction, program: Program) -> Run:
     if instruction.name == "mul" and not instruction.type.startswith(("f", "bf")):
         return _product(instruction, program)
@@ -64,6 +64,7 @@ def _arithmetic(instruction: Instruction, program: Program) -> Run:
         "max": np.maximum if nan or not floating else np.fmax,
         "div": np.divide if floating else _quotient,
         "rem": _remainder,
+        "sqrt": np.sqrt,
     }[instruction.name]
     return _in_floats(instruction, program, function)
 

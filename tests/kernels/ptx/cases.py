@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from lbdt import reference
+from lbdt.int8_screen import Screen
 from tests.kernels.ptx import step_rows
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -73,6 +75,17 @@ def refuted(**about) -> dict:
     others = [latent for latent in range(len(given["bias"])) if latent not in given["latents"]]
     given["bias"][others[: given["k"]]] += 5000.0
     return given
+
+
+def screened(centre=0.0, **about) -> dict:
+    """As `detection`, with the int8 screen around a `centre`: far from patches its bounds decide nothing."""
+    given = detection(**about)
+    centre = torch.full_like(given["weight"][0], centre, dtype=FLOAT)
+    return given | Screen.of(given["weight"], given["bias"], centre)._asdict()
+
+
+def _detected(arguments: dict) -> torch.Tensor:
+    return reference.detect_patches(**arguments)
 
 
 def gated(concepts: int = 3, over_calls: bool = False, deciding: bool = True, **about) -> dict:
@@ -147,6 +160,8 @@ def uniform(timesteps=(801.0, -3.5, float("nan")), patches=300) -> dict:
 
 
 NEWEST = (90,)
+_MANY = {"batch": 1, "height": 9, "width": 8, "union": 4, "threshold": -99.0}
+_SCREENED = "tests.kernels.ptx.screened_patches"
 _STEP = "tests.kernels.ptx.step_rows"
 CASES = {
     # Gathered by element, as neighbours in x are no neighbours in channels; and copied asynchronously.
@@ -225,6 +240,33 @@ CASES = {
     "many survivors, float32": Case(
         "detect_patches",
         lambda: detection(channels=40, latents=300, union=4, k=40, threshold=-99.0, dtype=FLOAT, seed=25),
+    ),
+    # Some survivors are undecided, and their latents between the bounds counted one by one; few survive; so many
+    # latents lie between the bounds that tiles of all are counted. These three have the same code.
+    "screened": Case(
+        _SCREENED,
+        lambda: screened(latents=300, k=60, channels=64, seed=27, **_MANY),
+        oldest=True,
+        twice=True,
+        expected=_detected,
+    ),
+    "screened, update": Case(
+        _SCREENED,
+        lambda: screened(channels=36, latents=290, k=40, update=True, dtype=BRAIN, seed=32, **_MANY),
+        archs=NEWEST,
+        expected=_detected,
+    ),
+    "screened, few": Case(
+        _SCREENED,
+        lambda: screened(batch=1, channels=64, height=9, width=8, latents=290, k=4, seed=29),
+        archs=NEWEST,
+        expected=_detected,
+    ),
+    "screened from afar": Case(
+        _SCREENED,
+        lambda: screened(centre=999.0, channels=64, latents=300, k=60, seed=27, **_MANY),
+        archs=NEWEST,
+        expected=_detected,
     ),
     "every latent watched": Case(
         "detect_patches",

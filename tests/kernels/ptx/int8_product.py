@@ -1,4 +1,4 @@
-"""A product of int8 matrices in Triton: for the runner's own tests, as no op's kernel has any."""
+"""A product of int8 matrices in Triton: for the runner's own tests, every sum of which is compared."""
 
 import torch
 import triton

@@ -161,6 +161,7 @@ class Judge:
 MUTATED = (
     *("half", "half, channels last", "float32, channels last", "half, update", "half, update, channels last"),
     *("many survivors", "many survivors, update", "many survivors, float32"),
+    *("screened", "screened, few", "screened from afar"),
     *("ragged", "gated", "gated over calls", "topk", "record"),
     *("int8", "tensor maps"),
 )
