@@ -92,8 +92,8 @@ class Screen(NamedTuple):
 
 
 def useful(weight: Tensor) -> bool:
-    """Whether a screen of a dictionary [L, d] spares time, which is no small one: on a CPU with the instructions, and in
-    half precision on a GPU that Triton serves."""
+    """Whether a screen of a dictionary [L, d] spares time and the dictionary is no small one: on a CPU with the
+    instructions, and in half precision on a GPU that Triton serves."""
     fits = weight.dtype in _DTYPES and weight.shape[1] <= MOST_CHANNELS
     return fits and weight.numel() >= _LEAST and _serves(weight)
 
