@@ -19,6 +19,7 @@ import torch
 
 from lbdt import _build, ops
 from lbdt.donors import SOURCES
+from lbdt.int8_screen import Screen
 from lbdt.testing import DTYPES, assert_close, layouts
 
 BATCH, WIDTH, HEIGHT, GRID_WIDTH, LATENTS, K = 3, 40, 5, 7, 130, 4
@@ -89,6 +90,35 @@ def detect_patches(device: torch.device, g: torch.Generator) -> int:
         for backend in backends("detect_patches", *there):
             found = ops.detect_patches(*there, backend=backend)
             assert torch.equal(found.cpu(), expected), (backend, dtype, k, update)
+            calls += 1
+    return calls
+
+
+def screened_patches(device: torch.device, g: torch.Generator) -> int:
+    """`detect_patches` with an int8 screen, of so many patches that survive that Triton makes use of it; from the last
+    centre bounds tell nothing, and all is counted exactly."""
+    calls = 0
+    latents, side = 700, 28
+    for dtype, update, far in itertools.product(DTYPES[:3], (False, True), (0.0, 1e4)):
+        x, minus = (torch.randint(-3, 4, (2, WIDTH, side, side), generator=g).to(dtype) for _ in range(2))
+        weight, bias = torch.randint(-1, 2, (latents, WIDTH), generator=g).to(dtype), torch.zeros(latents)
+        arguments = (
+            x,
+            weight,
+            bias,
+            torch.tensor([1, 300, latents - 1]),
+            torch.full((1, 3), -99.0),
+            torch.tensor([0, 0]),
+            torch.ones(2, 3, dtype=torch.bool),
+            150,
+            minus if update else None,
+        )
+        expected, there = ops.detect_patches(*arguments, backend="reference"), put(device, *arguments)
+        assert expected.any() and not expected.all()
+        screen = Screen.of(there[1], there[2], torch.full((WIDTH,), far, device=device))._asdict()
+        for backend in backends("detect_patches", *there):
+            found = ops.detect_patches(*there, **screen, backend=backend)
+            assert torch.equal(found.cpu(), expected), (backend, dtype, update, far)
             calls += 1
     return calls
 
@@ -205,6 +235,7 @@ _WATCHED = (
 _OPS = {
     "replace_patches": replace_patches,
     "detect_patches": detect_patches,
+    "screened_patches": screened_patches,
     "encode_topk": encode_topk,
     "patch_uniform": patch_uniform,
     "record_patches": record_patches,

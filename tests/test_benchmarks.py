@@ -319,9 +319,10 @@ _EMPTY = {
 
 
 def test_the_sanitizer_script_runs_every_op_here(capsys):
-    assert sanitize.main(["--device", "cpu", "--op", "patch_uniform", "--op", "replace_patches"]) == 0
+    names = ["patch_uniform", "replace_patches", "screened_patches"]
+    assert sanitize.main(["--device", "cpu", *(word for name in names for word in ("--op", name))]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["patch_uniform", "replace_patches"]
+    assert [line.split(":")[0] for line in lines] == names
 
 
 def test_the_gpu_script_is_shell():

@@ -90,7 +90,7 @@ class CallWatch:
         """Refuses a call in which the hooks would not run, or could not know rows or timesteps."""
         self.last = None
         self._check_modules(call.pipe)
-        self.plan.check_encoder()  # for compiled denoisers, too
+        self.plan.check_encoder(bits=True)  # for compiled denoisers, too
         _check_scheduler(getattr(call.pipe, "scheduler", None), self.plan.options.steps is not None)
         if call.size is not None:
             if call.size.frames > 1:

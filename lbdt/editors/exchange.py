@@ -72,9 +72,10 @@ class Stands(OrderedDict):
         return vars(denoiser).setdefault("_lbdt_stands", cls())
 
     def found(self, key: tuple) -> CompiledStand | None:
-        """The stand of a key, if it is free."""
+        """The stand of a key, if it is free and its encoder is as it was."""
         stand = self.get(key)
-        return stand if stand is not None and stand.is_free else None
+        usable = stand is not None and stand.is_free and not stand.plan.was_written(bits=True)
+        return stand if usable else None
 
     def keep(self, key: tuple, stand: CompiledStand) -> None:
         """Keeps a stand, in place of the oldest one if they are many."""
@@ -114,6 +115,7 @@ class Exchange:
     def __call__(self, concepts: Any, seed: Any, enabled: Any) -> bool:
         """Returns whether pictures are treated from now on."""
         plan = self._plan
+        plan.check_encoder()
         sets = (
             self._sets
             if concepts is None

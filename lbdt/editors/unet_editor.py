@@ -134,6 +134,9 @@ class UnetEditor(EditorFiles, Editor):
                 timesteps.
             UnprotectedError: at the pipeline's call, see `on_failure`; whatever that is, where the UNet was exchanged
                 or its block's forward overwritten since.
+            RuntimeError: at the pipeline's call, by `set`, and in a denoiser that is called by itself and not compiled:
+                the SAE's encoder was written to since, and is used where it lies. On a CPU with an int8 screen it is,
+                so that an attachment takes no copy of it.
         """
         self._check()
         denoiser = lookup.find_denoiser(pipe)

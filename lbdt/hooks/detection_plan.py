@@ -17,6 +17,12 @@ from lbdt.int8_screen import Screen, useful
 MOST_PADDING = 65_535
 """The largest padding in patches: no map that a recorder takes has a longer side."""
 _CHUNK = 2048  # rows of a dictionary that are brought into its order at a time
+SCREENED_BY = (*Screen._fields, "order")
+"""The arguments of the ops that do not change what is detected, in their place."""
+_WRITTEN = (
+    "the SAE's encoder was written to since the editor was attached, whose latents and thresholds are those of before; "
+    "remove the handle, and attach again"
+)
 ROWS = ("all", "cond")
 TARGETS = ("output", "update")
 
@@ -114,14 +120,17 @@ class DetectionPlan:
         not. `order`: the row of `weight` that each latent is; None: its own."""
         self.options, self.gate, self.pre = options, gate, pre
         self._centre, self._order = centre, order
-        self.screen: dict[str, Tensor] = {}
-        """The arguments of the ops by which products are screened; empty: they are not. With `order`, where `weight` is
-        the SAE's own rows."""
-        self._version: int | None = None
+        self.screen: tuple[Tensor | None, ...] = (None,) * len(SCREENED_BY)
+        """The arguments SCREENED_BY of the ops. None: products are not screened. The last one is there only where
+        `weight` is the SAE's own rows."""
         self.captured = False
         """Whether a CUDA graph reads these tensors."""
+        if weight.is_inference():  # of which torch does not count the writes
+            with torch.inference_mode(False):
+                weight = weight.clone()
         # As given, since a cast to the dtype of one call's activations would be rounded for the next one's.
-        self._exact_weight = weight
+        self._exact_weight, self._version = weight, weight._version
+        self._sum: int | None = None
         self.weight, self.bias, self.latents = weight, bias, latents
         self.thresholds, self.timesteps = thresholds, timesteps
         self.enabled, self.seeds = enabled, seeds
@@ -133,19 +142,21 @@ class DetectionPlan:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves the tensors; `dtype` is that of the activations, which the encoder rows take."""
+        if self.was_written():
+            raise RuntimeError(_WRITTEN)
         for name in ("bias", "latents", "thresholds", "timesteps", "enabled", "seeds"):
             setattr(self, name, getattr(self, name).to(device))
         exact, order = self._exact_weight, self._order
-        as_they_are = exact.device == device and exact.dtype == dtype and device.type == "cpu"
-        if order is not None and not (as_they_are and self._centre is not None and useful(exact)):
+        as_they_are = (exact.device, exact.dtype) == (device, dtype) and device.type == "cpu"
+        as_they_are = as_they_are and exact.stride(1) == 1 and self._centre is not None and useful(exact)
+        if order is not None and not as_they_are:
             exact, order = _in_order(exact, order.to(exact.device), device, dtype), None
         self.weight = exact.to(device, dtype)
-        self._version = None if order is None or exact.is_inference() else exact._version
+        self._sum = None if order is None else _sum_of_bits(exact)
+        screen = None
         if self._centre is not None:
             screen = Screen.where_useful(self.weight, self.bias, self._centre.to(device), order)
-            self.screen = {} if screen is None else screen._asdict()
-        if order is not None:
-            self.screen["order"] = order
+        self.screen = *((None,) * len(Screen._fields) if screen is None else screen), order
         if self.pre is not None:
             self.pre.to(device, dtype)
         if self.gate is not None:
@@ -169,12 +180,16 @@ class DetectionPlan:
         gates = [None if plan.gate is None else plan.gate.least.shape for plan in (self, other)]
         return self.latents.shape == other.latents.shape and gates[0] == gates[1]
 
-    def check_encoder(self) -> None:
-        """RuntimeError where the SAE's rows, which are used where they lie, were written to since then."""
-        if self._version is not None and self._exact_weight._version != self._version:
-            raise RuntimeError(
-                "the SAE's encoder was written to while its eraser is attached; remove the handle, and attach again"
-            )
+    def check_encoder(self, bits: bool = False) -> None:
+        """RuntimeError where the SAE's rows are used where they lie, and `was_written`."""
+        if self._sum is not None and self.was_written(bits):
+            raise RuntimeError(_WRITTEN)
+
+    def was_written(self, bits: bool = False) -> bool:
+        """Whether the SAE's rows were written to since they were given. `bits`: where they are used where they lie,
+        they are looked at, too, for writes that torch does not count, as those to `.data`."""
+        written = self._exact_weight._version != self._version
+        return written or (bits and self._sum is not None and _sum_of_bits(self._exact_weight) != self._sum)
 
     def check_call(self, now: Now, ran: tuple[int, int] | None) -> None:
         """ValueError where the lists of sets and seeds, `rows` or the steps do not fit this call or cannot be told in
@@ -245,11 +260,15 @@ class DetectionPlan:
             self.options.k,
             minus,
             **gate,
-            **self.screen,
+            **self.screened_by(),
         )
         if so_far is not None:
             now.memory.keep(so_far, images)
         return mask
+
+    def screened_by(self) -> dict[str, Tensor | None]:
+        """The arguments of `detect_patches` by which products are screened."""
+        return dict(zip(SCREENED_BY, self.screen, strict=True))
 
     def looked(self, x: Tensor, minus: Tensor | None, now: Now) -> tuple[Tensor, Tensor | None]:
         """What the encoder rows are multiplied with, as `x` and `minus` of the ops: these, or with a pre-encoder its
@@ -321,6 +340,16 @@ class EditPlan(DetectionPlan):
         `given` like x: the block's input, for an SAE of its update.
         """
         raise NotImplementedError
+
+
+def _sum_of_bits(rows: Tensor) -> int:
+    """A number of [L, d] on a CPU, with d side by side; the same in whatever order the bits are added up."""
+    size = rows.element_size()
+    apart = size * rows.shape[1], size * rows.stride(0), size * rows.storage_offset()
+    # Many times as fast as narrower numbers, which are copied to be widened.
+    fits = all(step % 8 == 0 for step in apart)
+    kind = torch.int64 if fits else {2: torch.int16, 4: torch.int32}[size]
+    return int(rows.view(kind).sum())
 
 
 def _in_order(rows: Tensor, order: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -107,7 +107,7 @@ class ErasePlan(DetectionPlan):
             sum(1 << place for place in prompted) if prompted else -1,
             *((None, 0, 0) if options.steps is None else (now.schedule.to(x.device), *options.steps)),
             *run,
-            *self.screen.values(),
+            *self.screen,
         )
 
     def detect(self, x: Tensor, minus: Tensor | None, now: Now) -> Tensor:
@@ -127,7 +127,7 @@ class ErasePlan(DetectionPlan):
                 enabled,
                 self.options.k,
                 minus,
-                **self.screen,
+                **self.screened_by(),
             )
         now.looked = None
         return mask

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from lbdt import int8_screen
+from lbdt import Steering, int8_screen
 from lbdt.int8_screen import Screen, instructions
 from tests import toy
 from tests.backends import DEVICE, HAS_CPP
 from tests.repeats import repeats
 
 pytestmark = [
-    pytest.mark.skipif(DEVICE.type != "cpu", reason="screens are of the CPU"),
+    pytest.mark.skipif(DEVICE.type != "cpu", reason="counts what is made and read on a CPU"),
     pytest.mark.skipif(not HAS_CPP, reason="no C++ compiler"),
 ]
 
@@ -121,29 +121,77 @@ def test_the_encoder_is_read_where_it_lies(tmp_path, screened):
         with eraser.attach(pipe, ["Cats"]):
             plan = plan_of(pipe)
             assert (plan.weight.data_ptr() == sae_of(eraser).data_ptr()) is on
-            assert ("order" in plan.screen) is on
+            assert (plan.screen[-1] is not None) is on
             pipe.to(torch.bfloat16)
             toy.images(pipe, seed=1)
-            assert plan.weight.dtype == torch.bfloat16 and "order" not in plan.screen
+            assert plan.weight.dtype == torch.bfloat16 and plan.screen[-1] is None
             pipe.to(torch.float32)
             toy.images(pipe, seed=1)
             assert (plan.weight.data_ptr() == sae_of(eraser).data_ptr()) is on
 
 
+def write(eraser):
+    with torch.no_grad():
+        sae_of(eraser).mul_(2)
+
+
+def write_uncounted(eraser):
+    sae_of(eraser).data.mul_(2)
+
+
+@pytest.mark.parametrize("written", [write, write_uncounted])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_an_encoder_that_is_written_to_meanwhile_is_refused(tmp_path, screened, compiled):
+def test_an_encoder_that_is_written_to_meanwhile_is_refused(tmp_path, screened, compiled, written):
     pipe, eraser = toy.pipeline(tmp_path), toy.eraser()
     screened(True)
     if compiled:
         pipe.unet = torch.compile(pipe.unet, backend="aot_eager")
-    with eraser.attach(pipe, ["Cats"]):
+    with eraser.attach(pipe, ["Cats"]) as handle:
         toy.images(pipe, seed=1)
-        with torch.no_grad():
-            sae_of(eraser).mul_(2)
+        written(eraser)
         with pytest.raises(RuntimeError, match="written to .* attach again"):
             toy.images(pipe, seed=1)
+        if written is write:
+            with pytest.raises(RuntimeError, match="written to .* attach again"):
+                handle.set(concepts=["Dogs"])
     with eraser.attach(pipe, ["Cats"], seed=3):
         toy.images(pipe, seed=1)
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["screened", "copied"])
+@pytest.mark.parametrize("made", [toy.eraser, lambda: Steering.from_eraser(toy.eraser(), strength=-2.0)])
+def test_after_a_write_no_other_dtype_is_made_of_it(tmp_path, screened, on, made):
+    """The latents and thresholds of an attachment are those of the encoder as it was."""
+    pipe, editor = toy.pipeline(tmp_path), made()
+    screened(on)
+    with editor.attach(pipe, ["Cats"], seed=3):
+        first = toy.images(pipe, seed=1)
+        pipe.to(torch.bfloat16)
+        toy.images(pipe, seed=1)
+        write(editor)
+        toy.images(pipe, seed=1)  # of its own copy
+        pipe.to(torch.float32)
+        with pytest.raises(RuntimeError, match="written to .* attach again"):
+            toy.images(pipe, seed=1)
+    assert first.isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["inference", "transposed"])
+def test_an_encoder_that_cannot_be_read_where_it_lies_is_copied(tmp_path, screened, form):
+    pipe, eraser = toy.pipeline(tmp_path), toy.eraser()
+    screened(True)
+    with eraser.attach(pipe, ["Cats"], seed=3):
+        expected = toy.images(pipe, seed=1)
+    with torch.inference_mode(form == "inference"):
+        weight = sae_of(eraser).detach().clone()
+    weight = weight if form == "inference" else weight.t().contiguous().t()
+    eraser.sae.encoder.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with eraser.attach(pipe, ["Cats"], seed=3):
+        assert plan_of(pipe).weight.data_ptr() != sae_of(eraser).data_ptr()
+        with torch.inference_mode():
+            sae_of(eraser).mul_(-1)
+        if form == "inference":
+            assert torch.equal(toy.images(pipe, seed=1), expected)
 
 
 def test_an_sae_that_moves_meanwhile_leaves_the_eraser_what_it_has(tmp_path, screened):

@@ -17,7 +17,7 @@ from tests.test_int8_screen import arguments, normal
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"),
-    pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU the ops' own tests run the compiled kernels"),
+    pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU benchmarks.sanitize runs the compiled kernels"),
 ]
 INF = float("inf")
 PREFIX, FEW, MANY = 24, 16, 32
@@ -155,6 +155,15 @@ def test_a_survivor_is_decided_by_bounds_by_pairs_or_by_tiles(dtype, update, see
     plain, screened = masks(given)
     assert torch.equal(screened, ops.detect_patches(**given, backend="reference")) and seen.ways() is None
     assert torch.equal(plain, screened)
+
+
+@KINDS
+def test_rows_that_are_coded_in_several_parts(dtype, update, seen, monkeypatch):
+    """As those of Flux are, of 3,072 channels."""
+    monkeypatch.setattr(importlib.import_module("lbdt.kernels._screen"), "_CODED_D", 32)
+    given = arguments(dtype=dtype, update=update, threshold=-9.0, H=5, W=9, L=301, U=20, k=60, d=67)
+    plain, screened = masks(given)
+    assert torch.equal(plain, screened) and seen.ways().bounds > seen.slots / 2
 
 
 def test_one_block_of_survivors_takes_tiles_and_another_pairs(seen):
