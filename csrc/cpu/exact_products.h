@@ -90,7 +90,6 @@ class ExactProducts {
     float start[kChains];
     int64_t found = 0, left = 0;
     for (int64_t j = 0; j < count; ++j) {
-      if (j + 1 < count) fetch(latents[j + 1]);
       float* room = room_.get() + left * map_.width;
       const float* w = dictionary_rows<T>(call_.weight, call_.order, latents[j], 1, room).data;
       const float bias = call_.bias[latents[j]], h = bias + quick_product(w, x, map_.width);

@@ -306,7 +306,7 @@ class ScreenedRank {
     for (int64_t l = next_with(bits, 0, size, own); l < size && one.certain < call_.k;
          l = next_with(bits, l + 1, size, own)) {
       some[found++] = part.start + l;
-      if (found == 1) exact.fetch(part.start + l);
+      exact.fetch(part.start + l);
       if (found == kChains) count_found();
     }
     if (found > 0 && one.certain < call_.k) count_found();
