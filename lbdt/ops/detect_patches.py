@@ -280,9 +280,9 @@ def _cpp(
 
 
 def _triton_supports(
-    x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None, *others, order=None
+    x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None, *others, **named
 ) -> str | None:
-    order = others[_ORDER] if len(others) > _ORDER else order
+    order = others[_ORDER] if len(others) > _ORDER else named.get("order")
     return _triton.supports_product(x, weight, minus) or _triton.supports(x) or _triton.supports_order(order)
 
 

@@ -6,11 +6,13 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from lbdt.activations import Prompt, Site
 from lbdt.activations.collecting import collect
@@ -36,6 +38,8 @@ def child(work) -> int:
 
 def main(root: Path) -> None:
     torch.set_num_threads(1)
+    # tqdm's own lock is shared with forks: one that is killed while it has it would leave all others waiting.
+    tqdm.set_lock(threading.RLock())
     prompts = [Prompt("a cat", "Cats", seed=i) for i in range(24)]
     pipe = toy.pipeline(root / "tokenizer")
     source = Generated(pipe, prompts, [Site(toy.HOOKPOINT)], steps=3, guidance=4.0, prompts_per_shard=2)
