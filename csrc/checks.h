@@ -112,11 +112,14 @@ inline std::array<Span, 3> check_encoder(
 }
 
 // int64 values on the CPU that serve as positions.
-inline void check_within(const char* name, const torch::stable::Tensor& t, int64_t count) {
-  const int64_t* values = static_cast<const int64_t*>(t.const_data_ptr());
-  for (int64_t i = 0, size = t.numel(); i < size; ++i)
+inline void check_within(const char* name, const int64_t* values, int64_t size, int64_t count) {
+  for (int64_t i = 0; i < size; ++i)
     STD_TORCH_CHECK(
         0 <= values[i] && values[i] < count, name, ": expected values in [0, ", count, "), got ", values[i]);
+}
+
+inline void check_within(const char* name, const torch::stable::Tensor& t, int64_t count) {
+  check_within(name, static_cast<const int64_t*>(t.const_data_ptr()), t.numel(), count);
 }
 
 // What an op writes shares no memory with its other arguments.

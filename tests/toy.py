@@ -134,6 +134,12 @@ def images(pipe, prompts=("cat", "dog"), steps: int = 3, seed: int = 0, guidance
     ).images
 
 
+def plan_of(pipe):
+    """The plan of the editor on HOOKPOINT."""
+    hooks = pipe.unet.up_blocks[0].attentions[0]._diffusers_hook.hooks.values()
+    return next(hook.plan for hook in hooks if hasattr(hook, "plan"))
+
+
 def traces(pipe) -> list[str]:
     """Everything that an attachment puts on a pipeline."""
     denoiser = unwrap(pipe.unet if hasattr(pipe, "unet") else pipe.transformer)

@@ -27,6 +27,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -59,7 +60,8 @@ class Detection {
       if (call_.mask[p]) alive.push_back(p);
     }
     if (call_.k > 0 && !alive.empty()) {
-      if (call_.order) lbdt::check_order(call_.order, call_.weight.size(0), call_.weight.size(0));
+      const int64_t latents = call_.weight.size(0);
+      if (call_.order) lbdt::check_within("order", call_.order, latents, latents);
       if (call_.screened()) {
         lbdt::ScreenedRank<T>::run(call_, x_, largest_, alive);
       } else {
@@ -143,7 +145,9 @@ void detect_patches_cpp(
     less = lbdt::check_memory("minus", *minus, x);
   }
   const std::optional<lbdt::Screen> screen = lbdt::read_screen(codes, bounds, centre, x, weight.size(0));
-  const lbdt::Span ordered = order ? lbdt::check_order(*order, x, weight.size(0)) : lbdt::Span{};
+  const auto [codes_at, bounds_at, centre_at] = screen ? screen->spans : std::array<lbdt::Span, 3>{};
+  const lbdt::Span ordered =
+      order ? lbdt::check("order", *order, x, ScalarType::Long, {weight.size(0)}) : lbdt::Span{};
   std::optional<Gate> gate;
   lbdt::Span owned, needed, decided, taken, sums;
   if (least) {
@@ -156,11 +160,8 @@ void detect_patches_cpp(
         "so_far", sums, {map, rows, start, watched, floors, times, on, less, own, owned, needed, decided});
   }
   lbdt::check_apart("mask", own, {map, rows, start, watched, floors, times, on, less, owned, needed, decided});
-  if (screen)
-    for (const auto& [name, written] : {std::pair{"mask", own}, std::pair{"gated", taken}, std::pair{"so_far", sums}})
-      lbdt::check_apart(name, written, {screen->spans[0], screen->spans[1], screen->spans[2]});
   for (const auto& [name, written] : {std::pair{"mask", own}, std::pair{"gated", taken}, std::pair{"so_far", sums}})
-    lbdt::check_apart(name, written, {ordered});
+    lbdt::check_apart(name, written, {codes_at, bounds_at, centre_at, ordered});
   if (mask.numel() == 0) {
     const auto* bin = static_cast<const int64_t*>(timestep_bin.const_data_ptr());
     if (gate) gate->close(static_cast<bool*>(mask.mutable_data_ptr()), nullptr, bin, batch, lbdt::patches(x));

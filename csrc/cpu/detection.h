@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include "../checks.h"
 #include "gate.h"
 #include "screen.h"
 
@@ -15,7 +14,8 @@ namespace lbdt {
 
 struct DetectCall {
   const torch::stable::Tensor& weight;  // [L, d] dtype of x, any strides
-  const int64_t* order;                 // [L], in [0, L): the row of weight that each latent is; null: its own
+  // [L], the row of weight that each latent is; null: its own. That they are rows is looked at where they are read.
+  const int64_t* order;
   const float* bias;                    // [L]
   const int64_t* latents;               // [U], in [0, L)
   const float* thresholds;              // [T, U]
@@ -30,17 +30,6 @@ struct DetectCall {
   // Whether products are bounded in int8 first.
   bool screened() const { return screen && screen->width <= kMostScreened && screen_kernels() != nullptr; }
 };
-
-// The places of dictionary rows for x; `latents` of them. That they are rows is looked at where they are read.
-inline Span check_order(const torch::stable::Tensor& order, const torch::stable::Tensor& x, int64_t latents) {
-  return check("order", order, x, torch::headeronly::ScalarType::Long, {latents});
-}
-
-inline void check_order(const int64_t* order, int64_t count, int64_t rows) {
-  for (int64_t i = 0; i < count; ++i)
-    STD_TORCH_CHECK(
-        0 <= order[i] && order[i] < rows, "order: expected values in [0, ", rows, "), got ", order[i]);
-}
 
 // Fills what is out of `call`, for x [B, d, H, W] or [B, d, N] in float32, float16 or bfloat16, and `minus` like it.
 void detect(

@@ -185,7 +185,7 @@ Tensor erase_step_cpp(
 
   const std::optional<lbdt::Screen> screen = lbdt::read_screen(codes, bounds, centre, x, weight.size(0));
   if (screen) read.insert(read.end(), screen->spans.begin(), screen->spans.end());
-  if (order) read.push_back(lbdt::check_order(*order, x, weight.size(0)));
+  if (order) reads("order", *order, ScalarType::Long, {weight.size(0)});
   const int64_t* ordered = order ? data<int64_t>(*order) : nullptr;
 
   std::vector<Span> writes;

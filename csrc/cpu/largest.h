@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "../checks.h"
 #include "comparisons.h"
 #include "detection.h"
 #include "feature_map.h"
@@ -96,7 +97,7 @@ class FindLargest {
     for (int64_t a = 0; a < own.size(); ++a) {
       const int64_t latent = call_.latents[own.place[a]];
       float* to = own.weight.get() + a * width;
-      if (call_.order) check_order(call_.order + latent, 1, call_.weight.size(0));
+      if (call_.order) check_within("order", call_.order + latent, 1, call_.weight.size(0));
       const Rows row = dictionary_rows<T>(call_.weight, call_.order, latent, 1, to);
       if (row.data != to) std::copy_n(row.data, width, to);
       own.bias.push_back(call_.bias[latent]);

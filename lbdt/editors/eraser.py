@@ -138,7 +138,7 @@ class ConceptEraser(UnetEditor):
         self,
         columns: LatentColumns,
         options: DetectionOptions,
-        *tensors: Tensor,
+        *tensors: Tensor | None,
         like: ErasePlan | None = None,
     ) -> ErasePlan:
         known = None if like is None else like.known
@@ -155,7 +155,6 @@ class ConceptEraser(UnetEditor):
             known=known,
             pre=self._pre_encoder(like),
             centre=self._centre() if like is None else None,
-            order=self._order() if like is None else None,
         )
 
     def _centre(self) -> Tensor:

@@ -25,13 +25,12 @@ class SteerPlan(EditPlan):
     def __init__(
         self,
         options: DetectionOptions,
-        *tensors: Tensor,  # of DetectionPlan, in its order
+        *tensors: Tensor | None,  # of DetectionPlan, in its order
         factors: Tensor,  # [T, U] float32, 0 where a latent is not selected in a bin
         directions: Tensor,  # [U, d] float32
         pre: PreEncoder | None = None,
-        order: Tensor | None = None,  # [L] int64
     ) -> None:
-        super().__init__(options, *tensors, pre=pre, order=order)
+        super().__init__(options, *tensors, pre=pre)
         self.factors, self.directions = factors, directions
         self.rivals = _rivals(self.latents, factors)
 

@@ -266,13 +266,13 @@ class Steering(Strengthened, UnetEditor):
         self,
         columns: LatentColumns,
         options: DetectionOptions,
-        *tensors: Tensor,
+        *tensors: Tensor | None,
         like: SteerPlan | None = None,
     ) -> SteerPlan:
         sae = self.sae
         device = sae.W_dec.device
         directions = sae.W_dec.detach().float()[columns.latents.to(device)]
-        factors, order = self._factors(columns), self._order() if like is None else None
+        factors = self._factors(columns)
         if self.rule == "saeuron":
             return LatentPlan(
                 options,
@@ -282,7 +282,6 @@ class Steering(Strengthened, UnetEditor):
                 sigmoid=sae.config.activation == "topk_sigmoid",
                 decoder=self._decoder() if self.error == "released" else None,
                 pre=self._pre_encoder(like),
-                order=order,
             )
         by_norm = self.rule == "gsae"
         return VectorPlan(
@@ -293,7 +292,6 @@ class Steering(Strengthened, UnetEditor):
             by_norm=by_norm,
             only_detected=self.where == "detected",
             pre=self._pre_encoder(like),
-            order=order,
         )
 
     def _factors(self, columns: LatentColumns) -> Tensor:

@@ -293,7 +293,8 @@ class UnetEditor(EditorFiles, Editor):
             padded.enabled,
             torch.tensor(seeds, dtype=torch.int64),
         )
-        return self._plan(padded, plan.options, plan.weight, plan.bias, *tensors, like=plan), columns.owners
+        encoder = plan.weight, None, plan.bias
+        return self._plan(padded, plan.options, *encoder, *tensors, like=plan), columns.owners
 
     def _blocks(self, denoiser: lookup.Denoiser) -> list[nn.Module]:
         """The modules that are hooked; the first one's output is changed."""
@@ -314,20 +315,17 @@ class UnetEditor(EditorFiles, Editor):
 
     def _tensors(self, columns: LatentColumns, seeds: list[int]) -> tuple[Tensor, ...]:
         """The tensors of a `DetectionPlan`; all but the encoder's rows in the dictionary's `firing_order`."""
-        order = self._order()
+        # Frequent latents first, so that a count of those above a value ends early. Ids elsewhere stay the SAE's own.
+        order = self.dictionary.firing_order().to(self.sae.encoder.weight.device)
         return (
             self.sae.encoder.weight.detach(),
+            order,
             self.sae.folded_bias()[order],
             *self._detected(columns, order),
             self.dictionary.timesteps.float(),
             columns.enabled,
             torch.tensor(seeds, dtype=torch.int64),
         )
-
-    def _order(self) -> Tensor:
-        """The latents in a plan's order: frequent ones first, so that a count of those above a value ends early. Ids
-        elsewhere stay the SAE's own."""
-        return self.dictionary.firing_order().to(self.sae.encoder.weight.device)
 
     def _pre_encoder(self, like: DetectionPlan | None) -> PreEncoder | None:
         """What the SAE has before its encoder, shared with the plan `like`; None: nothing."""
@@ -348,7 +346,7 @@ class UnetEditor(EditorFiles, Editor):
         self,
         columns: LatentColumns,
         options: DetectionOptions,
-        *tensors: Tensor,
+        *tensors: Tensor | None,
         like: DetectionPlan | None = None,
     ) -> DetectionPlan:
         """The plan of what is computed in a UNet call; `tensors` are those of `_tensors`. `like`: a plan of this

@@ -105,6 +105,7 @@ class DetectionPlan:
         self,
         options: DetectionOptions,
         weight: Tensor,  # [L, d], the SAE's own
+        order: Tensor | None,  # [L] int64, the row of `weight` that each latent is; None: its own
         bias: Tensor,  # [L] float32, pre-bias folded in; by latent, as all that follows
         latents: Tensor,  # [U] int64; a latent may come twice, with the thresholds of two concepts
         thresholds: Tensor,  # [T, U] float32, on pre-activations
@@ -114,10 +115,9 @@ class DetectionPlan:
         gate: Gate | None = None,
         pre: PreEncoder | None = None,
         centre: Tensor | None = None,  # [d] float32
-        order: Tensor | None = None,  # [L] int64
     ) -> None:
         """`centre`: what activations lie around, by which products are screened where that spares time; None: they are
-        not. `order`: the row of `weight` that each latent is; None: its own."""
+        not."""
         self.options, self.gate, self.pre = options, gate, pre
         self._centre, self._order = centre, order
         self.screen: tuple[Tensor | None, ...] = (None,) * len(SCREENED_BY)

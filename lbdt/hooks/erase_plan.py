@@ -40,7 +40,7 @@ class ErasePlan(DetectionPlan):
     def __init__(
         self,
         options: DetectionOptions,
-        *tensors: Tensor,  # of DetectionPlan, in its order
+        *tensors: Tensor | None,  # of DetectionPlan, in its order
         bank: Tensor | None,  # [T, M, d]
         padding: int,
         source: str,
@@ -49,9 +49,8 @@ class ErasePlan(DetectionPlan):
         known: KnownLatents | None = None,
         pre: PreEncoder | None = None,
         centre: Tensor | None = None,  # [d] float32
-        order: Tensor | None = None,  # [L] int64
     ) -> None:
-        super().__init__(options, *tensors, gate=gate, pre=pre, centre=centre, order=order)
+        super().__init__(options, *tensors, gate=gate, pre=pre, centre=centre)
         self.known = known
         # Contiguous, as `step` takes it.
         self._exact_bank = None if bank is None else bank.contiguous()

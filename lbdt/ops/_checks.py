@@ -212,6 +212,21 @@ def own_memory(written: dict[str, Tensor], *others: Tensor) -> None:
             )
 
 
+def alone(
+    run: Callable[..., Tensor], *, names: tuple[str, ...], written: tuple[str, ...]
+) -> Callable[..., Tensor]:
+    """`run`, whose arguments have these names, on `written` ones that are None or share no memory with any other."""
+
+    def checked(*arguments) -> Tensor:
+        named = dict(zip(names, arguments, strict=True))
+        targets = {name: named.pop(name) for name in written}
+        others = [value for value in named.values() if isinstance(value, Tensor)]
+        own_memory({name: value for name, value in targets.items() if value is not None}, *others)
+        return run(*arguments)
+
+    return checked
+
+
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The addresses from the first element of `tensor` to the end of the last one."""
     start = tensor.data_ptr()

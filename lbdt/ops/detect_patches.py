@@ -1,6 +1,7 @@
 """`lbdt::detect_patches`: which patches of a feature map carry a concept."""
 
-from collections.abc import Callable
+import functools
+import inspect
 
 import torch
 from torch import Tensor
@@ -8,8 +9,10 @@ from torch import Tensor
 from lbdt import reference
 from lbdt.ops import _checks, _cpu, _dispatch, _triton
 
-_ORDER = 9  # its place behind `minus`
-_WRITTEN = 13  # the place of `gated` and, behind it, `so_far`
+_NAMES = tuple(inspect.signature(reference.detect_patches).parameters)
+_WRITTEN = _NAMES.index("gated")  # and, behind it, `so_far`
+# For backends other than C++, whose op looks itself, in less time than Python.
+_alone = functools.partial(_checks.alone, names=_NAMES, written=("so_far", "gated"))
 MOST_PATCHES = 1 << 30
 """The largest number of patches in a map; csrc/checks.h: kMostPatches."""
 
@@ -279,30 +282,10 @@ def _cpp(
     return mask
 
 
-def _triton_supports(
-    x, weight, bias, latents, thresholds, timestep_bin, enabled, k, minus=None, *others, **named
-) -> str | None:
-    order = others[_ORDER] if len(others) > _ORDER else named.get("order")
-    return _triton.supports_product(x, weight, minus) or _triton.supports(x) or _triton.supports_order(order)
-
-
-def _alone(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`run` with a `gated` and `so_far` that share no memory; the C++ op looks itself, in less time than Python."""
-
-    def checked(*arguments) -> Tensor:
-        others, (gated, so_far), screen = (
-            arguments[:_WRITTEN],
-            arguments[_WRITTEN : _WRITTEN + 2],
-            arguments[_WRITTEN + 2 :],
-        )
-        read = [other for other in (*others, *screen) if isinstance(other, Tensor)]
-        if gated is not None:
-            _checks.own_memory({"gated": gated}, *read)
-        if so_far is not None:
-            _checks.own_memory({"so_far": so_far}, *read, *(() if gated is None else (gated,)))
-        return run(*arguments)
-
-    return checked
+def _triton_supports(x, weight, *args, **kwargs) -> str | None:
+    given = dict(zip(_NAMES[2:], args, strict=False)) | kwargs
+    product = _triton.supports_product(x, weight, given.get("minus"))
+    return product or _triton.supports(x) or _triton.supports_order(given.get("order"))
 
 
 _dispatch.implement("detect_patches", _run, _fake)

@@ -1,5 +1,6 @@
 """`lbdt::erase_step`: all that an eraser does in one denoiser call, so that a step costs one call on the host."""
 
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -17,6 +18,8 @@ _NAMES = tuple(inspect.signature(reference.erase_step).parameters)
 _DEFAULTS = reference.erase_step.__defaults__  # of those at the end
 _MINUS, _SOURCE, _KNOWN = map(_NAMES.index, ("minus", "source", "known_latents"))
 _WRITTEN = ("rows", "cells", "written", "run_sums", "run_last", "run_count")
+# For backends other than C++, whose op looks itself.
+_alone = functools.partial(_checks.alone, names=_NAMES, written=_WRITTEN)
 _STRIDED = ("x", "timesteps", "weight", "minus", "schedule")
 _TIMES = (torch.int64, torch.int32, *_checks.FLOATS)
 _dispatch.define(
@@ -379,19 +382,6 @@ def _launched(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return run(x, *others[:-1], replace)
 
     return launched
-
-
-def _alone(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`run` on tensors to be written that share no memory; the C++ op looks itself."""
-
-    def checked(*arguments) -> Tensor:
-        named = dict(zip(_NAMES, arguments, strict=True))
-        written = {name: named.pop(name) for name in _WRITTEN}
-        others = [value for value in named.values() if isinstance(value, Tensor)]
-        _checks.own_memory({name: value for name, value in written.items() if value is not None}, *others)
-        return run(*arguments)
-
-    return checked
 
 
 _dispatch.implement("erase_step", _run, _fake)

@@ -108,18 +108,13 @@ def sae_of(eraser):
     return eraser.sae.encoder.weight
 
 
-def plan_of(pipe):
-    hooks = pipe.unet.up_blocks[0].attentions[0]._diffusers_hook.hooks.values()
-    return next(hook.plan for hook in hooks if hasattr(hook, "plan"))
-
-
 def test_the_encoder_is_read_where_it_lies(tmp_path, screened):
     """But where it is cast, or has no screen: then its rows are copied in the order in which they are read."""
     pipe, eraser = toy.pipeline(tmp_path), toy.eraser()
     for on in (True, False):
         screened(on)
         with eraser.attach(pipe, ["Cats"]):
-            plan = plan_of(pipe)
+            plan = toy.plan_of(pipe)
             assert (plan.weight.data_ptr() == sae_of(eraser).data_ptr()) is on
             assert (plan.screen[-1] is not None) is on
             pipe.to(torch.bfloat16)
@@ -187,7 +182,7 @@ def test_an_encoder_that_cannot_be_read_where_it_lies_is_copied(tmp_path, screen
     weight = weight if form == "inference" else weight.t().contiguous().t()
     eraser.sae.encoder.weight = torch.nn.Parameter(weight, requires_grad=False)
     with eraser.attach(pipe, ["Cats"], seed=3):
-        assert plan_of(pipe).weight.data_ptr() != sae_of(eraser).data_ptr()
+        assert toy.plan_of(pipe).weight.data_ptr() != sae_of(eraser).data_ptr()
         with torch.inference_mode():
             sae_of(eraser).mul_(-1)
         if form == "inference":

@@ -13,11 +13,6 @@ def pipe(tmp_path):
     return toy.pipeline(tmp_path)
 
 
-def plan_of(pipe):
-    hooks = pipe.unet.up_blocks[0].attentions[0]._diffusers_hook.hooks.values()
-    return next(hook.plan for hook in hooks if hasattr(hook, "plan"))
-
-
 def half_call(pipe):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return toy.images(pipe, steps=1)
@@ -49,40 +44,40 @@ def test_a_call_does_not_depend_on_the_dtype_of_earlier_ones(pipe, between, edit
 
 def test_weights_that_were_halved_meanwhile_leave_the_encoder_as_it_was(pipe):
     with toy.eraser(bank=True).attach(pipe, ["Cats"]):
-        exact = plan_of(pipe).weight.clone(), plan_of(pipe).bank.clone()
+        exact = toy.plan_of(pipe).weight.clone(), toy.plan_of(pipe).bank.clone()
         there_and_back(pipe)
         toy.images(pipe, steps=1)
-        assert all(map(torch.equal, (plan_of(pipe).weight, plan_of(pipe).bank), exact))
+        assert all(map(torch.equal, (toy.plan_of(pipe).weight, toy.plan_of(pipe).bank), exact))
 
 
 def test_an_attachment_to_a_halved_pipeline_is_exact_when_it_is_widened(pipe):
     with toy.eraser().attach(pipe, ["Cats"]):
-        exact = plan_of(pipe).weight.clone()
+        exact = toy.plan_of(pipe).weight.clone()
     pipe.to(torch.bfloat16)
     with toy.eraser().attach(pipe, ["Cats"]):
         toy.images(pipe, steps=1)
-        assert plan_of(pipe).weight.dtype == torch.bfloat16
+        assert toy.plan_of(pipe).weight.dtype == torch.bfloat16
         pipe.to(torch.float32)
         toy.images(pipe, steps=1)
-        assert torch.equal(plan_of(pipe).weight, exact)
+        assert torch.equal(toy.plan_of(pipe).weight, exact)
 
 
 @pytest.mark.parametrize("first", ["attached", "cast"])
 def test_fp8_storage_with_float32_compute_detects_with_the_exact_encoder(pipe, first):
     with toy.eraser().attach(pipe, ["Cats"]):
-        exact = plan_of(pipe).weight.clone()
+        exact = toy.plan_of(pipe).weight.clone()
     if first == "cast":
         pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
         base = toy.images(pipe)
         with toy.eraser().attach(pipe, ["Cats"]) as handle:
             assert not torch.equal(toy.images(pipe), base)
-            assert torch.equal(plan_of(pipe).weight, exact) and handle.report().replaced > 0
+            assert torch.equal(toy.plan_of(pipe).weight, exact) and handle.report().replaced > 0
         assert repeats(toy.images(pipe), base)
         return
     with toy.eraser().attach(pipe, ["Cats"]) as handle:
         pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
         toy.images(pipe)
-        assert torch.equal(plan_of(pipe).weight, exact) and handle.report().replaced > 0
+        assert torch.equal(toy.plan_of(pipe).weight, exact) and handle.report().replaced > 0
 
 
 def sequential(pipe):
