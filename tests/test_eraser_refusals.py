@@ -34,6 +34,14 @@ REFUSED = {
         "detect_at: .*no block",
     ),
     "SAE of another width": (lambda p: toy.eraser(width=8).attach(p, ["Cats"]), "32 channels.*trained on 8"),
+    "a weight of NaN": (
+        lambda p: with_weight("encoder.weight", float("nan")).attach(p, ["Cats"]),
+        "sae: .*its encoder.weight",
+    ),
+    "an infinite bias": (
+        lambda p: with_weight("encoder.bias", float("inf")).attach(p, ["Cats"]),
+        "sae: .*its folded bias",
+    ),
     "negative padding": (lambda p: toy.eraser(padding=-1), "padding: expected an integer >= 0, got -1"),
     "huge padding": (
         lambda p: toy.eraser(padding=2**63),
@@ -52,6 +60,14 @@ REFUSED = {
     "no pipeline": (lambda p: toy.eraser().attach(p.unet, ["Cats"]), "expected a diffusers pipeline"),
     "no UNet": (lambda p: toy.eraser().attach(without_unet(), ["Cats"]), "has no UNet.*transformer, vae"),
 }
+
+
+def with_weight(name, value):
+    """An eraser with one weight of its SAE like this."""
+    eraser = toy.eraser()
+    with torch.no_grad():
+        eraser.sae.get_parameter(name).view(-1)[3] = value
+    return eraser
 
 
 def changed(name, value):

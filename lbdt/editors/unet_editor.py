@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import weakref
 from abc import abstractmethod
@@ -127,8 +128,9 @@ class UnetEditor(EditorFiles, Editor):
 
         Raises:
             ValueError, TypeError: before anything is changed: unknown concept or hookpoint, an SAE of another width
-                than the block, a concept without any latent or without a strength, a pipeline without such a
-                denoiser, bad settings, an attachment that is still on, another editor on the block (without `stack`).
+                than the block or with weights that are not finite, a concept without any latent or without a strength,
+                a pipeline without such a denoiser, bad settings, an attachment that is still on, another editor on the
+                block (without `stack`).
                 At the pipeline's call, before anything is generated: a list of neither one entry per prompt nor per
                 image; lists or rows="cond" where it is not known which rows are whose; a scheduler of other
                 timesteps.
@@ -314,13 +316,22 @@ class UnetEditor(EditorFiles, Editor):
         return block
 
     def _tensors(self, columns: LatentColumns, seeds: list[int]) -> tuple[Tensor, ...]:
-        """The tensors of a `DetectionPlan`; all but the encoder's rows in the dictionary's `firing_order`."""
+        """The tensors of a `DetectionPlan`; all but the encoder's rows in the dictionary's `firing_order`. ValueError
+        for an SAE that is not finite: where a latent is NaN it is never detected."""
+        given = {"encoder.weight": self.sae.encoder.weight, "folded bias": self.sae.folded_bias()}
+        for name, tensor in given.items():
+            # By its ends, which are NaN where anything is: no copy.
+            if not all(map(math.isfinite, tensor.detach().aminmax())):
+                raise ValueError(
+                    f"sae: expected finite weights, got NaN or infinity in its {name}, with which nothing would be "
+                    "detected; load or train it again"
+                )
         # Frequent latents first, so that a count of those above a value ends early. Ids elsewhere stay the SAE's own.
         order = self.dictionary.firing_order().to(self.sae.encoder.weight.device)
         return (
             self.sae.encoder.weight.detach(),
             order,
-            self.sae.folded_bias()[order],
+            given["folded bias"][order],
             *self._detected(columns, order),
             self.dictionary.timesteps.float(),
             columns.enabled,
